@@ -1,0 +1,126 @@
+"""Write the book's generated pages, book/_generated/*.md, from profiles, data cards and records.
+
+Usage: python book/generate.py [OUT]
+
+`make book` runs it before the book is rendered. What is missing is said to be missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from hybridlib.ledger import Ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = ("smoke", "cpu", "gpu", "paper")
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "datasets", "papermill", "jupyter-book")
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; a pipe in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def profiles() -> str:
+    """One column a profile, one row a parameter."""
+    found = {}
+    for name in PROFILES:
+        path = ROOT / "notebooks" / "profiles" / f"{name}.yaml"
+        if path.is_file():
+            found[name] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [[f"`{name}`", *(_cell(values.get(name, "")) for values in found.values())] for name in names]
+    return table(["Parameter", *(f"`{name}`" for name in found)], rows)
+
+
+def card(path: Path) -> str:
+    """The scalars of a JSON file, nested names joined by a point; of a list, its length unless it is short."""
+    where = f"`{path.relative_to(ROOT)}`"
+    if not path.is_file():
+        return f"{where} is not there."
+    rows = [[f"`{name}`", _cell(value)] for name, value in _flat(json.loads(path.read_text(encoding="utf-8")))]
+    return f"From {where}:\n\n" + table(["Field", "Value"], rows)
+
+
+def records() -> str:
+    """For each folder of records: how many of each kind, on what device, with which versions and code."""
+    results = ROOT / "data" / "results"
+    folders = sorted({path.parent for path in results.rglob("*.json")}) if results.is_dir() else []
+    parts = []
+    for folder in folders:
+        found = list(Ledger(folder))
+        rows = []
+        for kind, count in sorted(Counter(record.kind for record in found).items()):
+            of_kind = [record for record in found if record.kind == kind]
+            tokens = sum(record.tokens or 0 for record in of_kind)
+            minutes = sum(record.seconds for record in of_kind) / 60
+            rows.append([f"`{kind}`", count, f"{tokens:,}" if tokens else "", f"{minutes:.1f}"])
+        versions = sorted({", ".join(f"{k} {v}" for k, v in sorted(record.versions.items())) for record in found})
+        commits = sorted({record.commit or "none" for record in found})
+        starts = sorted(record.started for record in found)
+        about = [["Device", "; ".join(sorted({record.device for record in found}))], ["Software", "; ".join(versions)],
+                 ["Commit", "; ".join(commits)], ["Started", f"{starts[0]} to {starts[-1]}"]]
+        parts.append(f"### `{folder.relative_to(ROOT)}`\n\n" + table(["Kind", "Records", "Tokens", "Minutes"], rows)
+                     + "\n\n" + table(["Field", "Value"], about))
+    return "\n\n".join(parts) or "There are no records in this checkout yet."
+
+
+def software() -> str:
+    """Versions of what built this book."""
+    rows = [["python", sys.version.split()[0]], *([name, metadata.version(name)] for name in PACKAGES)]
+    return table(["Package", "Version"], rows)
+
+
+def provenance() -> str:
+    """The provenance page's body."""
+    sections = {
+        "The embedded teacher": card(ROOT / "data" / "teacher" / "training.json"),
+        "The embedded corpus": card(ROOT / "data" / "corpus" / "manifest.json"),
+        "Records": records(),
+        "Software of this build": software(),
+    }
+    return "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(value, name: str = ""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and (len(value) > 8 or any(isinstance(v, (dict, list)) for v in value)):
+        yield name, f"{len(value)} entries"
+    else:
+        yield name, value
+
+
+def _cell(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "none"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(v) for v in value)
+    return str(value).replace("\n", " ")
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "book" / "_generated"
+    write(out / "profiles.md", profiles())
+    write(out / "provenance.md", provenance())

@@ -1,0 +1,174 @@
+"""How far two rankings or two layer sets agree, and how sure a number over a few seeds is.
+
+All intervals are (value, low, high). Where a number has no meaning (one seed has no spread, a constant ranking orders
+nothing) it is nan, never a guess.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from math import comb
+
+import numpy as np
+from scipy import stats
+
+from .checks import check_int, check_number
+
+__all__ = ["bootstrap_interval", "chance_jaccard", "interval", "jaccard", "kendall", "paired_difference", "pairwise",
+           "spearman", "top_k_jaccard"]
+
+
+def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
+    """Share of the layers in either set that are in both, |a and b| / |a or b|; 1.0 if both are empty.
+
+    Order and repeats do not count. Raises ValueError if an entry is no whole number.
+    """
+    a, b = _layers("a", a), _layers("b", b)
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def chance_jaccard(num_layers: int, k_a: int, k_b: int | None = None) -> float:
+    """Expected `jaccard` of two sets of `k_a` and `k_b` (as many, if None) layers drawn at random from `num_layers`.
+
+    The overlap is hypergeometric; the expectation is summed exactly. What an agreement is to be compared with.
+    """
+    k_b = k_a if k_b is None else k_b
+    check_int("num_layers", num_layers, 1)
+    check_int("k_a", k_a, 1, num_layers)
+    check_int("k_b", k_b, 1, num_layers)
+    shared = range(max(0, k_a + k_b - num_layers), min(k_a, k_b) + 1)
+    return sum(comb(k_a, s) * comb(num_layers - k_a, k_b - s) / comb(num_layers, k_b) * s / (k_a + k_b - s)
+               for s in shared)
+
+
+def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) -> float:
+    """`jaccard` of the `k` layers with the highest scores in each; of equal scores the lower layer index is taken.
+
+    Raises ValueError if the scores differ in length or are not finite, or `k` is not from 1 to the number of layers.
+    """
+    a, b = _pair("scores_a", scores_a, "scores_b", scores_b, 1)
+    check_int("k", k, 1, len(a))
+    best = [np.argsort(-scores, kind="stable")[:k] for scores in (a, b)]
+    return jaccard(*best)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; equal values share their mean rank.
+
+    nan if `x` or `y` is constant: then it orders nothing. Raises ValueError if they differ in length, have fewer than
+    two values or one that is not finite.
+    """
+    x, y = _pair("x", x, "y", y, 2)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    x, y = stats.rankdata(x), stats.rankdata(y)
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
+
+
+def kendall(x: Sequence[float], y: Sequence[float]) -> float:
+    """Kendall's tau-b: pairs in the same order less pairs in opposite order, corrected for ties.
+
+    nan and ValueError as in `spearman`.
+    """
+    x, y = _pair("x", x, "y", y, 2)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(stats.kendalltau(x, y, variant="b").statistic)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's t interval of a quantity over seeds.
+
+    ``mean +- t * s / sqrt(n)`` with n - 1 degrees of freedom; right for independent, roughly normal values. With two
+    seeds t is 12.7, and the interval is as wide as that says. A single value v gives (v, nan, nan).
+    """
+    values = _finite("values", values, 1)
+    check_confidence(confidence)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """`interval` of a - b, seed by seed: what two runs of one seed share cancels.
+
+    The two differ at that confidence if low and high have the same sign. Entry i of both must be of the same seed.
+    """
+    a, b = _pair("a", a, "b", b, 1)
+    return interval(a - b, confidence)
+
+
+def bootstrap_interval(statistic: Callable[..., float], *samples: Sequence[float], confidence: float = 0.95,
+                       resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Value and percentile bootstrap interval of ``statistic(*samples)``.
+
+    All samples are resampled with the same indices, so entry i of each stays together (a layer's two scores). Draws
+    for which the statistic is nan are left out; if that is more than half of them, low and high are nan. Rough for
+    few layers, and narrow at the ends of a bounded statistic.
+
+    Parameters
+    ----------
+    statistic : maps arrays of one length to a number.
+    samples : one or more sequences of the same length, at least two values each.
+    resamples : draws, at least 100. seed : of the draws; the same seed gives the same interval.
+    """
+    if not samples:
+        raise ValueError("samples is empty; give bootstrap_interval at least one sequence")
+    arrays = [_finite(f"samples[{i}]", s, 2) for i, s in enumerate(samples)]
+    if len({len(a) for a in arrays}) > 1:
+        raise ValueError(f"samples have lengths {[len(a) for a in arrays]}; they must be equal")
+    check_confidence(confidence)
+    check_int("resamples", resamples, 100)
+    check_int("seed", seed, 0)
+    value, n = float(statistic(*arrays)), len(arrays[0])
+    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    drawn = np.array([statistic(*(a[rows] for a in arrays)) for rows in draws], dtype=float)
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or len(drawn) <= resamples / 2:
+        return value, float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return value, float(low), float(high)
+
+
+def pairwise(measure: Callable[..., float], items: Sequence) -> np.ndarray:
+    """Matrix (n, n) of ``measure(items[i], items[j])``, e.g. `jaccard` of layer sets or `spearman` of scores."""
+    items = list(items)
+    return np.array([[float(measure(a, b)) for b in items] for a in items]).reshape(len(items), len(items))
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise ValueError unless `confidence` is above 0 and below 1."""
+    check_number("confidence", confidence, 0, 1, open_low=True)
+    if confidence == 1:
+        raise ValueError("confidence=1 gives an endless interval; use a number below 1")
+
+
+def _layers(name: str, layers: Iterable[int]) -> set[int]:
+    try:
+        return {operator.index(layer) for layer in layers}
+    except TypeError:
+        raise ValueError(f"{name}={layers!r} is no set of layers; give whole numbers, e.g. (0, 3, 7)") from None
+
+
+def _finite(name: str, values: Sequence[float], least: int) -> np.ndarray:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={values!r} is not a sequence of numbers") from None
+    if array.ndim != 1 or len(array) < least:
+        raise ValueError(f"{name} has shape {array.shape}; it must be one-dimensional with at least {least} value(s)")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has the value {array[~np.isfinite(array)][0]}; all values must be finite")
+    return array
+
+
+def _pair(name_a: str, a: Sequence[float], name_b: str, b: Sequence[float],
+          least: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _finite(name_a, a, least), _finite(name_b, b, least)
+    if len(a) != len(b):
+        raise ValueError(f"{name_a} has {len(a)} values and {name_b} has {len(b)}; they must have as many")
+    return a, b

@@ -1,0 +1,44 @@
+"""Refusals: one sentence that names the argument, the value and what is allowed, before any compute."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["check_choice", "check_device", "check_int", "check_number"]
+
+
+def check_choice(name: str, value, allowed) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
+
+
+def check_int(name: str, value, low: int, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number from `low` to `high` (no upper end if None)."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not ok:
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}={value!r} is not a whole number {allowed}")
+
+
+def check_number(name: str, value, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number from `low` (excluded if `open_low`) to `high`."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    ok = ok and (value > low if open_low else value >= low) and (high is None or value <= high)
+    if not ok:
+        lower = f"above {low}" if open_low else f"of at least {low}"
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name}={value!r} is not a number {lower}{upper}")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The torch device asked for; ``"auto"`` is a GPU where there is one. Raises ValueError if it is not there."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is unknown; choose 'auto', 'cpu' or 'cuda'") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} asks for a GPU, but this machine has none; use device='cpu'")
+    return found

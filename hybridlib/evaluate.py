@@ -1,0 +1,98 @@
+"""What a hybrid lost: divergence, perplexity and agreement on held-out text, and recall in context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .checks import check_int
+from .distill import last_hidden
+from .objectives import kl_divergence
+from .recall import RecallTask, generate_recall, score_recall
+
+__all__ = ["Evaluation", "evaluate", "heldout_kl"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on held-out text: `kl` in nats a token; `stderr`s over rows (kl) and over answers (recall)."""
+
+    kl: float
+    kl_stderr: float
+    perplexity: float
+    teacher_perplexity: float
+    top1_agreement: float
+    heldout_tokens: int
+    recall_exact: float | None = None
+    recall_stderr: float | None = None
+
+    def metrics(self) -> dict:
+        return asdict(self)
+
+
+def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall_examples: int = 200,
+             heldout_tokens: int | None = None, batch_tokens: int = 8192) -> Evaluation:
+    """Measure `model` (a hybrid, or the teacher itself) against `teacher` on the held-out rows of `tokens`.
+
+    Parameters
+    ----------
+    recall : a task to score by teacher-forced exact match, None to leave recall out.
+    recall_examples : examples of it.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    batch_tokens : tokens a forward pass.
+
+    Raises ValueError if there are fewer held-out tokens than one row. Perplexity is over all next tokens of a row.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    kl = []
+    for row_kl, nats, teacher_nats, agree in _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
+        kl += row_kl
+        sums += torch.tensor([nats, teacher_nats, agree], dtype=torch.float64)
+    count = len(kl)
+    mean, stderr = _mean_stderr(kl)
+    nats, teacher_nats, agree = (sums / count).tolist()
+    score = None
+    if recall is not None:
+        score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
+    return Evaluation(mean, stderr, math.exp(nats), math.exp(teacher_nats), agree, count * tokens.context,
+                      score and score.exact_match, score and score.stderr)
+
+
+def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192):
+    """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows."""
+    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens)
+    return _mean_stderr([value for batch in rows for value in batch[0]])
+
+
+@torch.no_grad()
+def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
+    """A batch at a time: KL of each row, and sums over rows of the model's nats, the teacher's and the agreement."""
+    count = len(tokens.heldout)
+    if heldout_tokens is not None:
+        check_int("heldout_tokens", heldout_tokens, tokens.context)
+        count = min(count, heldout_tokens // tokens.context)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    for ids in tokens.heldout[:count].split(max(1, batch_tokens // tokens.context)):
+        ids = ids.to(device).long()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            theirs = teacher.lm_head(last_hidden(teacher, ids)).float()  # (rows, context, vocab)
+            mine = model.lm_head(last_hidden(model, ids)).float()
+        kl = kl_divergence(theirs, mine).mean(-1)  # (rows,)
+        agree = (theirs.argmax(-1) == mine.argmax(-1)).float().mean(-1)
+        yield kl.tolist(), _nats(mine, ids).sum().item(), _nats(theirs, ids).sum().item(), agree.sum().item()
+    model.train(was_training)
+
+
+def _nats(logits, ids):
+    """Mean cross-entropy of the next token, a row each: (rows,)."""
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return nats.view(len(ids), -1).mean(-1)
+
+
+def _mean_stderr(values):
+    values = torch.tensor(values, dtype=torch.float64)
+    stderr = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return values.mean().item(), stderr

@@ -1,0 +1,111 @@
+"""Scores for layers: how much each one is worth keeping softmax."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from .checks import check_choice, check_int
+from .distill import MatchSettings, attention_io, last_hidden, match
+from .evaluate import heldout_kl
+from .hybrid import linear_layers, restore
+from .objectives import alignment_loss
+
+__all__ = ["LayerScores", "score_layers"]
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One score a layer; a higher `values[l]` means that layer l is more worth keeping softmax.
+
+    `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
+    nats a token (metric ``"kl"``), or the alignment error (``"mse"``). `tokens` and `seconds` are what scoring cost.
+    """
+
+    direction: str
+    metric: str
+    values: tuple[float, ...]
+    measured: tuple[float, ...]
+    stderr: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """Layers, the one most worth keeping first; ties go to the lower index."""
+        return tuple(sorted(range(len(self.values)), key=lambda l: (-self.values[l], l)))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> LayerScores:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
+                 heldout_tokens: int | None = None, settings: MatchSettings | None = None,
+                 normalize: bool = True) -> LayerScores:
+    """Score every layer of an aligned all-linear student.
+
+    Parameters
+    ----------
+    student : from `hybrid.linearize` and `distill.align`; it is left as it was.
+    direction : ``"add"`` restores layer l alone in the linear student, I(l) = -KL (GA-S2); ``"remove"`` linearizes
+        layer l alone in the teacher, I(l) = KL (GR-S2).
+    metric : ``"kl"``, held-out KL after a stage 2 of `num_tokens` a layer; or ``"mse"``, the stage-1 error left at
+        layer l on held-out text (GA-S1), which trains nothing and knows only direction ``"add"``.
+    num_tokens : tokens of stage 2 for each layer's candidate; 0 measures the candidates untrained.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    settings : of stage 2. Every candidate sees the same rows in the same order.
+    normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
+
+    Cost: L times `num_tokens` of training for ``"kl"``; one pass over the held-out rows for ``"mse"``. Source: paper
+    section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    """
+    check_choice("direction", direction, ("add", "remove"))
+    check_choice("metric", metric, ("kl", "mse"))
+    check_int("num_tokens", num_tokens, 0)
+    num_layers = student.config.num_hidden_layers
+    if linear_layers(student.config) != tuple(range(num_layers)):
+        raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
+    started = time.perf_counter()
+    if metric == "mse":
+        if direction != "add":
+            raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
+        measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
+        values, spent = measured, 0
+    else:
+        measured, stderr, spent = [], [], 0
+        for l in tqdm(range(num_layers), desc=f"score ({direction})", unit="layer", leave=False):
+            kept = [l] if direction == "add" else [m for m in range(num_layers) if m != l]
+            candidate = restore(student, teacher, kept)
+            if num_tokens:
+                spent += match(candidate, teacher, tokens, num_tokens, settings=settings).tokens[-1]
+            kl, error = heldout_kl(candidate, teacher, tokens, heldout_tokens=heldout_tokens)
+            measured.append(kl)
+            stderr.append(error)
+        values = [-kl for kl in measured] if direction == "add" else measured
+    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent,
+                       time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _alignment_errors(student, teacher, tokens, heldout_tokens, normalize):
+    """(mean, standard error over rows) of each layer's alignment error on held-out rows."""
+    count = len(tokens.heldout) if heldout_tokens is None else max(1, heldout_tokens // tokens.context)
+    device, layers = next(student.parameters()).device, linear_layers(student.config)
+    errors = {l: [] for l in layers}
+    for ids in tokens.heldout[:count].split(8):
+        with attention_io(teacher, layers) as seen:
+            last_hidden(teacher, ids.to(device).long())
+        for l in layers:
+            x, y = seen[l]
+            outputs = student.model.layers[l].self_attn(x)[0]
+            errors[l] += [alignment_loss(o, t, normalize=normalize).item() for o, t in zip(outputs, y, strict=True)]
+    table = torch.tensor([errors[l] for l in layers], dtype=torch.float64)  # (layers, rows)
+    stderr = table.std(-1) / table.shape[1] ** 0.5
+    return table.mean(-1).tolist(), stderr.tolist()

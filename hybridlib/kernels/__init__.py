@@ -1,0 +1,154 @@
+"""Two linear attention operators, one signature each, several ways to run them.
+
+===============  ====================================================  =============================================
+backend          what it is                                            where it runs
+===============  ====================================================  =============================================
+``"reference"``  the recurrence, a token at a time                     everywhere; slow; float64 for tests
+``"chunked"``    matrix products in chunks, with its own gradients     everywhere
+``"fused"``      our own GPU kernels                                   not written yet
+``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
+``"auto"``       ``"fla"`` for half precision on a GPU where it can    everywhere
+                 run, else ``"chunked"``
+===============  ====================================================  =============================================
+
+``"auto"`` goes by what can run and by the dtype, not by measured speed. Float32 stays with ``"chunked"``: Triton,
+which flash-linear-attention is written in, multiplies float32 in TF32 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks import check_choice, check_number
+from . import chunked, fla, reference
+
+__all__ = ["available_backends", "gated_delta_rule", "gated_linear_attention"]
+
+_BACKENDS = ("auto", "reference", "chunked", "fused", "fla")
+_FUSED_IS_MISSING = "the fused kernels are not written yet; use 'chunked'"
+
+
+def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, backend="auto"):
+    """Run the gated delta rule: S <- a S, S <- S + beta k (v - S^T k)^T, o = scale S^T q, with a = exp(log_decay).
+
+    Parameters
+    ----------
+    q, k : (batch, time, heads, key_dim); k of unit length, or the state may grow without bound.
+    v : (batch, time, heads, value_dim).
+    log_decay : (batch, time, heads); natural log, finite and <= 0, which is not checked (it would read every value).
+    beta : (batch, time, heads), from 0 to 1.
+    scale : factor on the output; key_dim ** -0.5 if None.
+    initial_state : (batch, heads, key_dim, value_dim); zeros if None.
+    backend : see the table in `hybridlib.kernels`.
+
+    Returns
+    -------
+    o : (batch, time, heads, value_dim), in v's dtype.
+    state : (batch, heads, key_dim, value_dim) after the last token; float32, or float64 if v is.
+
+    Raises
+    ------
+    ValueError : a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
+
+    Source: arXiv 2412.06464, section 3.
+    """
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    return _run("gated_delta_rule", inputs, "B T H", scale, initial_state, backend)
+
+
+def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, backend="auto"):
+    """Run gated linear attention: S <- diag(a) S + k v^T, o = scale S^T q, with a = exp(log_decay) for each key dim.
+
+    Parameters
+    ----------
+    q, k, v, scale, initial_state, backend : as in `gated_delta_rule`; k of any length.
+    log_decay : (batch, time, heads, key_dim); natural log, finite and <= 0, which is not checked.
+
+    Returns
+    -------
+    o, state : as in `gated_delta_rule`.
+
+    Raises
+    ------
+    ValueError : as in `gated_delta_rule`.
+
+    Source: arXiv 2312.06635, section 4.
+    """
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    return _run("gated_linear_attention", inputs, "B T H K", scale, initial_state, backend)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Map each backend to None if it runs on this machine, else to the reason it cannot, in one sentence.
+
+    ``"fla"`` may run forward and still be refused when gradients of the gated delta rule are wanted (Hopper GPUs with
+    Triton 3.4 to 3.7.0 and no TileLang).
+    """
+    return {"reference": None, "chunked": None, "fused": _FUSED_IS_MISSING, "fla": fla.why_not()}
+
+
+def _run(operator, inputs, decay_shape, scale, initial_state, backend):
+    check_choice("backend", backend, _BACKENDS)
+    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_decay": decay_shape, "beta": "B T H"}
+    _check_tensors(inputs | ({} if initial_state is None else {"initial_state": initial_state}),
+                   shapes | {"initial_state": "B H K V"})
+    q, v = inputs["q"], inputs["v"]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    check_number("scale", scale, 0, open_low=True)
+    refusal = _why_not_fla(operator, inputs, initial_state)
+    if backend == "auto":
+        backend = "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
+    if backend == "fused":
+        raise ValueError(f"backend='fused' cannot run here: {_FUSED_IS_MISSING}")
+    if backend == "fla" and refusal is not None:
+        raise ValueError(f"backend='fla' cannot run here: {refusal}")
+    run = getattr({"reference": reference, "chunked": chunked, "fla": fla}[backend], operator)
+    with torch.autocast(v.device.type, enabled=False):
+        return run(*inputs.values(), scale, initial_state)
+
+
+def _why_not_fla(operator, inputs, initial_state):
+    """Why flash-linear-attention cannot take this call; None if it can."""
+    q, v = inputs["q"], inputs["v"]
+    wants_gradients = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*inputs.values(), initial_state))
+    delta_rule = operator == "gated_delta_rule"
+    reason = fla.why_not(delta_rule_gradients=delta_rule and wants_gradients)
+    if reason is not None:
+        return reason
+    if not v.is_cuda:
+        return f"flash-linear-attention needs tensors on a CUDA GPU, and these are on {v.device}"
+    if v.dtype == torch.float64:
+        return "flash-linear-attention has no float64"
+    if delta_rule and q.shape[-1] > 256:
+        return f"flash-linear-attention's gated delta rule takes key_dim up to 256, not {q.shape[-1]}"
+    return None
+
+
+def _check_tensors(tensors, shapes):
+    """Raise ValueError unless every tensor is floating, on v's device, and of the shape that the others imply."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; it must be a floating tensor")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating")
+        if x.dim() != len(shapes[name].split()):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {_spell(shapes[name])}")
+    (batch, time, heads, key_dim), value_dim = tensors["q"].shape, tensors["v"].shape[-1]
+    sizes = {"B": batch, "T": time, "H": heads, "K": key_dim, "V": value_dim}
+    if 0 in sizes.values():
+        name, x = ("v", tensors["v"]) if value_dim == 0 else ("q", tensors["q"])
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; every size must be at least 1")
+    for name, x in tensors.items():
+        expected = tuple(sizes[s] for s in shapes[name].split())
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(tensors['q'].shape)} it must be "
+                             f"{_spell(shapes[name])} = {expected}")
+        if x.device != tensors["v"].device:
+            raise ValueError(f"{name} is on {x.device} and v on {tensors['v'].device}; all must be on one device")
+
+
+def _spell(shape):
+    words = {"B": "batch", "T": "time", "H": "heads", "K": "key_dim", "V": "value_dim"}
+    return f"({', '.join(words[s] for s in shape.split())})"

@@ -1,0 +1,293 @@
+"""The two operators in chunks: large matrix products inside a chunk, one small step from chunk to chunk.
+
+Symbols, for one head and one chunk of C tokens (i, j count tokens of the chunk; S is the state before it):
+
+    D_ij  = a_(j+1) ... a_i      decay from token j to token i; 1 on the diagonal, 0 above it
+    in_i  = a_1 ... a_i          decay from the chunk's start to token i
+    out_j = D_Cj                 decay from token j to the chunk's end
+
+Gated delta rule (arXiv 2412.06464, section 3; the WY form of arXiv 2406.06484):
+
+    A  = strictly lower part of  beta_i (k_i . k_j) D_ij
+    [U | W] = (I + A)^-1 [beta v | beta in k]
+    N  = U - W S                                      what each token really writes
+    O  = scale (in q) S + P N,                        P = scale (q_i . k_j) D_ij
+    S' = in_C S + (out k)^T N  =  (in_C I - (out k)^T W) S + (out k)^T U
+
+The last form makes the step from chunk to chunk one matrix product. Gated linear attention (arXiv 2312.06635,
+section 4) has the same O and S' with N = v, and decays of its own for each key dim:
+
+    P_ij = scale sum_d q_id k_jd D_ijd
+
+No decay is ever divided by another and no positive number is ever exponentiated, so that log_decay may be as low as
+it likes. Here that matters most in P, where D does not factor over i and j: `_decayed_levels` splits the chunk in
+halves, quarters and so on, and a pair (i, j) in two neighbouring blocks meets at their border, where
+D_ij = (a_(j+1) ... to the border) (from the border ... a_i).
+
+Backward passes are written by hand, in the same few large products. Gradients of log_decay are sums over the pairs that
+a decay lies between, never differences of sums, so that small ones stay exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+__all__ = ["gated_delta_rule", "gated_linear_attention"]
+
+
+def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
+    """Run the gated delta rule in chunks of `chunk` tokens, a power of two.
+
+    Arguments and result as `hybridlib.kernels.gated_delta_rule`; float32 inside, float64 if v is float64.
+    """
+    return _in_chunks(_GatedDeltaRule, (q, k, v, log_decay, beta), scale, initial_state, chunk)
+
+
+def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
+    """Run gated linear attention in chunks of `chunk` tokens, a power of two.
+
+    Arguments and result as `hybridlib.kernels.gated_linear_attention`; float32 inside, float64 if v is float64.
+    """
+    return _in_chunks(_GatedLinearAttention, (q, k, v, log_decay), scale, initial_state, chunk)
+
+
+def _in_chunks(function, inputs, scale, initial_state, chunk):
+    """Cut (batch, time, heads, dim) into (chunks, batch * heads, chunk, dim), apply `function`, and join again."""
+    k, v = inputs[1:3]
+    batch, time, heads, key_dim = k.shape
+    value_dim, dtype = v.shape[-1], torch.promote_types(v.dtype, torch.float32)
+    chunk = min(chunk, 1 << (time - 1).bit_length())
+    count = -(-time // chunk)
+
+    def cut(x):  # padding tokens have k = beta = log_decay = 0: they neither write nor decay
+        x = x.to(dtype).view(batch, time, heads, -1) if x.dim() == 3 else x.to(dtype)
+        x = F.pad(x, (0, 0, 0, 0, 0, count * chunk - time)) if count * chunk != time else x
+        x = x.reshape(batch, count, chunk, heads, -1).permute(1, 0, 3, 2, 4)
+        return x.reshape(count, batch * heads, chunk, -1)
+
+    if initial_state is None:
+        initial_state = k.new_zeros(batch, heads, key_dim, value_dim, dtype=dtype)
+    state = initial_state.to(dtype).reshape(batch * heads, key_dim, value_dim)
+    o, state = function.apply(*map(cut, inputs), state, scale)
+    o = o.view(count, batch, heads, chunk, value_dim).permute(1, 0, 3, 2, 4)
+    o = o.reshape(batch, count * chunk, heads, value_dim)[:, :time].to(v.dtype)
+    return o, state.view(batch, heads, key_dim, value_dim)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    """q, k (chunks, rows, C, K), v (.., V), log_decay, beta (.., 1), state (rows, K, V) -> o (.., V), state.
+
+    Inside, chunks and rows are one dimension, `all`. `keys` is [beta k ; scale q] stacked to 2C tokens, so that A and
+    P, and all that follows from them, come from one product.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, beta, state, scale):
+        (count, rows, size, key_dim), value_dim = k.shape, v.shape[-1]
+        q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
+        decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()     # (all, C, C), (all, C, 1)
+        keys = torch.stack((k * beta, q * scale), 1)                                # (all, 2, C, K)
+        keys_in = keys * decay_in[:, None]
+        scores = (keys.flatten(1, 2) @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])  # A (and more), P
+        inverse = _inverse(scores[:, 0])                                            # (all, C, C)
+        solved = inverse @ torch.cat((v * beta, keys_in[:, 0]), -1)                 # [U | W] (all, C, V + K)
+        u, w = solved.split((value_dim, key_dim), -1)
+
+        k_out = k * decay[:, -1, :, None]
+        step = k_out.mT @ solved                                                    # (all, K, V + K)
+        write, transition = step[..., :value_dim], -step[..., value_dim:]
+        transition.diagonal(dim1=1, dim2=2).add_(decay_in[:, -1])
+        states = _scan(write, transition, state, count)                             # (chunks + 1, rows, K, V)
+        before = states[:-1].flatten(0, 1)                                          # (all, K, V)
+
+        new = torch.baddbmm(u, w, before, alpha=-1)                                 # N (all, C, V)
+        o = torch.baddbmm(keys_in[:, 1] @ before, scores[:, 1], new)
+        ctx.scale, ctx.shape = scale, (count, rows, size)
+        ctx.save_for_backward(k, v, beta, decay, decay_in, keys, scores, inverse, solved, transition, states, new)
+        return o.view(count, rows, size, value_dim), states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dstate):
+        with torch.autocast(do.device.type, enabled=False):
+            return _GatedDeltaRule._backward(ctx, do.flatten(0, 1), dstate)
+
+    @staticmethod
+    def _backward(ctx, do, dstate):
+        k, v, beta, decay, decay_in, keys, scores, inverse, solved, transition, states, new = ctx.saved_tensors
+        (count, rows, size), value_dim = ctx.shape, v.shape[-1]
+        w, before = solved[..., value_dim:], states[:-1].flatten(0, 1)
+        keys_in, k_out = keys * decay_in[:, None], k * decay[:, -1, :, None]
+
+        # states, last chunk first: dS = transition^T dS' + (in q)^T dO - W^T P^T dO
+        dnew = scores[:, 1].mT @ do                                                 # (all, C, V)
+        read = torch.baddbmm(keys_in[:, 1].mT @ do, w.mT, dnew, alpha=-1)
+        dstates = _scan(read, transition.mT, dstate, count, reverse=True)
+        dafter = dstates[1:].flatten(0, 1)                                          # (all, K, V)
+        dnew = dnew.baddbmm_(k_out, dafter)
+
+        # through [U | W] = (I + A)^-1 R: dR = (I + A)^-T d[U | W], dA = -dR [U | W]^T
+        dright = inverse.mT @ torch.cat((dnew, (dnew @ before.mT).neg_()), -1)            # (all, C, V + K)
+        dright_v, dright_k = dright[..., :value_dim], dright[..., value_dim:]
+        dscores = torch.stack(((dright @ solved.mT).neg_(), do @ new.mT), 1)              # (all, 2, C, C)
+        dk_out = new @ dafter.mT
+        dkeys_in = torch.stack((dright_k, do @ before.mT), 1)                       # (all, 2, C, K)
+
+        # log_decay: every D_ij, every in_i (with in_C of the state), every out_j = D_Cj
+        dpairs = (dscores[:, 0] * scores[:, 0]).addcmul_(dscores[:, 1], scores[:, 1])
+        dpairs[:, -1] += (dk_out * k_out).sum(-1)
+        dstart = (dkeys_in * keys_in).sum((1, 3))                                   # (all, C)
+        dstart[:, -1] += decay_in[:, -1, 0] * (dafter * before).sum((1, 2))
+        dlog_decay = _log_decay_gradient(dpairs, dstart)
+
+        dscores.mul_(decay[:, None])
+        dscores[:, 0].diagonal(dim1=1, dim2=2).zero_()                              # A is strictly lower
+        dscores = dscores.view(-1, 2 * size, size)
+        dkeys = (dscores @ k).view_as(keys).addcmul_(dkeys_in, decay_in[:, None])
+        dbeta = (dkeys[:, 0] * k).sum(-1) + (dright_v * v).sum(-1)
+        dk = dscores.mT @ keys.flatten(1, 2)
+        dk.addcmul_(dk_out, decay[:, -1, :, None]).addcmul_(dkeys[:, 0], beta)
+        grads = (dkeys[:, 1] * ctx.scale, dk, dright_v * beta, dlog_decay[..., None], dbeta[..., None])
+        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+
+
+class _GatedLinearAttention(torch.autograd.Function):
+    """q, k, log_decay (chunks, rows, C, K), v (.., V), state (rows, K, V) -> o (.., V), state; `all` as above."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, state, scale):
+        count, rows, size, value_dim = v.shape
+        q, k, v, decay = q.flatten(0, 1) * scale, k.flatten(0, 1), v.flatten(0, 1), log_decay.flatten(0, 1).exp()
+        scores = q.new_zeros(len(q), size, size)                                    # P
+        scores.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+        *inner, (q_in, k_out, total) = _decayed_levels(q, k, decay)                 # total (all, 1, K)
+        for half, (q_half, k_half, _) in _by_half(inner):
+            first, second = _halves(k_half, half)[:, :, 0], _halves(q_half, half)[:, :, 1]
+            _lower_blocks(scores, half).copy_(second @ first.mT)
+        states = _scan(k_out.mT @ v, total.mT, state, count)
+        o = torch.baddbmm(q_in @ states[:-1].flatten(0, 1), scores, v)
+        ctx.scale, ctx.shape = scale, (count, rows, size)
+        ctx.save_for_backward(q, k, v, decay, scores, states)
+        return o.view(count, rows, size, value_dim), states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dstate):
+        with torch.autocast(do.device.type, enabled=False):
+            return _GatedLinearAttention._backward(ctx, do.flatten(0, 1), dstate)
+
+    @staticmethod
+    def _backward(ctx, do, dstate):
+        q, k, v, decay, scores, states = ctx.saved_tensors
+        count, rows, size = ctx.shape
+        before = states[:-1].flatten(0, 1)
+        *inner, (q_in, k_out, total) = _decayed_levels(q, k, decay)
+
+        dstates = _scan(q_in.mT @ do, total.mT, dstate, count, reverse=True)
+        dafter = dstates[1:].flatten(0, 1)
+        dv = torch.baddbmm(k_out @ dafter, scores.mT, do)
+        dscores = do @ v.mT
+        dq, dk, dtotal = do @ before.mT, v @ dafter.mT, (dafter * before).sum(-1)[:, None]
+
+        for half, (q_half, k_half, total) in reversed(list(_by_half(inner))):
+            dblock = _lower_blocks(dscores, half)                                   # (all, pairs, half, half)
+            total_1, total_2 = _halves(total, 1).unbind(2)                          # (all, pairs, 1, K)
+            k_1, q_2 = _halves(k_half, half)[:, :, 0], _halves(q_half, half)[:, :, 1]
+            dk_1, dq_2 = _halves(dk, half)[:, :, 0], _halves(dq, half)[:, :, 1]
+            dtotal = dtotal[:, :, None]
+            dtotal_1 = (dq_2 * q_2).sum(2, keepdim=True).addcmul_(dtotal, total_2)
+            dtotal_2 = (dk_1 * k_1).sum(2, keepdim=True).addcmul_(dtotal, total_1)
+            dtotal = torch.stack((dtotal_1, dtotal_2), 2).view_as(total)
+            dq_2.mul_(total_1).add_(dblock @ k_1)
+            dk_1.mul_(total_2).add_(dblock.mT @ q_2)
+
+        dlog_decay = (dtotal + dq * q) * decay
+        diagonal = dscores.diagonal(dim1=1, dim2=2)[..., None]
+        dq, dk = (dq * decay).addcmul_(diagonal, k), dk.addcmul_(diagonal, q)
+        grads = (dq * ctx.scale, dk, dv, dlog_decay)
+        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+
+
+def _decayed_levels(q, k, decay):
+    """For blocks of 1, 2, 4, .. C tokens: q decayed from its block's start, k to its block's end, blocks' totals.
+
+    q, k and decay (all, C, K); totals (all, C / block, K). Token i's own decay counts as q's, not as k's.
+    """
+    levels, size = [(q * decay, k, decay)], q.shape[1]
+    for half, (q, k, total) in _by_half(levels):  # grows while it is read
+        if half == size:
+            return levels
+        first, second = _halves(total, 1).unbind(2)
+        q, k = q.clone(), k.clone()
+        _halves(q, half)[:, :, 1].mul_(first)
+        _halves(k, half)[:, :, 0].mul_(second)
+        levels.append((q, k, (first * second)[:, :, 0]))
+
+
+def _by_half(levels):
+    """(1, first level), (2, second), (4, third), .."""
+    return ((1 << i, level) for i, level in enumerate(levels))
+
+
+def _halves(x, half):
+    """View (all, tokens, dim) as (all, pairs of blocks, 2, half, dim)."""
+    return x.view(len(x), -1, 2, half, x.shape[-1])
+
+
+def _lower_blocks(x, half):
+    """View, of (all, C, C), the blocks where the second of two neighbouring blocks meets the first.
+
+    (all, pairs, half, half), rows from the second block and columns from the first.
+    """
+    pairs = x.shape[-1] // (2 * half)
+    return x.view(-1, pairs, 2, half, pairs, 2, half)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _inverse(a):
+    """(I + strictly lower part of a)^-1, for a (all, C, C): inverses of 1, 2, 4, .. tokens, two joined into one.
+
+    [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]: as stable as substitution, but in products.
+    """
+    size, half = a.shape[-1], 1
+    diagonal = torch.ones_like(a[:, :, None, :1])                                   # blocks (all, C / half, half, half)
+    while half < size:
+        x1, x2 = diagonal[:, ::2], diagonal[:, 1::2]
+        joined = a.new_zeros(len(a), size // (2 * half), 2 * half, 2 * half)
+        joined[..., :half, :half], joined[..., half:, half:] = x1, x2
+        joined[..., half:, :half] = (x2 @ _lower_blocks(a, half) @ x1).neg_()
+        diagonal, half = joined, 2 * half
+    return diagonal[:, 0]
+
+
+def _pairwise_decay(log_decay):
+    """D (all, C, C) from log_decay (all, C, 1): exp of the sum over t of [j < t <= i] log_decay_t."""
+    size = log_decay.shape[1]
+    lower = log_decay.new_ones(size, size).tril_()
+    return ((lower * log_decay.mT) @ lower.tril(-1)).exp_().mul_(lower)
+
+
+def _log_decay_gradient(dpairs, dstart):
+    """Gradient (all, C) of log_decay from those of log D (all, C, C) and log in (all, C).
+
+    Token t's decay is part of D_ij for j < t <= i and of in_i for t <= i.
+    """
+    size = dstart.shape[1]
+    lower = dstart.new_ones(size, size).tril_()
+    return (dpairs @ lower.mT.triu(1)).add_(dstart[:, :, None]).mul_(lower).sum(1)
+
+
+def _scan(write, transition, state, count, reverse=False):
+    """States (count + 1, rows, K, V): S_(n+1) = transition_n S_n + write_n, from `state`, or backwards to S_0.
+
+    write (all, K, V); transition (all, K, K), or (all, K, 1) if it is diagonal.
+    """
+    write, transition = write.unflatten(0, (count, -1)), transition.unflatten(0, (count, -1))
+    states = write.new_empty(count + 1, *write.shape[1:])
+    states[count if reverse else 0] = state
+    multiply_add = torch.addcmul if transition.shape[-1] == 1 else torch.baddbmm
+    for n in reversed(range(count)) if reverse else range(count):
+        old, new = (n + 1, n) if reverse else (n, n + 1)
+        multiply_add(write[n], transition[n], states[old], out=states[new])
+    return states

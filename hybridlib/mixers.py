@@ -1,0 +1,172 @@
+"""The linear mixers that take attention's place, and how they start from its weights.
+
+A mixer is called as a transformers decoder layer calls its ``self_attn`` and holds a state of fixed size,
+(heads, key_dim, value_dim), whatever the length of the context.
+
+==========================  =====================================================================================
+paper                       here
+==========================  =====================================================================================
+q_t, k_t, v_t               ``q_proj``, ``k_proj``, ``v_proj``; grouped key/value heads are expanded to one a head
+alpha_t (GDN, one a head)   ``exp(log_decay)``, log_decay = -exp(A_log) * softplus(a_proj(x) + dt_bias)
+alpha_t (GLA, one a key     ``exp(log_decay)``, log_decay = logsigmoid(decay_proj(x)) / 16, decay_proj of rank 16
+dimension)
+beta_t                      ``beta`` = sigmoid(b_proj(x))
+S_t                         ``state``
+output norm and gate        ``o_norm`` (RMSNorm over each head) times silu(``g_proj(x)``)
+==========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checks import check_choice
+from .kernels import gated_delta_rule, gated_linear_attention
+
+__all__ = ["KV_TRANSFERS", "MIXERS", "GatedDeltaNet", "GatedLinearAttention", "build_mixer"]
+
+KV_TRANSFERS = ("repeat_heads", "repeat_rows")
+
+
+class _Mixer(nn.Module):
+    """Projections, output norm and gate that both mixers share; a subclass gives `mix`."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
+        self.k_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
+        self.v_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
+        if config.mixer_qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.g_proj = nn.Linear(width, inner, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(inner, width, bias=config.mixer_o_bias)
+        self.backend = "auto"
+
+    def forward(self, hidden_states, padding_mask=None, **kwargs):
+        """Mix `hidden_states` (batch, time, width) along time; returns (output of the same shape, None).
+
+        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. Other keyword
+        arguments of a decoder layer (attention mask, positions) have no meaning here and are ignored.
+        """
+        q, k, v = (self._heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        o = self.mix(hidden_states, q, k, v, padding_mask)  # (batch, time, heads, head_dim)
+        gate = F.silu(self._heads(self.g_proj(hidden_states)))
+        return self.o_proj((self.o_norm(o) * gate).flatten(2)), None
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.num_heads, self.head_dim))  # (batch, time, heads * dim) -> (.., heads, dim)
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: nn.Module, kv_transfer: str = "repeat_heads") -> None:
+        """Take over the q, k, v and o weights, biases and q/k norms of a softmax attention layer.
+
+        Grouped keys and values (fewer heads than queries) are expanded by repeating whole heads, which gives every
+        query head the key and value head that it reads in the teacher. ``kv_transfer="repeat_rows"`` repeats single
+        rows instead and leaves biases at zero, as the paper's code does; it mixes up the heads and is kept to show
+        what that costs.
+        """
+        check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
+        groups = self.k_proj.out_features // attention.k_proj.out_features
+        for mine, theirs, repeats in ((self.q_proj, attention.q_proj, 1), (self.k_proj, attention.k_proj, groups),
+                                      (self.v_proj, attention.v_proj, groups), (self.o_proj, attention.o_proj, 1)):
+            mine.weight.copy_(self._expand(theirs.weight, repeats, kv_transfer))
+            if mine.bias is not None:
+                mine.bias.zero_()
+                if kv_transfer == "repeat_heads":
+                    mine.bias.copy_(self._expand(theirs.bias, repeats, kv_transfer))
+        if hasattr(self, "q_norm"):
+            self.q_norm.weight.copy_(attention.q_norm.weight)
+            self.k_norm.weight.copy_(attention.k_norm.weight)
+
+    def _expand(self, weight, repeats, kv_transfer):
+        if repeats == 1:
+            return weight
+        if kv_transfer == "repeat_rows":
+            return weight.repeat_interleave(repeats, 0)
+        return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(repeats, 0).flatten(0, 1)
+
+
+class GatedDeltaNet(_Mixer):
+    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), in the form that the paper distils into.
+
+    S_t = exp(log_decay_t) S_{t-1} + beta_t k_t (v_t - exp(log_decay_t) S_{t-1}^T k_t)^T and o_t = S_t^T q_t, with
+    silu on q, k and v, l2-normalised q and k, an output gate and no short convolution.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.b_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
+
+    @torch.no_grad()
+    def init_gates(self, generator: torch.Generator) -> None:
+        """Draw the gates' start: A uniform in (0, 16), step log-uniform in 0.001 to 0.1 (Mamba-2, as GDN does)."""
+        for proj in (self.a_proj, self.b_proj, self.g_proj):
+            _init_linear(proj, generator)
+        self.A_log.copy_(torch.empty(self.num_heads).uniform_(1e-3, 16, generator=generator).log())
+        step = torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def mix(self, hidden_states, q, k, v, padding_mask):
+        q, k = F.normalize(F.silu(q), dim=-1, eps=1e-6), F.normalize(F.silu(k), dim=-1, eps=1e-6)
+        beta = self.b_proj(hidden_states).sigmoid()  # (batch, time, heads)
+        log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias)
+        if padding_mask is not None:
+            keep = padding_mask[..., None].to(beta.dtype)
+            beta, log_decay = beta * keep, log_decay * keep
+        return gated_delta_rule(q, k, F.silu(v), log_decay, beta, backend=self.backend)[0]
+
+
+class GatedLinearAttention(_Mixer):
+    """Gated linear attention mixer (arXiv 2312.06635, eq. 3 and section 4.4), with its output norm and gate.
+
+    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, with no feature map on q and k.
+    """
+
+    def __init__(self, config, layer_idx: int, rank: int = 16, temperature: float = 16.0):
+        super().__init__(config, layer_idx)
+        inner = self.num_heads * self.head_dim
+        self.decay_proj = nn.Sequential(nn.Linear(config.hidden_size, rank, bias=False), nn.Linear(rank, inner))
+        self.temperature = temperature
+
+    @torch.no_grad()
+    def init_gates(self, generator: torch.Generator) -> None:
+        """Draw the gates' start: Xavier-uniform weights, zero bias."""
+        for proj in (*self.decay_proj, self.g_proj):
+            _init_linear(proj, generator)
+
+    def mix(self, hidden_states, q, k, v, padding_mask):
+        log_decay = self._heads(F.logsigmoid(self.decay_proj(hidden_states).float()) / self.temperature)
+        if padding_mask is not None:
+            keep = padding_mask[..., None, None].to(k.dtype)
+            k, log_decay = k * keep, log_decay * keep
+        return gated_linear_attention(q, k, v, log_decay, backend=self.backend)[0]
+
+
+MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}
+
+
+def build_mixer(name: str, config, layer_idx: int) -> _Mixer:
+    """A mixer of one layer by name, ``"gdn"`` or ``"gla"``. Raises ValueError if the name is unknown."""
+    check_choice("mixer", name, tuple(MIXERS))
+    return MIXERS[name](config, layer_idx)
+
+
+def _init_linear(linear, generator):
+    bound = (6 / (linear.in_features + linear.out_features)) ** 0.5 * 2 ** -2.5  # Xavier with gain 2^-2.5, as GDN and GLA
+    linear.weight.copy_(torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator))
+    if linear.bias is not None:
+        linear.bias.zero_()

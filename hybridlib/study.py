@@ -1,0 +1,273 @@
+"""A study: the steps of the paper for one set of parameters, each run once and remembered as a record.
+
+The notebooks call this module, so that a cell reads like the paper's algorithm and two notebooks that need the same
+aligned student or the same scores share them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from .checks import check_choice, check_device, check_int, check_number
+from .corpus import Tokens, load_tokens
+from .distill import AlignSettings, MatchSettings, align, match
+from .evaluate import evaluate
+from .hybrid import linearize, load_hybrid, restore
+from .importance import LayerScores, score_layers
+from .ledger import Ledger, Record
+from .mixers import MIXERS
+from .recall import RecallTask
+from .selection import budget_layers, select
+from .teachers import Teacher, load_teacher
+
+__all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
+
+logger = logging.getLogger(__name__)
+
+_NEEDS = {"ga-s2": [("add", "kl")], "gr-s2": [("remove", "kl")], "ga-s1": [("add", "mse")],
+          "avg": [("add", "kl"), ("remove", "kl")]}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """The parameters that notebooks share; a notebook's `parameters` cell uses these names.
+
+    Parameters
+    ----------
+    teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
+    context : tokens a row.
+    align_tokens, match_tokens : tokens of stage 1 and of stage 2; score_tokens : of stage 2 for each layer's candidate.
+    budget : share (float) or count (int) of softmax layers.
+    seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
+    batch_tokens : tokens a step.
+    heldout_tokens : held-out tokens to measure on.
+    align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
+    recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
+    device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    results : folder of records; ``""`` is ``data/results/local`` of the checkout.
+    recompute : run everything again, replacing its records.
+    """
+
+    teacher: str = "lab"
+    mixer: str = "gdn"
+    corpus: str = "lab"
+    context: int = 256
+    align_tokens: int = 131_072
+    score_tokens: int = 16_384
+    match_tokens: int = 65_536
+    budget: float | int = 0.25
+    seeds: int = 3
+    batch_tokens: int = 2048
+    heldout_tokens: int = 16_384
+    align_learning_rate: float = 1e-3
+    match_learning_rate: float = 1e-4
+    mixer_learning_rate: float = 1e-3
+    recall_pairs: int = 8
+    device: str = "auto"
+    results: str = ""
+    recompute: bool = False
+
+    def __post_init__(self):
+        for name in ("teacher", "corpus", "results"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not text")
+        check_choice("mixer", self.mixer, tuple(MIXERS))
+        check_int("context", self.context, 2)
+        for name in ("align_tokens", "match_tokens", "heldout_tokens"):
+            check_int(name, getattr(self, name), self.context)
+        if self.score_tokens != 0:
+            check_int("score_tokens", self.score_tokens, self.context)
+        budget_layers(self.budget, 10**6)  # its form; its range is checked with the teacher
+        check_int("seeds", self.seeds, 1)
+        check_int("batch_tokens", self.batch_tokens, self.context)
+        check_number("align_learning_rate", self.align_learning_rate, 0, open_low=True)
+        check_number("match_learning_rate", self.match_learning_rate, 0)
+        check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
+        check_int("recall_pairs", self.recall_pairs, 2)
+        check_device(self.device)
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
+
+
+def notebook_settings(namespace: Mapping) -> StudySettings:
+    """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
+
+    Every plain variable (number, text, list, truth value) must be a parameter: papermill only warns of an unknown one,
+    here it is refused, with the name that was likely meant. Raises ValueError for that and for a value out of range.
+    """
+    known = {f.name for f in fields(StudySettings)}
+    plain = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
+             and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
+    for name in plain:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
+            raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
+    return StudySettings(**plain)
+
+
+def results_folder(name: str = "local") -> Path:
+    """``data/results/NAME`` of the checkout that this package lies in, else of the current folder."""
+    root = Path(__file__).resolve().parent.parent
+    root = root if (root / "pyproject.toml").is_file() else Path.cwd()
+    return root / "data" / "results" / name
+
+
+class Study:
+    """The steps of the paper under one `StudySettings`, each a record in `ledger`.
+
+    Asking twice for the same step, in this notebook or another, computes it once. With ``recompute=True`` each step is
+    computed once again in this object's life. Aligned students are kept beside the records, in ``models/``.
+    """
+
+    def __init__(self, settings: StudySettings | None = None):
+        self.settings = settings or StudySettings()
+        folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
+        self.ledger = Ledger(folder, device=str(check_device(self.settings.device)))
+        self._tokens: dict[int, Tokens] = {}
+        self._done: set[str] = set()
+        limit = self.teacher.model.config.max_position_embeddings
+        if self.settings.context > limit:
+            raise ValueError(f"context={self.settings.context} is beyond teacher {self.teacher.name}'s {limit} tokens")
+        budget_layers(self.settings.budget, self.num_layers)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return load_teacher(self.settings.teacher, device=self.settings.device)
+
+    @property
+    def num_layers(self) -> int:
+        return self.teacher.model.config.num_hidden_layers
+
+    @property
+    def seeds(self) -> range:
+        return range(self.settings.seeds)
+
+    def tokens(self, seed: int) -> Tokens:
+        """The corpus in the order of `seed`."""
+        if seed not in self._tokens:
+            s = self.settings
+            self._tokens[seed] = load_tokens(s.corpus, self.teacher.tokenizer, s.context, seed,
+                                             max_tokens=max(s.align_tokens, s.match_tokens, s.score_tokens),
+                                             heldout_tokens=s.heldout_tokens)
+        return self._tokens[seed]
+
+    def aligned(self, mixer: str, seed: int):
+        """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
+        parameters, settings = self._align_parameters(mixer, seed)
+        folder = self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
+
+        def compute():
+            student = linearize(self.teacher.model, mixer, seed=seed, teacher_name=self.teacher.name,
+                                teacher_revision=self.teacher.revision)
+            before = score_layers(student, self.teacher.model, self.tokens(seed), metric="mse")
+            history = align(student, self.teacher.model, self.tokens(seed), self.settings.align_tokens, settings=settings)
+            after = score_layers(student, self.teacher.model, self.tokens(seed), metric="mse")
+            measured = evaluate(student, self.teacher.model, self.tokens(seed))
+            shutil.rmtree(folder, ignore_errors=True)
+            student.save_pretrained(folder)
+            return {"loss": history.losses, "loss_tokens": history.tokens, "tokens": history.tokens[-1],
+                    "train_seconds": history.seconds, "heldout_error": list(after.values),
+                    "heldout_error_before": list(before.values), "kl": measured.kl, "kl_stderr": measured.kl_stderr}
+
+        self._run("align", parameters, compute, missing=not folder.exists())
+        return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
+
+    def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
+               normalize: bool = True) -> LayerScores:
+        """Scores of all layers of the aligned student. Record kind ``"score"``."""
+        check_choice("direction", direction, ("add", "remove"))
+        check_choice("metric", metric, ("kl", "mse"))
+        s, settings = self.settings, self._match_settings()
+        parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
+                      "direction": direction, "metric": metric, "heldout_tokens": s.heldout_tokens}
+        if metric == "kl":
+            parameters |= {"num_tokens": s.score_tokens, "settings": _plain(settings)}
+        else:
+            parameters |= {"normalize": normalize}
+
+        def compute():
+            return score_layers(self.aligned(mixer, seed), self.teacher.model, self.tokens(seed), direction=direction,
+                                metric=metric, num_tokens=s.score_tokens, settings=settings,
+                                normalize=normalize).to_dict()
+
+        return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
+
+    def select(self, selector: str, mixer: str | None = None, seed: int = 0, normalize: bool = True) -> tuple[int, ...]:
+        """The layers that `selector` keeps under the study's budget, scored with `mixer` (the study's, if None)."""
+        mixer = mixer or self.settings.mixer
+        scores = [self.scores(mixer, seed, *kind, normalize=normalize) for kind in _NEEDS.get(selector, ())]
+        return select(selector, self.settings.budget, scores=scores, num_layers=self.num_layers, seed=seed)
+
+    def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
+        """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``; metrics as `evaluate`, the loss, and cost."""
+        s, settings, mixer = self.settings, self._match_settings(), mixer or self.settings.mixer
+        layers = select("manual", layers=list(layers), num_layers=self.num_layers)
+        parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
+                      "layers": list(layers), "num_tokens": s.match_tokens, "settings": _plain(settings),
+                      "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
+
+        def compute():
+            hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
+            history = match(hybrid, self.teacher.model, self.tokens(seed), s.match_tokens, settings=settings)
+            measured = evaluate(hybrid, self.teacher.model, self.tokens(seed), recall=self._recall)
+            return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
+                    "tokens": history.tokens[-1], "train_seconds": history.seconds}
+
+        return self._run("hybrid", parameters, compute)
+
+    def teacher_record(self) -> Record:
+        """The teacher's own perplexity and recall. Record kind ``"teacher"``."""
+        s = self.settings
+        parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
+                      "context": s.context, "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
+        return self._run("teacher", parameters, lambda: evaluate(
+            self.teacher.model, self.teacher.model, self.tokens(0), recall=self._recall).metrics())
+
+    def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
+        """Distil every selection; one row a selection and seed: ``selector``, ``seed``, ``layers`` and the metrics.
+
+        `selections` maps a name to {seed: layers}. Selections that keep the same layers share one run.
+        """
+        rows = []
+        for name, by_seed in selections.items():
+            for seed, layers in by_seed.items():
+                record = self.hybrid(layers, mixer, seed)
+                scalars = {k: v for k, v in record.metrics.items() if not isinstance(v, list)}
+                rows.append({"selector": name, "seed": seed, "layers": tuple(record.parameters["layers"]), **scalars})
+        return pd.DataFrame(rows)
+
+    @property
+    def _recall(self) -> RecallTask:
+        return RecallTask("key_value", pairs=self.settings.recall_pairs)
+
+    def _match_settings(self) -> MatchSettings:
+        s = self.settings
+        return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
+                             mixer_learning_rate=s.mixer_learning_rate)
+
+    def _align_parameters(self, mixer, seed):
+        s = self.settings
+        settings = AlignSettings(batch_tokens=s.batch_tokens, learning_rate=s.align_learning_rate)
+        return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
+                "corpus": s.corpus, "data": self.tokens(seed).fingerprint, "context": s.context,
+                "num_tokens": s.align_tokens, "settings": _plain(settings)}, settings
+
+    def _run(self, kind, parameters, compute, missing=False) -> Record:
+        path = str(self.ledger.path(kind, parameters))
+        again = (self.settings.recompute or missing) and path not in self._done
+        self._done.add(path)
+        return self.ledger.run(kind, parameters, compute, recompute=again)
+
+
+def _plain(settings) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

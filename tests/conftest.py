@@ -1,0 +1,81 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import papermill
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
+
+
+@pytest.fixture(scope="session")
+def smoke_profile() -> dict:
+    """Parameters of the smoke profile."""
+    return yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def smoke_results(tmp_path_factory) -> Path:
+    """The folder of the records that `executed_notebooks` writes."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="session")
+def executed_notebooks(tmp_path_factory, smoke_profile, smoke_results) -> dict[str, Path]:
+    """Each notebook run by papermill under the smoke profile: its name and where the executed copy is."""
+    folder = tmp_path_factory.mktemp("executed")
+    executed = {}
+    for name in NOTEBOOKS:
+        executed[name] = folder / f"{name}.ipynb"
+        papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed[name],
+                                   parameters={**smoke_profile, "results": str(smoke_results)},
+                                   kernel_name="python3", cwd=ROOT, progress_bar=False, start_timeout=180)
+    return executed
+
+
+FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen2_tied", "qwen3", "mistral")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher():
+    """make(family, layers=3): a tiny random teacher in float32, in eval mode; its biases and norms are random too."""
+    import torch
+    from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+                              Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+               "qwen3": (Qwen3Config, Qwen3ForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+
+    def make(family="llama", layers=3):
+        config_class, model_class = classes[family.split("_")[0]]
+        settings = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                        initializer_range=0.2, tie_word_embeddings="tied" in family)
+        settings |= {"head_dim": 16} if family in ("qwen3", "mistral") else {}  # inner width is not the model's
+        settings |= {"attention_bias": True} if "bias" in family else {}
+        settings |= {"sliding_window": None} if family == "mistral" else {}
+        torch.manual_seed(0)
+        model = model_class(config_class(**settings)).eval().requires_grad_(False)
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                p.add_(0.3 * torch.randn(p.shape))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens():
+    """Rows of 16 tokens with a pattern to learn (each token follows from the one before), and held-out ones."""
+    import torch
+
+    from hybridlib.corpus import Tokens
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 64, (72, 1), generator=generator)
+    rows = (start + 7 * torch.arange(16)) % 64
+    return Tokens(rows[:64].int(), rows[64:].int(), source="pattern", seed=0)

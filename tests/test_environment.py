@@ -1,0 +1,65 @@
+"""pyproject.toml is the one source of dependencies; environment.yml and constraints.txt agree with it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+CONDA = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
+PIP = next(entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^,]+", str(pin.specifier)) and pin.url is None for pin in found)
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
+
+
+def test_conda_gives_python_and_pip_alone():
+    assert sorted(re.split(r"[=<>]", entry)[0].strip() for entry in CONDA) == ["pip", "python"]
+
+
+def test_conda_python_is_one_that_the_project_allows():
+    version = next(entry for entry in CONDA if entry.startswith("python")).split("=")[-1]
+    assert f"{version}.9" in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_pip_installs_the_project_with_extras_that_exist():
+    editable = next(line for line in PIP if line.startswith("-e"))
+    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", editable).group(1).split(",")
+    assert set(extras) == {"book", "test"} <= set(EXTRAS)
+
+
+def test_pip_lists_nothing_that_pyproject_lacks():
+    assert sorted(PIP) == ["-c constraints.txt", "-e .[book,test]"]
+
+
+@pytest.mark.parametrize("text", PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["test"])
+def test_constraints_pin_each_dependency_within_its_range(text):
+    requirement, pinned = Requirement(text), pins()
+    name = canonicalize_name(requirement.name)
+    assert name in pinned, f"constraints.txt does not pin {name}"
+    assert requirement.specifier.contains(pinned[name], prereleases=True)
+
+
+def test_torch_is_pinned_without_a_build():
+    assert "+" not in pins()["torch"]  # 2.13.0+cpu would shut out the CUDA build, and a range would take it on Linux
+
+
+def test_tests_and_book_ask_for_the_same_range_of_what_they_share():
+    shared = {Requirement(a).name: Requirement(a).specifier for a in EXTRAS["book"]}
+    for text in EXTRAS["test"]:
+        requirement = Requirement(text)
+        assert shared.get(requirement.name, requirement.specifier) == requirement.specifier
