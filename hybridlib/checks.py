@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 __all__ = ["check_choice", "check_device", "check_int", "check_number"]
@@ -23,7 +25,7 @@ def check_int(name: str, value, low: int, high: int | None = None) -> None:
 
 def check_number(name: str, value, low: float, high: float | None = None, *, open_low: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number from `low` (excluded if `open_low`) to `high`."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ok = ok and (value > low if open_low else value >= low) and (high is None or value <= high)
     if not ok:
         lower = f"above {low}" if open_low else f"of at least {low}"

@@ -157,7 +157,8 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
             (losses[l] * (share / len(layers))).backward()
         return {l: loss.detach() for l, loss in losses.items()}
 
-    return _train("align", student, tokens, num_tokens, settings, [(named, settings.learning_rate)], step_loss, checkpoint)
+    groups = [(named, settings.learning_rate)]
+    return _train("align", student, tokens, num_tokens, settings, groups, step_loss, checkpoint)
 
 
 def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
@@ -213,7 +214,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
     check_int("num_tokens", num_tokens, tokens.context)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens.context > limit:
-        raise ValueError(f"context={tokens.context} is beyond the teacher's {limit}; load tokens with a shorter context")
+        raise ValueError(f"context={tokens.context} is beyond the teacher's {limit}; load tokens with a shorter one")
     device = next(model.parameters()).device
     rows = max(1, settings.batch_tokens // tokens.context)
     micro = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
@@ -333,8 +334,8 @@ def _load_checkpoint(path, run, named, optimizer):
         raise ValueError(f"checkpoint={str(path)!r} is truncated or no checkpoint; delete it to start anew") from None
     for key, mine in run.items():
         if state["run"].get(key) != mine:
-            raise ValueError(f"checkpoint={str(path)!r} belongs to another run ({key} differs); delete it to start anew "
-                             f"or give another file")
+            raise ValueError(f"checkpoint={str(path)!r} belongs to another run ({key} differs); "
+                             "delete it to start anew or give another file")
     for name, p in named:
         p.copy_(tensors[f"weight/{name}"])
         optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")

@@ -248,14 +248,14 @@ def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = N
         keys.setdefault("lm_head.weight", expected["lm_head.weight"])
     wrong = sorted(set(expected.items()) ^ set(keys.items()))
     if wrong:
-        raise ValueError(f"{path}: weight {wrong[0][0]!r} does not fit the config (mixer {config.mixer}, softmax layers "
-                         f"{list(softmax_layers(config))}); the folder mixes two checkpoints, save it again")
+        raise ValueError(f"{path}: weight {wrong[0][0]!r} does not fit the config (mixer {config.mixer}, softmax "
+                         f"layers {list(softmax_layers(config))}); the folder mixes two checkpoints, save it again")
     hybrid = model_class.from_pretrained(path, dtype=dtype or config.dtype or torch.float32)
     return hybrid.to(device)
 
 
 def _empty(model_class, settings, like):
-    """A model of `model_class` with `settings`, on the device and dtype of model `like`, with its weights where they fit."""
+    """A model of `model_class` with `settings`, with the device, dtype and, where they fit, weights of model `like`."""
     parameter = next(like.parameters())
     model = model_class(model_class.config_class(**settings)).to(parameter.device, parameter.dtype)
     kept = {k: v for k, v in like.state_dict().items() if ".self_attn." not in k}
@@ -281,15 +281,15 @@ def _read_saved(path):
     except FileNotFoundError:
         raise ValueError(f"path={str(path)!r} holds no config.json; give a folder that save_pretrained wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path / 'config.json'} is not valid JSON; the checkpoint is damaged, save it again") from None
+        raise ValueError(f"{path / 'config.json'} is not valid JSON; the checkpoint is damaged") from None
     family = str(settings.get("model_type", "")).removeprefix("hybrid_")
     if not str(settings.get("model_type", "")).startswith("hybrid_") or family not in HYBRIDS:
         raise ValueError(f"{path} holds a model of type {settings.get('model_type')!r}, which is no hybrid; "
                          f"load it with load_teacher")
     config = HYBRIDS[family].config_class.from_dict(settings)
     if config.mixer not in MIXERS or len(config.layer_types or ()) != config.num_hidden_layers:
-        raise ValueError(f"{path / 'config.json'} names mixer {config.mixer!r} and {len(config.layer_types or ())} layer "
-                         f"types for {config.num_hidden_layers} layers; the checkpoint is damaged or foreign")
+        raise ValueError(f"{path / 'config.json'} names mixer {config.mixer!r} and {len(config.layer_types or ())} "
+                         f"layer types for {config.num_hidden_layers} layers; the checkpoint is damaged or foreign")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} holds no .safetensors file; the checkpoint is incomplete, save it again")

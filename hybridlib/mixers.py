@@ -166,7 +166,8 @@ def build_mixer(name: str, config, layer_idx: int) -> _Mixer:
 
 
 def _init_linear(linear, generator):
-    bound = (6 / (linear.in_features + linear.out_features)) ** 0.5 * 2 ** -2.5  # Xavier with gain 2^-2.5, as GDN and GLA
+    gain = 2 ** -2.5  # Xavier's, as GDN and GLA take it
+    bound = gain * (6 / (linear.in_features + linear.out_features)) ** 0.5
     linear.weight.copy_(torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator))
     if linear.bias is not None:
         linear.bias.zero_()

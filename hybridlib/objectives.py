@@ -24,7 +24,8 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: b
     return error / teacher.float().square().mean() if normalize else error
 
 
-def kl_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
+def kl_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *,
+                  temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) of next-token distributions at each position, in nats, times temperature squared.
 
     Parameters

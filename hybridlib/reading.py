@@ -19,9 +19,10 @@ from .selection import select
 from .style import format_interval, format_number
 from .teachers import data_folder
 
-__all__ = ["FLOOR", "about", "published", "rankings", "recorded", "verdict", "verdicts"]
+__all__ = ["FLOOR", "OWN", "about", "published", "rankings", "recorded", "verdict", "verdicts"]
 
 FLOOR = "none (all linear)"  # what notebooks call the hybrid that keeps no layer
+OWN = ("better here", "worse here")  # words of a `verdict` on a comparison that the paper does not make
 
 _MEASURES = {"kl": ("held-out KL", "nats a token", "lower"), "perplexity": ("perplexity", "", "lower"),
              "recall_exact": ("recall", "share of answers", "higher"),
@@ -49,7 +50,7 @@ def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, words: tuple[str
         check_choice("selector", selector, tuple(dict.fromkeys(frame["selector"])))
     rows = frame[frame["selector"].isin([a, b])]
     if rows.duplicated(["selector", "seed"]).any():
-        raise ValueError(f"frame has two rows of one selector and seed among {a!r} and {b!r}; a pair must be of one run each")
+        raise ValueError(f"frame has two rows of one seed for {a!r} or {b!r}; one run a selector and seed is allowed")
     pairs = rows.pivot(index="seed", columns="selector", values=value).dropna()
     claim = f"**{a}** against **{b}**, {name} ({better} is better)"
     if pairs.empty:
@@ -66,9 +67,15 @@ def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, words: tuple[str
 
 def verdicts(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]], values: Sequence[str] = ("kl", "recall_exact"), *,
              words: tuple[str, str] = _RESULT) -> str:
-    """A list in Markdown of the `verdict` on every value and pair; empty for a frame without rows."""
-    pairs = list(pairs) if len(frame) else []
-    return "\n".join(f"- {verdict(frame, value, a, b, words=words)}" for value in values for a, b in pairs)
+    """A list in Markdown of the `verdict` on every value and pair; empty for a frame without rows.
+
+    A pair of which `frame` lacks one is said not to have been run.
+    """
+    if frame.empty:
+        return ""
+    run = set(frame["selector"])
+    return "\n".join(f"- {verdict(frame, value, a, b, words=words)}" if {a, b} <= run else
+                     f"- **{a}** against **{b}**: not both were run." for value in values for a, b in pairs)
 
 
 def rankings(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], k: int) -> pd.DataFrame:
@@ -94,7 +101,8 @@ def _jaccard_interval(a, b, k):
     return bootstrap_interval(lambda x, y: top_k_jaccard(x, y, k), a, b)
 
 
-def recorded(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer: str | None = None) -> pd.DataFrame:
+def recorded(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer: str | None = None, *,
+             require: Iterable[str] = ()) -> pd.DataFrame:
     """The hybrids of a ledger whose layers the `rules` would keep, one row a rule and seed; empty if there are none.
 
     Parameters
@@ -103,6 +111,7 @@ def recorded(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer: str | N
     rules : label -> arguments of `Study.select` (``selector``, and maybe ``mixer`` of the probe and ``normalize``);
         None is the hybrid that keeps no layer.
     mixer : of the hybrids; None takes any.
+    require : labels without which there is nothing to compare; a setting that lacks one is passed over.
 
     Layers are chosen again from the recorded scores, of several lengths the longest. Hybrids that differ in more
     than seed and layers are not mixed: the setting in which most rules were run is taken, the latest of equals.
@@ -120,7 +129,7 @@ def recorded(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer: str | N
         labels = [name for name, rule in rules.items() if _kept(rule, r, records, depth) == layers]
         groups.setdefault((_text(common), len(layers)), []).extend(_row(name, r, depth) for name in labels)
     found = [(len({row["selector"] for row in rows}), max(row["started"] for row in rows), key)
-             for key, rows in groups.items() if rows and key[1]]
+             for key, rows in groups.items() if rows and key[1] and set(require) <= {row["selector"] for row in rows}]
     if not found:
         return pd.DataFrame()
     common, kept = max(found)[-1]

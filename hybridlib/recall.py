@@ -11,15 +11,14 @@ multi_hop          aliases ``name is other.`` that end in a number             t
 variable_tracking  assignments ``set name = number`` and ``set name = other``  every name with a value
 =================  ==========================================================  =====================
 
-Names are two common words ("quiet river"), so that most tokenizers give them few tokens. The families follow associative recall (MQAR, arXiv 2312.04927) and RULER (arXiv 2404.06654: multi-key needle,
-variable tracking); the texts are our own. Names and numbers are drawn at random. Each (name, number) pair belongs
-to the ``train`` or to the ``heldout`` split by a checksum, so a model trained on one has never seen a pair of the
-other.
+Names are two common words ("quiet river"), so that most tokenizers give them few tokens. The families follow
+associative recall (MQAR, arXiv 2312.04927) and RULER (arXiv 2404.06654: multi-key needle, variable tracking); the
+texts are our own. Names and numbers are drawn at random. Each (name, number) pair belongs to the ``train`` or to the
+``heldout`` split by a checksum, so a model trained on one has never seen a pair of the other.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 import zlib
 from dataclasses import dataclass
@@ -40,21 +39,21 @@ __all__ = [
     "score_recall",
 ]
 
-logger = logging.getLogger(__name__)
-
 RECALL_TASKS = ("key_value", "needle", "multi_hop", "variable_tracking")
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
 
-_FIRST = ("amber big black blue bold brave bright brown calm clean clear cold cool dark deep dry early empty fair fast fine "
-          "fresh full gold good grand great green grey hard high hot iron kind large late light little long low narrow new "
-          "old open pale plain proud quick quiet red rich round royal rough sharp short silver slow small soft steep still "
-          "strong sweet tall thin true warm white wide wild wise wooden young").split()
-_SECOND = ("arm bank bear bell bird boat bone book box bridge camp castle cave chair church city cloud coast corn cow crown "
-           "dog door dream dress eagle engine farm field fire fish flag flower fly forest fox garden gate glass gun hall "
-           "hand harbor hat hill horse house island key king knife lake lamp land leaf lion map market mill moon mountain "
-           "mouse night ocean paper path pen plant pool port queen rain ring river road rock roof room rose sea ship shop "
-           "sky snake snow star station stone storm street sun table tower town train tree valley village wall watch water "
-           "wheel wind window wing wolf wood yard").split()
+_FIRST = ("amber big black blue bold brave bright brown calm clean clear cold cool dark deep dry early empty "
+          "fair fast fine fresh full gold good grand great green grey hard high hot iron kind large late "
+          "light little long low narrow new old open pale plain proud quick quiet red rich round royal rough "
+          "sharp short silver slow small soft steep still strong sweet tall thin true warm white wide wild "
+          "wise wooden young").split()
+_SECOND = ("arm bank bear bell bird boat bone book box bridge camp castle cave chair church city cloud coast "
+           "corn cow crown dog door dream dress eagle engine farm field fire fish flag flower fly forest fox "
+           "garden gate glass gun hall hand harbor hat hill horse house island key king knife lake lamp land "
+           "leaf lion map market mill moon mountain mouse night ocean paper path pen plant pool port queen "
+           "rain ring river road rock roof room rose sea ship shop sky snake snow star station stone storm "
+           "street sun table tower town train tree valley village wall watch water wheel wind window wing wolf "
+           "wood yard").split()
 _SUBJECTS = ("The miller", "A young clerk", "The captain", "Her neighbour", "The old teacher", "A tired rider")
 _VERBS = ("walked past", "wrote about", "looked for", "paid for", "spoke of", "waited near")
 _OBJECTS = ("the river", "a stone bridge", "the winter market", "an empty house", "the north road", "a small boat")
@@ -186,7 +185,8 @@ def score_recall(model, tokenizer, examples: list[RecallExample], *, mode: str =
     encoded = [encode_recall(e, tokenizer) for e in examples]
     longest, limit = max(len(ids) for ids, _ in encoded), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise ValueError(f"an example has {longest} tokens, but the model's context is {limit}; use fewer pairs or filler")
+        raise ValueError(f"an example has {longest} tokens, but the model's context is {limit}; "
+                         "use fewer pairs or filler")
     was_training = model.training
     model.eval()
     score = _teacher_forced if mode == "teacher_forced" else _greedy
@@ -258,7 +258,10 @@ def _names(rng, count):
     seconds = [word for i in range(-(-count // len(_SECOND))) for word in rng.sample(_SECOND, len(_SECOND))][:count]
     names = []
     for second in seconds:
-        names.append(next(n for n in iter(lambda second=second: f"{rng.choice(_FIRST)} {second}", "") if n not in names))
+        name = f"{rng.choice(_FIRST)} {second}"
+        while name in names:
+            name = f"{rng.choice(_FIRST)} {second}"
+        names.append(name)
     return names
 
 
@@ -317,7 +320,8 @@ def _multi_hop(task, rng):
 
 def _variable_tracking(task, rng):
     chains = _chains(rng, task)
-    lines = [[f"set {chain[0]} = {v}\n"] + [f"set {b} = {a}\n" for a, b in zip(chain, chain[1:])] for chain, v in chains]
+    lines = [[f"set {chain[0]} = {v}\n", *(f"set {b} = {a}\n" for a, b in zip(chain, chain[1:]))]
+             for chain, v in chains]
     order = [i for i, chain in enumerate(lines) for _ in chain]
     rng.shuffle(order)  # chains are interleaved; within a chain, a name is set before it is used
     prompt = "Program:\n" + "".join(_filler(rng, task) + lines[i].pop(0) for i in order) + "\nAll names that equal"

@@ -22,10 +22,12 @@ def budget_layers(budget: float | int, num_layers: int) -> int:
     one). Halves round to even, as Python's round does. Raises ValueError for anything else.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) or a whole count")
+        raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) "
+                         "or a whole count")
     if isinstance(budget, int):
         if not 1 <= budget <= num_layers:
-            raise ValueError(f"budget={budget} is not a count from 1 to {num_layers} layers; a share is written as a float")
+            raise ValueError(f"budget={budget} is not a count from 1 to {num_layers} layers; "
+                             "a share is written as a float")
         return budget
     if not 0 < budget <= 1:
         raise ValueError(f"budget={budget} is not a share of layers above 0 and at most 1")

@@ -167,12 +167,13 @@ class Study:
         folder = self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
 
         def compute():
-            student = linearize(self.teacher.model, mixer, seed=seed, teacher_name=self.teacher.name,
+            teacher, tokens = self.teacher.model, self.tokens(seed)
+            student = linearize(teacher, mixer, seed=seed, teacher_name=self.teacher.name,
                                 teacher_revision=self.teacher.revision)
-            before = score_layers(student, self.teacher.model, self.tokens(seed), metric="mse")
-            history = align(student, self.teacher.model, self.tokens(seed), self.settings.align_tokens, settings=settings)
-            after = score_layers(student, self.teacher.model, self.tokens(seed), metric="mse")
-            measured = evaluate(student, self.teacher.model, self.tokens(seed))
+            before = score_layers(student, teacher, tokens, metric="mse")
+            history = align(student, teacher, tokens, self.settings.align_tokens, settings=settings)
+            after = score_layers(student, teacher, tokens, metric="mse")
+            measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
             student.save_pretrained(folder)
             return {"loss": history.losses, "loss_tokens": history.tokens, "tokens": history.tokens[-1],
@@ -209,7 +210,7 @@ class Study:
         return select(selector, self.settings.budget, scores=scores, num_layers=self.num_layers, seed=seed)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
-        """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``; metrics as `evaluate`, the loss, and cost."""
+        """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``: `evaluate`'s figures, loss, cost."""
         s, settings, mixer = self.settings, self._match_settings(), mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,

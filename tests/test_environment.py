@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,13 @@ def test_tests_and_book_ask_for_the_same_range_of_what_they_share():
     for text in EXTRAS["test"]:
         requirement = Requirement(text)
         assert shared.get(requirement.name, requirement.specifier) == requirement.specifier
+
+
+def test_pins_install_on_the_python_of_debian_12():
+    for name, version in pins().items():
+        try:
+            found = metadata.metadata(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if found["Version"].split("+")[0] == version:
+            assert "3.11.2" in SpecifierSet(found["Requires-Python"] or ""), f"{name} {version} needs a newer Python"

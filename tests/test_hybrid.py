@@ -127,7 +127,8 @@ def test_damaged_or_foreign_checkpoints_are_refused_by_name(saved, tiny_teacher,
     (saved / "config.json").write_text(json.dumps({**config, "mixer": "gla"}))
     with pytest.raises(ValueError, match="does not fit the config"):
         hl.load_hybrid(saved)
-    (saved / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention"] + config["layer_types"][1:]}))
+    other = ["full_attention"] + config["layer_types"][1:]
+    (saved / "config.json").write_text(json.dumps({**config, "layer_types": other}))
     with pytest.raises(ValueError, match="does not fit the config"):
         hl.load_hybrid(saved)
     (saved / "config.json").write_text(json.dumps(config))

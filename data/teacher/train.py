@@ -5,15 +5,16 @@
 The folder holds .parquet files with a column `text`; a file whose name starts with `heldout` is only measured on.
 The tokenizer (byte-level BPE, numbers in groups of three digits) is learned first, then the model: a share of every
 batch is packed text, the rest recall tasks of `hybridlib.recall` (train split). Hidden weight matrices are trained by
-Muon, the rest by AdamW. Contexts grow along training. Writes model.safetensors (bfloat16), config, tokenizer and
-`training.json`, what was run and measured.
+Muon, the rest by AdamW. Contexts grow along training. The circuit that recall needs is there from the start, see
+`plant_induction`. Writes model.safetensors (bfloat16), config, tokenizer, `training.json` (what was run and measured),
+the model card README.md made from it, and SHA256SUMS.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import platform
 import random
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hybridlib.ledger import describe_device
 from hybridlib.recall import RecallTask, encode_recall, generate_recall, score_recall
 
 END = "<|endoftext|>"
@@ -116,7 +118,8 @@ def plant_induction(model, seed: int, back: int = 1, match: int = 4, copy: float
     key's own token to the output: after "a b" comes what came after "a b" before.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    width, dim, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    width, dim = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     part = (width - 8) // 4 * 4 // 5  # width of A1, A2, A3; the content subspace is what remains
     content = width - 1 - 3 * part
 
@@ -145,7 +148,8 @@ def plant_induction(model, seed: int, back: int = 1, match: int = 4, copy: float
         fast = torch.arange(dim // 2) < dim // 4
         q, k = torch.zeros(dim, width), torch.zeros(dim, width)
         k[:dim // 2, 0] = 1.5 * fast
-        q[:dim // 2, 0], q[dim // 2:, 0] = 1.5 * fast * torch.cos((head + 1) * theta), -1.5 * fast * torch.sin((head + 1) * theta)
+        q[:dim // 2, 0] = 1.5 * fast * torch.cos((head + 1) * theta)
+        q[dim // 2:, 0] = -1.5 * fast * torch.sin((head + 1) * theta)
         layer.q_proj.weight[rows], layer.k_proj.weight[kv_rows], layer.v_proj.weight[kv_rows] = q, k, reading
         layer.o_proj.weight[places[head], rows] = 0.5 * torch.eye(part, dim)
 
@@ -165,7 +169,8 @@ def plant_induction(model, seed: int, back: int = 1, match: int = 4, copy: float
         for head in range(kv * groups, (kv + 1) * groups):
             rows = slice(head * dim, (head + 1) * dim)
             layer.q_proj.weight[rows] = q
-            layer.o_proj.weight[1:1 + content, rows] = copy / groups * torch.nn.functional.pad(share.T, (0, dim - len(share)))
+            back_to_content = torch.nn.functional.pad(share.T, (0, dim - len(share)))
+            layer.o_proj.weight[1:1 + content, rows] = copy / groups * back_to_content
 
 
 def weighted_loss(model, ids, weights, text_rows, dtype):
@@ -194,15 +199,20 @@ def windowed(model, window: int):
 @torch.no_grad()
 def measure(model, tokenizer, heldout: np.ndarray, context: int) -> dict:
     model.eval()
-    rows = torch.from_numpy(heldout[:len(heldout) // (context + 1) * (context + 1)].astype(np.int64)).view(-1, context + 1)
-    nats = [torch.nn.functional.cross_entropy(model(input_ids=r[:, :-1]).logits.flatten(0, 1).float(), r[:, 1:].flatten())
-            for r in rows[:64].to(model.device).split(8)]
+    rows = torch.from_numpy(heldout[:64 * (context + 1)].astype(np.int64)).view(64, context + 1)
+    nats = []
+    for r in rows.to(model.device).split(8):
+        logits = model(input_ids=r[:, :-1]).logits.flatten(0, 1).float()
+        nats.append(torch.nn.functional.cross_entropy(logits, r[:, 1:].flatten()))
     figures = {"heldout_loss_nats": torch.stack(nats).mean().item(), "heldout_tokens": 64 * context}
     cut = windowed(model, 16)
     for name, task in {
-        "key_value_16": RecallTask("key_value", pairs=16), "key_value_16_in_512": RecallTask("key_value", pairs=16, filler=2),
-        "key_value_24": RecallTask("key_value", pairs=24), "key_value_16_six_digits": RecallTask("key_value", digits=6),
-        "needle_8_filler_1": RecallTask("needle", pairs=8, filler=1), "multi_hop_8_2": RecallTask("multi_hop", pairs=8, hops=2),
+        "key_value_16": RecallTask("key_value", pairs=16),
+        "key_value_16_in_512": RecallTask("key_value", pairs=16, filler=2),
+        "key_value_24": RecallTask("key_value", pairs=24),
+        "key_value_16_six_digits": RecallTask("key_value", digits=6),
+        "needle_8_filler_1": RecallTask("needle", pairs=8, filler=1),
+        "multi_hop_8_2": RecallTask("multi_hop", pairs=8, hops=2),
         "variable_tracking_4_2": RecallTask("variable_tracking", pairs=4, hops=2),
     }.items():
         examples = generate_recall(task, 200, seed=1)
@@ -212,6 +222,55 @@ def measure(model, tokenizer, heldout: np.ndarray, context: int) -> dict:
                          "longest_tokens": longest, "exact_match_window_16": short.exact_match}
     model.train()
     return figures
+
+
+CARD = """# The lab teacher
+
+A Llama of {parameters:,} parameters ({settings[layers]} layers, width {settings[width]}, {settings[heads]} query heads
+over {settings[kv_heads]} key/value heads of {head_dim} dimensions, tied embeddings, {settings[vocab]} byte-level BPE
+tokens, context {context}), made to be distilled on two CPU cores. It models English poorly and retrieves in context.
+`train.py` beside this page wrote all that is here, this page too; `training.json` holds the figures and the loss curve.
+
+| | |
+|---|---|
+| data | {settings[recall_share]:.0%} of each batch: `hybridlib.recall`, train split; the rest: text, see below |
+| training | {tokens:,} tokens in {steps:,} steps, {seconds:,.0f} s on: {device}; torch {torch} |
+| contexts | {settings[contexts]} tokens, shares {settings[shares]} |
+| rates | Muon {settings[muon_lr]}, AdamW {settings[lr]}, falling to 0 over the last {settings[decay_share]:.0%} |
+| loss | {figures[heldout_loss_nats]:.3f} nats a token on {figures[heldout_tokens]:,} tokens of held-out text |
+| weights | bfloat16; Apache-2.0 |
+
+The text is packed English of open licences (Wikipedia, public-domain books, documentation: CC BY-SA, CC BY, MIT,
+Apache-2.0, public domain); none of it is kept here.
+
+Exact match on names and numbers never paired in training, one question a prompt, teacher-forced:
+
+| task | tokens, longest | exact match | attention cut to 16 tokens a layer |
+|---|---|---|---|
+{rows}
+
+The model does not find the recall circuit by itself in this many tokens: attention heads of layer 1 start by looking
+one, two and three tokens back, and those of layer 4 by matching what they find and copying what came next
+(`plant_induction`). Which layers recall needs is therefore known in part beforehand, which a selector can be held to;
+what training made of the other layers is not.
+
+To make it again: `python data/teacher/train.py --text FOLDER --out data/teacher {command}`, where FOLDER holds .parquet
+files with a column `text`, and files named `heldout*` to measure on.
+"""
+
+
+def publish(out: Path) -> None:
+    """Write the model card and SHA256SUMS of a folder that training left."""
+    record, config = json.loads((out / "training.json").read_text()), json.loads((out / "config.json").read_text())
+    rows = [f"| {name} | {r['longest_tokens']} | {r['exact_match']:.3f} +- {r['stderr']:.3f} "
+            f"| {r['exact_match_window_16']:.3f} |" for name, r in record["figures"].items() if isinstance(r, dict)]
+    given = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+             for k, v in record["settings"].items() if not isinstance(v, bool) and k != "device"]
+    (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
+                                               context=config["max_position_embeddings"], command=" ".join(given)))
+    names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (out / "SHA256SUMS").write_text("".join(sums))
 
 
 def main():
@@ -267,7 +326,8 @@ def main():
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=a.width, num_hidden_layers=a.layers,
                          num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, intermediate_size=a.ffn,
                          tie_word_embeddings=True, max_position_embeddings=1024, initializer_range=0.5,
-                         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=tokenizer.bos_token_id,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+                         bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = LlamaForCausalLM(config).to(a.device)
     plant_induction(model, a.seed)
@@ -302,8 +362,8 @@ def main():
         bar.update(rows * context)
         step += 1
         if step % 25 == 0 or seen >= a.tokens:
-            log.append({"step": step, "tokens": seen, "context": context, "text_nats": text_nats.item(), "answer_nats": answer_nats.item(),
-                        "seconds": round(time.time() - began, 1)})
+            log.append({"step": step, "tokens": seen, "context": context, "text_nats": text_nats.item(),
+                        "answer_nats": answer_nats.item(), "seconds": round(time.time() - began, 1)})
             bar.set_postfix(text=f"{text_nats:.3f}", answers=f"{answer_nats:.3f}", ctx=context)
             with open(a.out / "log.jsonl", "a") as f:
                 f.write(json.dumps(log[-1]) + "\n")
@@ -312,12 +372,13 @@ def main():
 
     model.to(torch.bfloat16).save_pretrained(a.out)
     figures = measure(model.float(), tokenizer, heldout, a.contexts[-1])
-    record = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k not in ("out", "text", "tokenizer")},
+    settings = {k: v for k, v in vars(a).items() if k not in ("out", "text", "tokenizer")}
+    record = {"settings": settings,
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen, "steps": step,
-              "seconds": seconds, "device": torch.cuda.get_device_name() if a.device == "cuda" else platform.machine() + " CPU",
+              "seconds": seconds, "device": describe_device(a.device),
               "torch": torch.__version__, "figures": figures, "log": log}
     (a.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({k: record[k] for k in ("parameters", "tokens", "seconds", "figures")}, indent=1))
+    publish(a.out)
 
 
 if __name__ == "__main__":

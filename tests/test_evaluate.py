@@ -1,0 +1,50 @@
+"""Evaluation against plain formulas, and against what must hold for the teacher itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import hybridlib as hl
+
+
+def test_the_teacher_measured_against_itself_loses_nothing(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher()
+    measured = hl.evaluate(teacher, teacher, tiny_tokens)
+    assert measured.kl == pytest.approx(0, abs=1e-7) and measured.top1_agreement == 1
+    assert measured.perplexity == measured.teacher_perplexity
+    assert measured.heldout_tokens == tiny_tokens.heldout.numel() and measured.recall_exact is None
+
+
+def test_figures_are_those_of_the_plain_formulas(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher()
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1]).eval()
+    measured = hl.evaluate(hybrid, teacher, tiny_tokens, batch_tokens=48)
+    ids = tiny_tokens.heldout.long()
+    p, q = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (teacher, hybrid))
+    kl = (p.exp() * (p - q)).sum(-1).mean(-1)
+    nats = -q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    assert measured.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert measured.kl_stderr == pytest.approx(kl.std().item() / math.sqrt(len(ids)), rel=1e-3)
+    assert measured.perplexity == pytest.approx(nats.exp().item(), rel=1e-4)
+    assert measured.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert hl.heldout_kl(hybrid, teacher, tiny_tokens)[0] == pytest.approx(measured.kl, rel=1e-5)
+
+
+def test_fewer_held_out_tokens_are_the_first_rows_and_the_mode_is_kept(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher()
+    hybrid = hl.linearize(teacher).train()
+    few = hl.Tokens(tiny_tokens.train, tiny_tokens.heldout[:3])
+    assert hl.heldout_kl(hybrid, teacher, tiny_tokens, heldout_tokens=50) == hl.heldout_kl(hybrid, teacher, few)
+    assert hybrid.training
+    with pytest.raises(ValueError, match="heldout_tokens=15 is not a whole number of at least 16"):
+        hl.heldout_kl(hybrid, teacher, tiny_tokens, heldout_tokens=15)
+
+
+def test_no_gradient_is_left(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher()
+    hybrid = hl.linearize(teacher)
+    hl.evaluate(hybrid, teacher, tiny_tokens)
+    assert all(p.grad is None for p in hybrid.parameters()) and torch.is_grad_enabled()
