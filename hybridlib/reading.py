@@ -41,8 +41,8 @@ def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, words: tuple[str
     a, b : two of the column ``selector``; the claim is that `a` is better.
     words : said where the 95% interval excludes 0, in the direction of the claim and against it.
 
-    One seed in common has no interval, and the sentence says that it cannot tell. Raises ValueError for an unknown
-    name, or a selector that has two rows of one seed.
+    One seed in common, or the same difference on every seed, has no interval, and the sentence says so. Raises
+    ValueError for an unknown name, or a selector that has two rows of one seed.
     """
     check_choice("value", value, tuple(_MEASURES))
     name, unit, better = _MEASURES[value]
@@ -60,6 +60,10 @@ def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, words: tuple[str
     if len(pairs) == 1:
         return f"{claim}: difference {difference} on one seed, and **one seed cannot tell**."
     text = f"{claim}: mean difference {difference} over {len(pairs)} seeds; "
+    if (pairs[a] == pairs[b]).all():
+        return f"{claim}: no difference on any of {len(pairs)} seeds; **cannot be told apart**."
+    if high - low < 1e-9 * abs(mean):  # shares of few prompts can differ by the same step on every seed
+        return text + "**cannot be told apart**: the differences do not vary, which gives no interval."
     if low <= 0 <= high:
         return text + "**cannot be told apart**: the interval of the difference contains 0."
     return text + f"**{words[0] if (mean < 0) == (better == 'lower') else words[1]}**."

@@ -108,5 +108,5 @@ def test_notebook_settings_take_parameters_only():
     assert hl.notebook_settings(namespace) == hl.StudySettings(budget=0.5, seeds=1)
     with pytest.raises(ValueError, match="bugdet=0.5 is no parameter of this notebook; did you mean 'budget'?"):
         hl.notebook_settings({**namespace, "bugdet": 0.5})
-    with pytest.raises(ValueError, match="zzz=1 is no parameter of this notebook; choose among align_tokens"):
+    with pytest.raises(ValueError, match="zzz=1 is no parameter of this notebook; choose among align_learning_rate"):
         hl.notebook_settings({"zzz": 1})

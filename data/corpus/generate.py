@@ -2,7 +2,8 @@
 
     python data/corpus/generate.py --teacher lab --out data/corpus --tokens 3e6 --seed 0
 
-Text is sampled from the teacher, many documents at a time, each from the end-of-text token on. Recall documents come
+Text is sampled from the teacher, many documents at a time, each from a capitalised word on that is drawn evenly: from
+the end-of-text token on, the lab teacher would mostly write recall tasks, as it was trained to. Recall documents come
 from `hybridlib.recall`; those of the held-out split hold only pairs that no training document holds. Writes
 lab.parquet (columns text, split, kind) and manifest.json (what made it). A run that was cut short goes on where it
 stopped when it is called again with the same settings.
@@ -65,8 +66,9 @@ class Room(DynamicLayer):
 
 
 @torch.no_grad()
-def sample(model, end: int, count: int, length: int, generator, *, top_p: float, top_k: int, temperature: float, bar):
-    """`count` documents of at most `length` token ids, each from the token `end` on, which is left out.
+def sample(model, starts: list[int], end: int, count: int, length: int, generator, *, top_p: float, top_k: int,
+           temperature: float, bar):
+    """`count` documents of at most `length` token ids: a first token out of `starts`, then the model's, up to `end`.
 
     Tokens are drawn from the `top_k` likeliest, of them from those that make up `top_p` of the probability.
     """
@@ -75,8 +77,9 @@ def sample(model, end: int, count: int, length: int, generator, *, top_p: float,
     cache.layers = layers
     out = torch.full((count, length), end, device=device)
     alive = torch.arange(count, device=device)  # the documents that the rows of the batch write
-    last = torch.full((count, 1), end, device=device)
-    for step in range(length):
+    last = torch.tensor(starts)[torch.randint(len(starts), (count, 1), generator=generator)].to(device)
+    out[:, :1] = last
+    for step in range(1, length):
         logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1].float() / temperature
         total = logits.logsumexp(-1, keepdim=True)
         best, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
@@ -109,10 +112,12 @@ def sample_text(teacher, settings: dict, tokens: int, progress: Path) -> list[st
     write(progress, "".join(line + "\n" for line in lines))
     tokenizer, done = teacher.tokenizer, sum(batch["tokens"] for batch in batches)
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    starts = [i for i, word in enumerate(words) if re.fullmatch(r" [A-Z][a-z]{2,}", word)]
     with tqdm(total=tokens, initial=done, unit="tok", unit_scale=True, mininterval=5) as bar:
         while done < tokens:
             generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + len(batches))
-            rows = sample(teacher.model, end, settings["batch"], settings["document_tokens"], generator, bar=bar,
+            rows = sample(teacher.model, starts, end, settings["batch"], settings["document_tokens"], generator, bar=bar,
                           **{k: settings[k] for k in ("top_p", "top_k", "temperature")})
             rows = [row for row in rows if len(row) >= SHORTEST]
             texts = [text.strip() for text in tokenizer.batch_decode(rows)]

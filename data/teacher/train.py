@@ -249,13 +249,14 @@ Exact match on names and numbers never paired in training, one question a prompt
 |---|---|---|---|
 {rows}
 
-The model does not find the recall circuit by itself in this many tokens: attention heads of layer 1 start by looking
-one, two and three tokens back, and those of layer 4 by matching what they find and copying what came next
-(`plant_induction`). Which layers recall needs is therefore known in part beforehand, which a selector can be held to;
-what training made of the other layers is not.
+The recall circuit is not left to chance in so short a training: attention heads of layer 1 start by looking one, two
+and three tokens back, and those of layer 4 by matching what they find and copying what came next (`plant_induction`);
+all of it is free to change. Which layers recall needs is therefore known in part beforehand, which a selector can be
+held to; what training made of the other layers is not.
 
-To make it again: `python data/teacher/train.py --text FOLDER --out data/teacher {command}`, where FOLDER holds .parquet
-files with a column `text`, and files named `heldout*` to measure on.
+To make it again, where FOLDER holds .parquet files with a column `text`, and files named `heldout*` to measure on:
+
+    python data/teacher/train.py --text FOLDER --out data/teacher {command}
 """
 
 
@@ -264,8 +265,11 @@ def publish(out: Path) -> None:
     record, config = json.loads((out / "training.json").read_text()), json.loads((out / "config.json").read_text())
     rows = [f"| {name} | {r['longest_tokens']} | {r['exact_match']:.3f} +- {r['stderr']:.3f} "
             f"| {r['exact_match_window_16']:.3f} |" for name, r in record["figures"].items() if isinstance(r, dict)]
-    given = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
-             for k, v in record["settings"].items() if not isinstance(v, bool) and k != "device"]
+    def spelled(v):
+        return "" if v is True else " " + " ".join(map(str, v if isinstance(v, list) else [v]))
+
+    given = [f"--{k.replace('_', '-')}{spelled(v)}"
+             for k, v in record["settings"].items() if v is not False and k != "device"]
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
                                                context=config["max_position_embeddings"], command=" ".join(given)))
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -308,7 +312,7 @@ def main():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(a.tokenizer)
     else:
         tokenizer = learn_tokenizer(texts[:1500], a.vocab, a.seed)
-        tokenizer.save_pretrained(a.out)
+    tokenizer.save_pretrained(a.out)
     def pack(docs):
         return np.concatenate([np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16)
                                for i in range(0, len(docs), 64)

@@ -1,0 +1,141 @@
+"""The notebooks: sources without outputs, parameters that are the study's, refusals, and a run of each."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from conftest import NOTEBOOKS, ROOT
+
+from hybridlib import Ledger, StudySettings, budget_layers
+
+PROFILES = ("smoke", "cpu", "gpu", "paper")
+NAMES = [field.name for field in fields(StudySettings)]
+SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
+RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
+
+
+def code_cells(name):
+    return [cell for cell in SOURCES[name].cells if cell.cell_type == "code"]
+
+
+def parameters_cell(name):
+    cells = [cell for cell in SOURCES[name].cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    return cells[0]
+
+
+def profile(name):
+    return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def run_head(name, **parameters):
+    """The notebook as far as its settings, with `parameters` injected as papermill does it; its variables."""
+    namespace = {"__name__": "__main__"}
+    exec(parameters_cell(name).source, namespace)
+    namespace.update(parameters)
+    setup = code_cells(name)[1].source
+    exec(setup[:setup.index("study = ")], namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_source_has_no_outputs_and_reads_in_ten_to_twenty_short_cells(name):
+    notebook = SOURCES[name]
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and "papermill" not in notebook.metadata
+    assert 10 <= len(notebook.cells) <= 20
+    assert all(re.fullmatch(r"[a-z-]+", cell.id) for cell in notebook.cells)
+    for cell in code_cells(name):
+        assert not cell.outputs and cell.execution_count is None
+        tree = ast.parse(cell.source)
+        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.For))]
+        assert cell is parameters_cell(name) or len(cell.source.splitlines()) <= 14
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
+    cell = parameters_cell(name)
+    lines = ast.parse(cell.source).body
+    assert all(isinstance(line, ast.AnnAssign) for line in lines)
+    assert [line.target.id for line in lines] == NAMES
+    assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
+    assert code_cells(name)[0] is cell
+    assert run_head(name)["settings"].seeds >= 2
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
+    values = profile(name)
+    assert list(values) == NAMES
+    StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
+
+
+def test_there_are_four_profiles_and_four_notebooks():
+    assert {path.stem for path in (ROOT / "notebooks" / "profiles").iterdir()} == set(PROFILES)
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_bad_parameter_is_refused_before_any_compute(name):
+    with pytest.raises(ValueError, match=r"^bugdet=0.5 is no parameter of this notebook; did you mean 'budget'\?$"):
+        run_head(name, bugdet=0.5)
+    with pytest.raises(ValueError, match="^budget=0 is not a count"):
+        run_head(name, budget=0)
+    with pytest.raises(ValueError, match="^budget=1.5 is not a share"):
+        run_head(name, budget=1.5)
+    with pytest.raises(ValueError, match="^mixer='mamba'"):
+        run_head(name, mixer="mamba")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_commands_that_a_notebook_shows_name_what_exists(name):
+    text = "\n".join(cell.source for cell in SOURCES[name].cells if cell.cell_type == "markdown")
+    commands = re.findall(r"^papermill (\S+) out\.ipynb -f (\S+) -p (\w+) (\S+)$", text, re.MULTILINE)
+    assert len(commands) >= 2
+    for source, settings, parameter, _ in commands:
+        assert (ROOT / source).is_file() and (ROOT / settings).is_file() and parameter in NAMES
+    keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
+    cited = [key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")]
+    assert cited and set(cited) <= set(keys)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_run_shows_figures_tables_and_a_verdict_from_its_records(name, executed_notebooks):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[name], as_version=4).cells}
+    outputs = [output for cell in cells.values() for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    shown = [output.data for output in outputs if "data" in output]
+    assert sum("image/svg+xml" in data for data in shown) >= 4
+    assert sum("text/html" in data for data in shown) >= 3
+    verdict = "".join(cells["verdict"].outputs[0].data["text/markdown"])
+    assert "**GDN probe** against" in verdict if name == "gdn_to_gla" else "**GA-S2** against" in verdict
+    assert any(result in verdict for result in RESULTS) and "over 2 seeds" in verdict
+
+
+def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):
+    found = [(r.kind, r.parameters.get("mixer")) for r in Ledger(smoke_results)]
+    seeds = smoke_profile["seeds"]
+    assert found.count(("align", "gdn")) == found.count(("align", "gla")) == seeds
+    assert found.count(("score", "gdn")) == 4 * seeds  # added, removed, and two stage-1 errors
+    assert found.count(("score", "gla")) == seeds
+
+
+def test_the_command_line_of_the_readme_runs_with_another_budget(executed_notebooks, smoke_results, tmp_path):
+    before = {r.key for r in Ledger(smoke_results)}
+    command = [Path(sys.executable).with_name("papermill"), "--no-progress-bar", "-k", "python3",
+               "notebooks/importance_scoring.ipynb", tmp_path / "out.ipynb", "-f", "notebooks/profiles/smoke.yaml",
+               "-p", "budget", "0.5", "-p", "results", smoke_results]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    added = [r for r in Ledger(smoke_results) if r.key not in before]
+    depth = len(next(r for r in Ledger(smoke_results) if r.kind == "align").metrics["heldout_error"])
+    assert {r.kind for r in added} == {"hybrid"}
+    assert {len(r.parameters["layers"]) for r in added} == {budget_layers(0.5, depth)}
