@@ -117,8 +117,8 @@ def sample_text(teacher, settings: dict, tokens: int, progress: Path) -> list[st
     with tqdm(total=tokens, initial=done, unit="tok", unit_scale=True, mininterval=5) as bar:
         while done < tokens:
             generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + len(batches))
-            rows = sample(teacher.model, starts, end, settings["batch"], settings["document_tokens"], generator, bar=bar,
-                          **{k: settings[k] for k in ("top_p", "top_k", "temperature")})
+            rows = sample(teacher.model, starts, end, settings["batch"], settings["document_tokens"], generator,
+                          bar=bar, **{k: settings[k] for k in ("top_p", "top_k", "temperature")})
             rows = [row for row in rows if len(row) >= SHORTEST]
             texts = [text.strip() for text in tokenizer.batch_decode(rows)]
             kept = [i for i, text in enumerate(texts)
