@@ -21,6 +21,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTHON      ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
                  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+ifeq ($(wildcard notebooks/profiles/$(PROFILE).yaml),)
+$(error PROFILE=$(PROFILE) is unknown; choose one of $(basename $(notdir $(wildcard notebooks/profiles/*.yaml))))
+endif
+
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from importlib import metadata
@@ -20,6 +21,7 @@ from hybridlib.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "cpu", "gpu", "paper")
+RECORD = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.json")  # students are saved below results too, with JSON of their own
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "datasets", "papermill", "jupyter-book")
 
 
@@ -53,7 +55,7 @@ def card(path: Path) -> str:
 def records() -> str:
     """For each folder of records: how many of each kind, on what device, with which versions and code."""
     results = ROOT / "data" / "results"
-    folders = sorted({path.parent for path in results.rglob("*.json")}) if results.is_dir() else []
+    folders = sorted({path.parent for path in results.rglob("*.json") if RECORD.fullmatch(path.name)})
     parts = []
     for folder in folders:
         found = list(Ledger(folder))

@@ -3,17 +3,16 @@
 A mixer is called as a transformers decoder layer calls its ``self_attn`` and holds a state of fixed size,
 (heads, key_dim, value_dim), whatever the length of the context.
 
-==========================  =====================================================================================
-paper                       here
-==========================  =====================================================================================
-q_t, k_t, v_t               ``q_proj``, ``k_proj``, ``v_proj``; grouped key/value heads are expanded to one a head
-alpha_t (GDN, one a head)   ``exp(log_decay)``, log_decay = -exp(A_log) * softplus(a_proj(x) + dt_bias)
-alpha_t (GLA, one a key     ``exp(log_decay)``, log_decay = logsigmoid(decay_proj(x)) / 16, decay_proj of rank 16
-dimension)
-beta_t                      ``beta`` = sigmoid(b_proj(x))
-S_t                         ``state``
-output norm and gate        ``o_norm`` (RMSNorm over each head) times silu(``g_proj(x)``)
-==========================  =====================================================================================
+===================  ============================================================================================
+paper                here
+===================  ============================================================================================
+q_t, k_t, v_t        ``q_proj``, ``k_proj``, ``v_proj``; grouped key/value heads are expanded to one a head
+alpha_t, GDN         ``exp(log_decay)``, one a head: log_decay = -exp(A_log) * softplus(a_proj(x) + dt_bias)
+alpha_t, GLA         ``exp(log_decay)``, one a key dimension: log_decay = logsigmoid(decay_proj(x)) / 16, of rank 16
+beta_t               ``beta`` = sigmoid(b_proj(x))
+S_t                  ``state``
+output norm, gate    ``o_norm`` (RMSNorm over each head) times silu(``g_proj(x)``)
+===================  ============================================================================================
 """
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ KV_TRANSFERS = ("repeat_heads", "repeat_rows")
 
 
 class _Mixer(nn.Module):
-    """Projections, output norm and gate that both mixers share; a subclass gives `mix`."""
+    """Projections, output norm and gate that both mixers share; a subclass gives `mix`.
+
+    Attribute `backend` names the kernel to run, ``"auto"`` unless it is set; see `hybridlib.kernels`.
+    """
 
     def __init__(self, config, layer_idx: int):
         super().__init__()

@@ -9,10 +9,11 @@ from .checks import check_choice, check_int
 from .hybrid import check_layers
 from .importance import LayerScores
 
-__all__ = ["SELECTORS", "budget_layers", "select"]
+__all__ = ["SCORES_NEEDED", "SELECTORS", "budget_layers", "select"]
 
 SELECTORS = ("ga-s2", "gr-s2", "ga-s1", "avg", "uniform", "random", "manual")
-_NEEDS = {"ga-s2": ("add", "kl"), "gr-s2": ("remove", "kl"), "ga-s1": ("add", "mse")}
+SCORES_NEEDED = {"ga-s2": (("add", "kl"),), "gr-s2": (("remove", "kl"),), "ga-s1": (("add", "mse"),),
+                 "avg": (("add", "kl"), ("remove", "kl"))}  # direction and metric, as `score_layers` takes them
 
 
 def budget_layers(budget: float | int, num_layers: int) -> int:
@@ -66,15 +67,12 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         return tuple((2 * i + 1) * num_layers // (2 * count) for i in range(count))
     if name == "random":
         return tuple(sorted(random.Random(seed).sample(range(num_layers), count)))
-    if name == "avg":
-        order = _mean_rank(_of_kind("avg", "ga-s2", given), _of_kind("avg", "gr-s2", given))
-    else:
-        order = _of_kind(name, name, given).ranking
+    found = [_of_kind(name, *kind, given) for kind in SCORES_NEEDED[name]]
+    order = _mean_rank(*found) if name == "avg" else found[0].ranking
     return tuple(sorted(order[:count]))
 
 
-def _of_kind(selector, kind, given):
-    direction, metric = _NEEDS[kind]
+def _of_kind(selector, direction, metric, given):
     for scores in given:
         if (scores.direction, scores.metric) == (direction, metric):
             return scores

@@ -25,15 +25,12 @@ from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import MIXERS
 from .recall import RecallTask
-from .selection import budget_layers, select
+from .selection import SCORES_NEEDED, budget_layers, select
 from .teachers import Teacher, load_teacher
 
 __all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
 
 logger = logging.getLogger(__name__)
-
-_NEEDS = {"ga-s2": [("add", "kl")], "gr-s2": [("remove", "kl")], "ga-s1": [("add", "mse")],
-          "avg": [("add", "kl"), ("remove", "kl")]}
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class StudySettings:
     budget : share (float) or count (int) of softmax layers.
     seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
     batch_tokens : tokens a step.
-    heldout_tokens : held-out tokens to measure on.
+    heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
     align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
     recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -60,17 +57,17 @@ class StudySettings:
     mixer: str = "gdn"
     corpus: str = "lab"
     context: int = 256
-    align_tokens: int = 131_072
-    score_tokens: int = 16_384
-    match_tokens: int = 65_536
+    align_tokens: int = 65_536
+    score_tokens: int = 8_192
+    match_tokens: int = 24_576
     budget: float | int = 0.25
     seeds: int = 3
-    batch_tokens: int = 2048
-    heldout_tokens: int = 16_384
-    align_learning_rate: float = 1e-3
-    match_learning_rate: float = 1e-4
+    batch_tokens: int = 1_024
+    heldout_tokens: int = 8_192
+    align_learning_rate: float = 1e-2
+    match_learning_rate: float = 3e-4
     mixer_learning_rate: float = 1e-3
-    recall_pairs: int = 8
+    recall_pairs: int = 16
     device: str = "auto"
     results: str = ""
     recompute: bool = False
@@ -133,7 +130,7 @@ class Study:
         self.settings = settings or StudySettings()
         folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
         self.ledger = Ledger(folder, device=str(check_device(self.settings.device)))
-        self._tokens: dict[int, Tokens] = {}
+        self._tokens: dict[tuple[int, int], Tokens] = {}
         self._done: set[str] = set()
         limit = self.teacher.model.config.max_position_embeddings
         if self.settings.context > limit:
@@ -152,14 +149,24 @@ class Study:
     def seeds(self) -> range:
         return range(self.settings.seeds)
 
-    def tokens(self, seed: int) -> Tokens:
-        """The corpus in the order of `seed`."""
-        if seed not in self._tokens:
-            s = self.settings
-            self._tokens[seed] = load_tokens(s.corpus, self.teacher.tokenizer, s.context, seed,
-                                             max_tokens=max(s.align_tokens, s.match_tokens, s.score_tokens),
-                                             heldout_tokens=s.heldout_tokens)
-        return self._tokens[seed]
+    def tokens(self, seed: int, num_tokens: int, part: str = "test") -> Tokens:
+        """Rows for `num_tokens` tokens of training in the order of `seed`, and one part of the held-out rows.
+
+        Layers are scored on the ``"score"`` part and hybrids are measured on the ``"test"`` part, so that a choice is
+        never judged by the rows it was made on.
+        """
+        s = self.settings
+        key = seed, max(num_tokens, s.context)
+        if key not in self._tokens:
+            self._tokens[key] = load_tokens(s.corpus, self.teacher.tokenizer, s.context, seed, max_tokens=key[1],
+                                            heldout_tokens=2 * s.heldout_tokens)
+        whole = self._tokens[key]
+        half = len(whole.heldout) // 2
+        if half == 0:
+            raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of {s.context} tokens; "
+                             "use a shorter context or a larger corpus")
+        rows = whole.heldout[:half] if part == "score" else whole.heldout[half:2 * half]
+        return Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
 
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
@@ -167,7 +174,7 @@ class Study:
         folder = self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
 
         def compute():
-            teacher, tokens = self.teacher.model, self.tokens(seed)
+            teacher, tokens = self.teacher.model, self.tokens(seed, self.settings.align_tokens, "score")
             student = linearize(teacher, mixer, seed=seed, teacher_name=self.teacher.name,
                                 teacher_revision=self.teacher.revision)
             before = score_layers(student, teacher, tokens, metric="mse")
@@ -197,16 +204,16 @@ class Study:
             parameters |= {"normalize": normalize}
 
         def compute():
-            return score_layers(self.aligned(mixer, seed), self.teacher.model, self.tokens(seed), direction=direction,
-                                metric=metric, num_tokens=s.score_tokens, settings=settings,
-                                normalize=normalize).to_dict()
+            return score_layers(self.aligned(mixer, seed), self.teacher.model,
+                                self.tokens(seed, s.score_tokens, "score"), direction=direction, metric=metric,
+                                num_tokens=s.score_tokens, settings=settings, normalize=normalize).to_dict()
 
         return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
 
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, normalize: bool = True) -> tuple[int, ...]:
         """The layers that `selector` keeps under the study's budget, scored with `mixer` (the study's, if None)."""
         mixer = mixer or self.settings.mixer
-        scores = [self.scores(mixer, seed, *kind, normalize=normalize) for kind in _NEEDS.get(selector, ())]
+        scores = [self.scores(mixer, seed, *kind, normalize=normalize) for kind in SCORES_NEEDED.get(selector, ())]
         return select(selector, self.settings.budget, scores=scores, num_layers=self.num_layers, seed=seed)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
@@ -219,8 +226,9 @@ class Study:
 
         def compute():
             hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
-            history = match(hybrid, self.teacher.model, self.tokens(seed), s.match_tokens, settings=settings)
-            measured = evaluate(hybrid, self.teacher.model, self.tokens(seed), recall=self._recall)
+            tokens = self.tokens(seed, s.match_tokens)
+            history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings)
+            measured = evaluate(hybrid, self.teacher.model, tokens, recall=self._recall)
             return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
                     "tokens": history.tokens[-1], "train_seconds": history.seconds}
 
@@ -232,7 +240,7 @@ class Study:
         parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
                       "context": s.context, "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
         return self._run("teacher", parameters, lambda: evaluate(
-            self.teacher.model, self.teacher.model, self.tokens(0), recall=self._recall).metrics())
+            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self._recall).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
         """Distil every selection; one row a selection and seed: ``selector``, ``seed``, ``layers`` and the metrics.
@@ -260,8 +268,8 @@ class Study:
         s = self.settings
         settings = AlignSettings(batch_tokens=s.batch_tokens, learning_rate=s.align_learning_rate)
         return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
-                "corpus": s.corpus, "data": self.tokens(seed).fingerprint, "context": s.context,
-                "num_tokens": s.align_tokens, "settings": _plain(settings)}, settings
+                "corpus": s.corpus, "data": self.tokens(seed, s.align_tokens, "score").fingerprint,
+                "context": s.context, "num_tokens": s.align_tokens, "settings": _plain(settings)}, settings
 
     def _run(self, kind, parameters, compute, missing=False) -> Record:
         path = str(self.ledger.path(kind, parameters))
