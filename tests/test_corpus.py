@@ -244,23 +244,23 @@ def test_sampled_tokens_are_among_the_likeliest_of_a_full_forward(teacher):
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
     with torch.no_grad():  # so that documents end at very different lengths, and rows are dropped from the cache
         model.lm_head.weight[END] = 2.0 * model.lm_head.weight[CHARACTERS.index("e")]
-    rows = generator().sample(model, END, 24, 40, torch.Generator().manual_seed(0), top_p=1.0, top_k=5, temperature=1.0,
-                              bar=NoBar())
+    rows = generator().sample(model, [3, 5], END, 24, 40, torch.Generator().manual_seed(0), top_p=1.0, top_k=5,
+                              temperature=1.0, bar=NoBar())
     assert len({len(row) for row in rows}) > 4
+    assert {row[0] for row in rows} == {3, 5}
     for row in rows:
-        written = row if len(row) == 40 else [*row, END]
+        written = row[1:] if len(row) == 40 else [*row[1:], END]
         with torch.no_grad():
-            logits = model(torch.tensor([[END, *written[:-1]]])).logits[0] if len(written) > 1 else \
-                model(torch.tensor([[END]])).logits[0]
+            logits = model(torch.tensor([[row[0], *written[:-1]]])).logits[0]
         fifth = logits.topk(5).values[:, -1]
         assert (logits[torch.arange(len(written)), torch.tensor(written)] >= fifth - 1e-4).all()
 
 
 def test_a_narrow_nucleus_is_greedy(teacher):
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
-    rows = generator().sample(model, END, 2, 30, torch.Generator().manual_seed(0), top_p=1e-6, top_k=9, temperature=1.0,
-                              bar=NoBar())
-    greedy = model.generate(torch.tensor([[END]]), max_new_tokens=30, do_sample=False)[0, 1:].tolist()
+    rows = generator().sample(model, [7], END, 2, 30, torch.Generator().manual_seed(0), top_p=1e-6, top_k=9,
+                              temperature=1.0, bar=NoBar())
+    greedy = model.generate(torch.tensor([[7]]), max_new_tokens=29, do_sample=False)[0].tolist()
     greedy = greedy[:greedy.index(END)] if END in greedy else greedy
     assert rows == [greedy, greedy]
 

@@ -114,6 +114,7 @@ def sample_text(teacher, settings: dict, tokens: int, progress: Path) -> list[st
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     words = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     starts = [i for i, word in enumerate(words) if re.fullmatch(r" [A-Z][a-z]{2,}", word)]
+    starts = starts or [i for i in range(len(words)) if i != end]  # a tokenizer without whole words
     with tqdm(total=tokens, initial=done, unit="tok", unit_scale=True, mininterval=5) as bar:
         while done < tokens:
             generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + len(batches))
