@@ -55,6 +55,8 @@ class _HybridModel:
         return self.model(**self._inputs(input_ids, None, None, {})).last_hidden_state
 
     def _inputs(self, input_ids, attention_mask, inputs_embeds, kwargs):
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values was given, but hybrids keep no cache yet; generate with use_cache=False")
         if attention_mask is not None and not bool(attention_mask.all()):
             kwargs["padding_mask"] = attention_mask
         if self.config.model_type in ("hybrid_qwen2", "hybrid_qwen3"):  # they look masks up by the layer's type

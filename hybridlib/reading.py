@@ -177,7 +177,7 @@ def about(frame: pd.DataFrame, notebook: str) -> str:
     """One sentence on what `recorded` found, or, if that is nothing, on the command that makes the records."""
     if frame.empty:
         return ("No GPU record of this experiment is committed yet. On a machine with a GPU, this makes them: "
-                f"`papermill notebooks/{notebook}.ipynb out.ipynb -f notebooks/profiles/gpu.yaml`.")
+                f"`papermill notebooks/{notebook}.ipynb out.ipynb -f notebooks/profiles/gpu.yaml -p corpus FOLDER`.")
     row, seeds = frame.iloc[0], frame["seed"].nunique()
     return (f"Teacher **{row['teacher']}**, {row['kept']} of {row['num_layers']} layers softmax, the others "
             f"**{row['mixer']}**; {row['align_tokens']:,} tokens of stage 1, {row['match_tokens']:,} of stage 2, "

@@ -10,6 +10,7 @@ import difflib
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -123,7 +124,8 @@ class Study:
     """The steps of the paper under one `StudySettings`, each a record in `ledger`.
 
     Asking twice for the same step, in this notebook or another, computes it once. With ``recompute=True`` each step is
-    computed once again in this object's life. Aligned students are kept beside the records, in ``models/``.
+    computed once again in this object's life. Aligned students are kept beside the records, in ``models/``, and so is
+    the checkpoint of a run that is longer than `checkpoint_every` tokens: asked for again, a killed run goes on there.
     """
 
     def __init__(self, settings: StudySettings | None = None):
@@ -178,7 +180,9 @@ class Study:
             student = linearize(teacher, mixer, seed=seed, teacher_name=self.teacher.name,
                                 teacher_revision=self.teacher.revision)
             before = score_layers(student, teacher, tokens, metric="mse")
-            history = align(student, teacher, tokens, self.settings.align_tokens, settings=settings)
+            with self._checkpoint("align", parameters, self.settings.align_tokens, settings) as checkpoint:
+                history = align(student, teacher, tokens, self.settings.align_tokens, settings=settings,
+                                checkpoint=checkpoint)
             after = score_layers(student, teacher, tokens, metric="mse")
             measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,7 +231,9 @@ class Study:
         def compute():
             hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
             tokens = self.tokens(seed, s.match_tokens)
-            history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings)
+            with self._checkpoint("hybrid", parameters, s.match_tokens, settings) as checkpoint:
+                history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings,
+                                checkpoint=checkpoint)
             measured = evaluate(hybrid, self.teacher.model, tokens, recall=self._recall)
             return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
                     "tokens": history.tokens[-1], "train_seconds": history.seconds}
@@ -270,6 +276,13 @@ class Study:
         return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
                 "corpus": s.corpus, "data": self.tokens(seed, s.align_tokens, "score").fingerprint,
                 "context": s.context, "num_tokens": s.align_tokens, "settings": _plain(settings)}, settings
+
+    @contextmanager
+    def _checkpoint(self, kind, parameters, num_tokens, settings):
+        """Where a run longer than one checkpoint interval saves its state; gone when it has ended well."""
+        path = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
+        yield path if num_tokens > settings.checkpoint_every else None
+        path.unlink(missing_ok=True)
 
     def _run(self, kind, parameters, compute, missing=False) -> Record:
         path = str(self.ledger.path(kind, parameters))

@@ -121,8 +121,6 @@ def test_foreign_and_truncated_checkpoints_are_refused(teacher, tiny_tokens, tmp
 
 def test_a_full_disk_keeps_the_checkpoint_before(teacher, tiny_tokens, tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
-    path.write_bytes(b"")
-    path.unlink()
     hl.match(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=MATCH, checkpoint=path)
     before = path.read_bytes()
 

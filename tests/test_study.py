@@ -53,6 +53,31 @@ def test_recompute_runs_each_step_once_more_with_the_same_numbers(small_study):
     assert after.started > before.started
 
 
+@pytest.mark.parametrize("stage", ["align", "hybrid"])
+def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkeypatch, stage):
+    every = dict(checkpoint_every=64)
+    monkeypatch.setattr(study_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
+    monkeypatch.setattr(study_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
+    whole = small_study(results=str(tmp_path / "whole")).hybrid([1])
+    rows, left = hl.Tokens.rows, [3 if stage == "align" else 4 + 1]  # training steps until the kill; align takes 4
+
+    def killed(tokens, position, count):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return rows(tokens, position, count)
+
+    monkeypatch.setattr(hl.Tokens, "rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small_study().hybrid([1])
+    models = small_study().ledger.folder / "models"
+    assert [p.name[:len(stage)] for p in models.glob("*.checkpoint")] == [stage]
+    monkeypatch.setattr(hl.Tokens, "rows", rows)
+    again = small_study().hybrid([1])
+    assert again.metrics["loss"] == whole.metrics["loss"] and again.metrics["kl"] == whole.metrics["kl"]
+    assert not list(models.glob("*.checkpoint"))
+
+
 def test_a_lost_model_is_made_again(small_study):
     study = small_study()
     study.aligned("gdn", 0)
