@@ -61,10 +61,10 @@ class _Mixer(nn.Module):
         """
         q, k, v = (self._heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         o = self.mix(hidden_states, q, k, v, padding_mask)  # (batch, time, heads, head_dim)
         gate = F.silu(self._heads(self.g_proj(hidden_states)))
-        return self.o_proj((self.o_norm(o) * gate).flatten(2)), None
+        return self.o_proj((_normed(self.o_norm, o) * gate).flatten(2)), None
 
     def _heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))  # (batch, time, heads * dim) -> (.., heads, dim)
@@ -165,6 +165,11 @@ def build_mixer(name: str, config, layer_idx: int) -> _Mixer:
     """A mixer of one layer by name, ``"gdn"`` or ``"gla"``. Raises ValueError if the name is unknown."""
     check_choice("mixer", name, tuple(MIXERS))
     return MIXERS[name](config, layer_idx)
+
+
+def _normed(norm, x):
+    """`norm` of `x` in the norm's own precision, which under autocast is wider than that of `x`."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def _init_linear(linear, generator):

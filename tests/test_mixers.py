@@ -62,6 +62,18 @@ def test_a_mixer_is_causal(mixer_and_input, name):
     assert (a[:, 6:] - b[:, 6:]).abs().min() > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["gdn", "gla"])
+def test_half_precision_stays_near_float32(tiny_teacher, name, family, recwarn):
+    mixer = hl.linearize(tiny_teacher(family), name, seed=3).model.layers[1].self_attn
+    x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
+    expected = mixer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mixer(x)[0]
+    assert got.dtype == torch.bfloat16 and (got - expected).norm() / expected.norm() < 2e-2
+    assert not [w for w in recwarn if "dtype" in str(w.message)]
+
+
 def test_the_same_seed_gives_the_same_student_and_another_seed_other_gates(tiny_teacher):
     a, b, c = (hl.linearize(tiny_teacher(), seed=s).state_dict() for s in (1, 1, 2))
     assert all(torch.equal(a[k], b[k]) for k in a)

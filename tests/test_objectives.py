@@ -44,6 +44,19 @@ def test_kl_from_hidden_has_the_value_and_gradients_of_the_plain_formula(tempera
         assert (a - b).norm() / b.norm() < 1e-5
 
 
+def test_kl_from_hidden_in_half_precision_stays_near_float32():
+    g = torch.Generator().manual_seed(0)
+    teacher_hidden, teacher_head = torch.randn(2, 50, 16, generator=g), torch.randn(97, 16, generator=g) / 4
+    inputs = [torch.randn(*s, generator=g).requires_grad_() for s in ((2, 50, 16), (97, 16))]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = hl.kl_from_hidden(teacher_hidden, teacher_head, *inputs)
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    for exact, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32 and (half - exact).norm() / exact.norm() < 2e-2
+
+
 def test_alignment_loss_is_error_over_power():
     teacher = torch.tensor([[[3.0, 4.0]]])  # mean square 12.5
     assert hl.alignment_loss(teacher + 1, teacher).item() == pytest.approx(1 / 12.5)
