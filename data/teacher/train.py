@@ -249,15 +249,19 @@ Exact match on names and numbers never paired in training, one question a prompt
 |---|---|---|---|
 {rows}
 
-The recall circuit is not left to chance in so short a training: attention heads of layer 1 start by looking one, two
-and three tokens back, and those of layer 4 by matching what they find and copying what came next (`plant_induction`);
-all of it is free to change. Which layers recall needs is therefore known in part beforehand, which a selector can be
-held to; what training made of the other layers is not.
+{start}
 
 To make it again, where FOLDER holds .parquet files with a column `text`, and files named `heldout*` to measure on:
 
     python data/teacher/train.py --text FOLDER --out data/teacher {command}
 """
+
+PLANTED = """\
+The recall circuit is not left to chance in so short a training: attention heads of layer 1 start by looking one, two
+and three tokens back, and those of layer 4 by matching what they find and copying what came next (`plant_induction`);
+all of it is free to change. Which layers recall needs is therefore known in part beforehand, which a selector can be
+held to; what training made of the other layers is not."""
+UNPLANTED = "All weights started at random."
 
 
 def publish(out: Path) -> None:
@@ -269,9 +273,12 @@ def publish(out: Path) -> None:
         return "" if v is True else " " + " ".join(map(str, v if isinstance(v, list) else [v]))
 
     given = [f"--{k.replace('_', '-')}{spelled(v)}"
-             for k, v in record["settings"].items() if v is not False and k != "device"]
+             for k, v in record["settings"].items() if v is not False and k not in ("device", "plant")]
+    planted = record["settings"].get("plant", True)
+    given += [] if planted else ["--no-plant"]
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
-                                               context=config["max_position_embeddings"], command=" ".join(given)))
+                                               context=config["max_position_embeddings"], command=" ".join(given),
+                                               start=PLANTED if planted else UNPLANTED))
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (out / "SHA256SUMS").write_text("".join(sums))
@@ -302,7 +309,10 @@ def main():
     ap.add_argument("--compile", action="store_true", help="torch.compile the loss")
     ap.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--plant", action=argparse.BooleanOptionalAction, default=True, help="start with a recall circuit")
     a = ap.parse_args()
+    if a.plant and (a.heads < 3 or a.layers < 5):
+        ap.error(f"--heads {a.heads} --layers {a.layers}: planting needs 3 heads and 5 layers, or give --no-plant")
     torch.manual_seed(a.seed)
     a.out.mkdir(parents=True, exist_ok=True)
 
@@ -333,8 +343,10 @@ def main():
                          rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
                          bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = LlamaForCausalLM(config).to(a.device)
-    plant_induction(model, a.seed)
+    model = LlamaForCausalLM(config)
+    if a.plant:
+        plant_induction(model, a.seed)
+    model.to(a.device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=a.muon_lr, weight_decay=0.01),
