@@ -221,7 +221,7 @@ def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn
         settings.pop(key, None)
     settings["layer_types"] = [SOFTMAX if l in layers else kind for l, kind in enumerate(student.config.layer_types)]
     hybrid = _empty(type(student), settings, student)
-    for l, kind in enumerate(hybrid.config.layer_types):
+    for l in range(hybrid.config.num_hidden_layers):
         source = teacher if l in layers else student
         hybrid.model.layers[l].self_attn.load_state_dict(source.model.layers[l].self_attn.state_dict())
     return hybrid.train()
