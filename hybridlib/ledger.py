@@ -213,13 +213,14 @@ def describe_device(device: str = "auto") -> str:
 def code_commit(records: str | Path | None = None) -> str | None:
     """The git commit of this package's code, with ``+dirty`` if any file of the checkout differs from it.
 
-    Files below `records` do not count: a record just written must not mark the next one. None if git is missing or
-    the package is not under version control (an installed copy that happens to lie in someone's checkout is not).
+    Files below `records` do not count: a record just written must not mark the next one. In an unpacked
+    ``git archive`` it is the commit that git wrote into ``.git_archival.txt``. None if git is missing or the package
+    is not under version control (an installed copy that happens to lie in someone's checkout is not).
     """
     package = Path(__file__).resolve().parent
     root = _git(package, "rev-parse", "--show-toplevel")
     if root is None or _git(package, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
+        return _archived_commit(package.parent / ".git_archival.txt")
     commit = _git(package, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return None
@@ -228,6 +229,11 @@ def code_commit(records: str | Path | None = None) -> str | None:
         paths.append(f":(exclude,literal){Path(records).resolve().relative_to(root).as_posix()}")
     changed = _git(Path(root), "status", "--porcelain", "--", *paths)
     return commit + ("+dirty" if changed else "")
+
+
+def _archived_commit(file: Path) -> str | None:
+    text = file.read_text().strip() if file.is_file() else ""
+    return text if re.fullmatch("[0-9a-f]{40}", text) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

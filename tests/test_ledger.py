@@ -228,6 +228,11 @@ def test_commit_of_the_code(tmp_path, monkeypatch):
     (package / "ledger.py").write_text("x = 1\n")
     monkeypatch.setattr(module, "__file__", str(package / "ledger.py"))
     assert code_commit() is None  # no checkout
+    (tmp_path / ".git_archival.txt").write_text("$Format:%H$\n")
+    assert code_commit() is None  # not put in by git archive
+    (tmp_path / ".git_archival.txt").write_text(40 * "a" + "\n")
+    assert code_commit() == 40 * "a"
+    (tmp_path / ".git_archival.txt").unlink()
     _git(tmp_path, "init", "-q")
     assert code_commit() is None  # not under version control
     _git(tmp_path, "add", "pkg")

@@ -5,9 +5,9 @@
 The folder holds .parquet files with a column `text`; a file whose name starts with `heldout` is only measured on.
 The tokenizer (byte-level BPE, numbers in groups of three digits) is learned first, then the model: a share of every
 batch is packed text, the rest recall tasks of `hybridlib.recall` (train split). Hidden weight matrices are trained by
-Muon, the rest by AdamW. Contexts grow along training. The circuit that recall needs is there from the start, see
-`plant_induction`. Writes model.safetensors (bfloat16), config, tokenizer, `training.json` (what was run and measured),
-the model card README.md made from it, and SHA256SUMS.
+Muon, the rest by AdamW. Contexts grow along training. With --plant, the circuit that recall needs is there from the
+start, see `plant_induction`. Writes model.safetensors (bfloat16), config, tokenizer, `training.json` (what was run
+and measured), the model card README.md made from it, and SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -70,54 +71,71 @@ def recall_examples(rng: random.Random, count: int, context: int):
     return out
 
 
-class Batches:
-    """Rows of token ids (batch, context + 1) and loss weights (batch, context); an even mix of text and recall."""
+class Batches(torch.utils.data.IterableDataset):
+    """Endless batches of one context: token ids (rows, context + 1), loss weights (rows, context); recall rows first.
 
-    def __init__(self, stream: np.ndarray, tokenizer, seed: int, recall_share: float, prompt_weight: float,
-                 answer_weight: float):
-        self.stream, self.tokenizer = stream, tokenizer
-        self.rng, self.recall_share = random.Random(seed), recall_share
-        self.prompt_weight, self.answer_weight = prompt_weight, answer_weight
-        self.end = tokenizer.eos_token_id
+    Worker w of a data loader draws from a seed of its own, so the order of batches is the same in every run.
+    """
 
-    def recall_row(self, context: int):
+    def __init__(self, stream: np.ndarray, tokenizer, rows: int, context: int, settings: argparse.Namespace):
+        self.stream, self.tokenizer, self.rows, self.context = stream, tokenizer, rows, context
+        self.recall_rows, self.seed = round(rows * settings.recall_share), settings.seed
+        self.prompt_weight, self.answer_weight = settings.prompt_weight, settings.answer_weight
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        self.rng = random.Random(f"{self.seed}-{self.context}-{worker.id if worker else 0}")
+        while True:
+            ids, weights = zip(*(self.recall_row() if row < self.recall_rows else self.text_row()
+                                 for row in range(self.rows)))
+            yield torch.tensor(ids), torch.tensor(weights)
+
+    def text_row(self):
+        start = self.rng.randrange(len(self.stream) - self.context - 1)
+        return self.stream[start:start + self.context + 1].tolist(), [1.0] * self.context
+
+    def recall_row(self):
         ids, weights = [], []
-        while len(ids) <= context:
-            example = recall_examples(self.rng, 1, context)[0]
+        while len(ids) <= self.context:
+            example = recall_examples(self.rng, 1, self.context)[0]
             part, spans = encode_recall(example, self.tokenizer)
-            if len(part) > context:
+            if len(part) > self.context:
                 continue
             weight = [self.prompt_weight] * len(part)
             for start, end in spans:
                 weight[start:end] = [self.answer_weight] * (end - start)
             ids, weights = ids + part, weights + weight
-        return ids[:context + 1], weights[1:context + 1]
+        return ids[:self.context + 1], weights[1:self.context + 1]
 
-    def draw(self, batch: int, context: int):
-        ids, weights = [], []
-        for row in range(batch):
-            if row < round(batch * self.recall_share):
-                i, w = self.recall_row(context)
-            else:
-                start = self.rng.randrange(len(self.stream) - context - 1)
-                i, w = self.stream[start:start + context + 1].tolist(), [1.0] * context
-            ids.append(i)
-            weights.append(w)
-        return torch.tensor(ids), torch.tensor(weights)
+
+@torch.no_grad()
+def initialize(model, seed: int, embedding: float) -> torch.Generator:
+    """Random weights, every branch silent at first, as in residual networks that start at identity."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj,
+                       layer.mlp.up_proj):
+            matrix.weight.normal_(std=width**-0.5, generator=generator)
+    model.model.embed_tokens.weight.normal_(std=embedding, generator=generator)
+    return generator
 
 
 @torch.no_grad()
 def plant_induction(model, seed: int, back: int = 1, match: int = 4, copy: float = 2.0, sharp: float = 10.0) -> None:
     """Start with an induction circuit in place: heads of layer `back` look back, heads of layer `match` find and copy.
 
-    Models this small take far more tokens than we have to find that circuit by chance; all of it is free to change in
-    training. Embeddings start in a content subspace, with one coordinate in common. Three heads of `back` read only
-    that coordinate, so that under rotary positions the score of a key n tokens back is sum_i cos((n - d) theta_i),
-    largest at d = 1, 2 or 3, and write a projection of the token there to a subspace of its own: A1, A2, A3. The heads
-    of `match` compare (A1, A2) of the query with (A2, A3) of each key, in the slow rotary dimensions, and add the
-    key's own token to the output: after "a b" comes what came after "a b" before.
+    For a teacher with a known answer, or one trained on few tokens; all of it is free to change in training.
+    Embeddings start in a content subspace, with one coordinate in common. Three heads of `back` read only that
+    coordinate, so that under rotary positions the score of a key n tokens back is sum_i cos((n - d) theta_i), largest
+    at d = 1, 2 or 3, and write a projection of the token there to a subspace of its own: A1, A2, A3. The heads of
+    `match` compare (A1, A2) of the query with (A2, A3) of each key, in the slow rotary dimensions, and add the key's
+    own token to the output: after "a b" comes what came after "a b" before.
     """
-    config, generator = model.config, torch.Generator().manual_seed(seed)
+    spread = 0.5  # of the embeddings
+    config, generator = model.config, initialize(model, seed, spread)
     width, dim = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     part = (width - 8) // 4 * 4 // 5  # width of A1, A2, A3; the content subspace is what remains
@@ -126,16 +144,10 @@ def plant_induction(model, seed: int, back: int = 1, match: int = 4, copy: float
     def orthonormal(rows, columns):
         return torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))[0].T
 
-    for layer in model.model.layers:  # every other branch starts silent, as in residual networks that start at identity
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-        for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj,
-                       layer.mlp.up_proj):
-            matrix.weight.normal_(std=width**-0.5, generator=generator)
     embedding = model.model.embed_tokens.weight
     model.model.norm.weight.fill_(0.1)  # embeddings are output rows too: large ones would start with wild guesses
-    size = config.initializer_range * content**0.5
-    embedding[:, 0], embedding[:, 1 + content:] = 8 * config.initializer_range, 0.0
+    size = spread * content**0.5
+    embedding[:, 0], embedding[:, 1 + content:] = 8 * spread, 0.0
     embedding[:, 1:1 + content] *= size / embedding[:, 1:1 + content].norm(dim=1, keepdim=True).clamp(min=1e-6)
     theta = model.model.rotary_emb.inv_freq.float().cpu()  # (dim / 2,), fast first
     places = [slice(1 + content + i * part, 1 + content + (i + 1) * part) for i in range(3)]
@@ -273,12 +285,10 @@ def publish(out: Path) -> None:
         return "" if v is True else " " + " ".join(map(str, v if isinstance(v, list) else [v]))
 
     given = [f"--{k.replace('_', '-')}{spelled(v)}"
-             for k, v in record["settings"].items() if v is not False and k not in ("device", "plant")]
-    planted = record["settings"].get("plant", True)
-    given += [] if planted else ["--no-plant"]
+             for k, v in record["settings"].items() if v is not False and v is not None and k != "device"]
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
                                                context=config["max_position_embeddings"], command=" ".join(given),
-                                               start=PLANTED if planted else UNPLANTED))
+                                               start=PLANTED if record["settings"]["plant"] else UNPLANTED))
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (out / "SHA256SUMS").write_text("".join(sums))
@@ -309,10 +319,12 @@ def main():
     ap.add_argument("--compile", action="store_true", help="torch.compile the loss")
     ap.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--plant", action=argparse.BooleanOptionalAction, default=True, help="start with a recall circuit")
+    ap.add_argument("--plant", action="store_true", help="start with a recall circuit")
+    ap.add_argument("--workers", type=int, default=0, help="processes that draw batches; part of what the seed gives")
+    ap.add_argument("--seconds", type=float, default=math.inf, help="end sooner, rates falling to 0 by then")
     a = ap.parse_args()
     if a.plant and (a.heads < 3 or a.layers < 5):
-        ap.error(f"--heads {a.heads} --layers {a.layers}: planting needs 3 heads and 5 layers, or give --no-plant")
+        ap.error(f"--heads {a.heads} --layers {a.layers}: planting needs 3 heads and 5 layers, or leave --plant out")
     torch.manual_seed(a.seed)
     a.out.mkdir(parents=True, exist_ok=True)
 
@@ -339,13 +351,12 @@ def main():
 
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=a.width, num_hidden_layers=a.layers,
                          num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, intermediate_size=a.ffn,
-                         tie_word_embeddings=True, max_position_embeddings=1024, initializer_range=0.5,
+                         tie_word_embeddings=True, max_position_embeddings=1024,
                          rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
                          bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = LlamaForCausalLM(config)
-    if a.plant:
-        plant_induction(model, a.seed)
+    plant_induction(model, a.seed) if a.plant else initialize(model, a.seed, embedding=0.05)
     model.to(a.device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -353,18 +364,18 @@ def main():
                   torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     peaks = [a.muon_lr, a.lr]
 
-    batches = Batches(stream, tokenizer, a.seed, a.recall_share, a.prompt_weight, a.answer_weight)
     dtype = None if a.float32 else torch.bfloat16
     loss_of = torch.compile(weighted_loss, dynamic=False) if a.compile else weighted_loss
     sizes = a.batch_tokens if len(a.batch_tokens) == len(a.contexts) else a.batch_tokens[:1] * len(a.contexts)
     ends = np.cumsum(a.shares) / np.sum(a.shares)
-    began, log, step, seen = time.time(), [], 0, 0
+    began, log, step, seen, progress, stage = time.time(), [], 0, 0, 0.0, -1
     bar = tqdm(total=a.tokens, unit="tok", unit_scale=True, mininterval=5)
-    while seen < a.tokens:
-        progress = seen / a.tokens
-        stage = int(np.searchsorted(ends, progress, side="right"))
-        context, rows = a.contexts[stage], sizes[stage] // a.contexts[stage]
-        ids, weights = (t.to(a.device) for t in batches.draw(rows, context))
+    while progress < 1:
+        if stage != (stage := int(np.searchsorted(ends, progress, side="right"))):
+            context, rows = a.contexts[stage], sizes[stage] // a.contexts[stage]
+            batches = iter(torch.utils.data.DataLoader(Batches(stream, tokenizer, rows, context, a), batch_size=None,
+                                                       num_workers=a.workers))
+        ids, weights = (t.to(a.device) for t in next(batches))
         for optimizer, peak in zip(optimizers, peaks):
             for group in optimizer.param_groups:
                 group["lr"] = peak * min((step + 1) / 50, 1.0, (1 - progress) / a.decay_share)
@@ -377,7 +388,8 @@ def main():
         seen += rows * context
         bar.update(rows * context)
         step += 1
-        if step % 25 == 0 or seen >= a.tokens:
+        progress = max(seen / a.tokens, (time.time() - began) / a.seconds)
+        if step % 25 == 0 or progress >= 1:
             log.append({"step": step, "tokens": seen, "context": context, "text_nats": text_nats.item(),
                         "answer_nats": answer_nats.item(), "seconds": round(time.time() - began, 1)})
             bar.set_postfix(text=f"{text_nats:.3f}", answers=f"{answer_nats:.3f}", ctx=context)
@@ -389,6 +401,7 @@ def main():
     model.to(torch.bfloat16).save_pretrained(a.out)
     figures = measure(model.float(), tokenizer, heldout, a.contexts[-1])
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "text", "tokenizer")}
+    settings["seconds"] = a.seconds if math.isfinite(a.seconds) else None
     record = {"settings": settings,
               "parameters": sum(p.numel() for p in model.parameters()), "tokens": seen, "steps": step,
               "seconds": seconds, "device": describe_device(a.device),
