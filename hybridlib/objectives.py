@@ -211,7 +211,7 @@ class _Chunked(torch.autograd.Function):
         teacher_weight, student_weight = teacher_head.to(compute), student_head.to(compute)
         tokens, vocab = len(student_hidden), len(student_head)
         wide = torch.promote_types(compute, torch.float32)
-        # Two buffers for all chunks: a name rebound in the loop would keep a third matrix alive. GPUs want aligned rows.
+        # two buffers for all chunks: a name rebound in the loop would keep a third alive; GPUs want aligned rows
         width = -(-vocab // 64) * 64 if student_hidden.is_cuda else vocab
         p_logits, q_logits = (student_hidden.new_empty(chunk, width, dtype=compute)[:, :vocab] for _ in range(2))
         wants_hidden, wants_head = (gradients and ctx.needs_input_grad[i] for i in (2, 3))
