@@ -100,8 +100,8 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
     teacher_hidden, student_hidden : (..., width), after the final norm; widths may differ.
     teacher_head, student_head : (vocab, width), output weights. Gradients go to the student's two tensors only.
     kind, alpha, beta, temperature : as in `divergence`.
-    chunk : tokens at a time. Two matrices (chunk, vocab) are held, five in float32 with ``"torch"``; each chunk also
-        reads and writes the gradient of the head once, which is felt where `chunk` is not well above the width.
+    chunk : tokens at a time. Two matrices (chunk, vocab) are held, with ``"torch"`` two to six more in float32, by
+        kind; each chunk also reads and writes the gradient of the head, so `chunk` should be well above the width.
     backend : ``"torch"``, ``"triton"`` (our kernel, on CUDA GPUs, not in float64) or ``"auto"``: the kernel where it
         can run. Products are in autocast's dtype or the student's hidden states', the rest in float32 or wider.
 
