@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_choice, check_int, check_number
 from .hybrid import linear_layers
-from .objectives import alignment_loss, kl_from_hidden
+from .objectives import alignment_loss, check_divergence, divergence_from_hidden
 
 __all__ = ["AlignSettings", "DistillationDiverged", "History", "MatchSettings", "align", "attention_io", "last_hidden",
            "match"]
@@ -93,18 +93,23 @@ class MatchSettings(_Settings):
     """Stage 2 (paper: 600M tokens at context 4096, constant rates, 7e-6 and 1e-4).
 
     `mixer_learning_rate` is the rate of the linear mixers, `learning_rate` that of all other weights, the softmax
-    layers' attention among them. `temperature` as in `objectives.kl_divergence`.
+    layers' attention among them. `divergence` is the kind that `objectives.divergence` speaks of, and `alpha`, `beta`
+    and `temperature` are as there.
     """
 
     learning_rate: float = 7e-6
     mixer_learning_rate: float = 1e-4
     temperature: float = 1.0
+    divergence: str = "forward"
+    alpha: float | None = None
+    beta: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         check_number("learning_rate", self.learning_rate, 0)
         check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
         check_number("temperature", self.temperature, 0, open_low=True)
+        check_divergence(self.divergence, self.alpha, self.beta, name="divergence")
 
 
 @dataclass
@@ -163,7 +168,7 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
 
 def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
           checkpoint: str | Path | None = None) -> History:
-    """Stage 2: train all weights of `hybrid`, in place, on KL(teacher || hybrid) of next-token distributions.
+    """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
 
     Parameters as for `align`. Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if
     the loss does. Source: paper section 3, stage 2.
@@ -176,8 +181,9 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
     def step_loss(rows, share):
         with torch.no_grad():
             target = last_hidden(teacher, rows)
-        loss = kl_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows), hybrid.lm_head.weight,
-                              temperature=settings.temperature)
+        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows),
+                                      hybrid.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
+                                      beta=settings.beta, temperature=settings.temperature)
         (loss * share).backward()
         return {None: loss.detach()}
 

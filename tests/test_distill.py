@@ -9,6 +9,7 @@ import torch
 
 import hybridlib as hl
 from hybridlib.distill import attention_io
+from hybridlib.objectives import divergence
 
 ALIGN = hl.AlignSettings(batch_tokens=128, learning_rate=1e-2)
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
@@ -41,6 +42,25 @@ def test_matching_lowers_held_out_kl_and_leaves_the_teacher(teacher, tiny_tokens
     after, stderr = hl.heldout_kl(hybrid, teacher, tiny_tokens)
     assert after < 0.8 * before and stderr > 0
     assert all(torch.equal(p, frozen[n]) for n, p in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [
+    dict(divergence="reverse"), dict(divergence="jensen_shannon"), dict(divergence="alpha_beta", alpha=0.2, beta=0.7)],
+    ids=lambda kind: kind["divergence"])
+def test_matching_lowers_the_divergence_it_is_told_to(teacher, tiny_tokens, kind):
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, **kind)
+
+    def held_out():
+        rows = tiny_tokens.heldout
+        with torch.no_grad():
+            logits = [m(input_ids=rows.long()).logits for m in (teacher, hybrid)]
+        return divergence(*logits, kind=kind["divergence"], alpha=settings.alpha, beta=settings.beta).mean().item()
+
+    before = held_out()
+    history = hl.match(hybrid, teacher, tiny_tokens, 8192, settings=settings)
+    assert held_out() < 0.8 * before
+    assert history.losses[0] == pytest.approx(before, rel=0.2)  # of this kind, not of another
 
 
 def test_the_two_rates_go_to_their_own_weights(teacher, tiny_tokens):
@@ -153,7 +173,8 @@ def test_divergence_stops_with_step_and_advice(teacher, tiny_tokens):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(batch_tokens=0), "batch_tokens=0"), (dict(schedule="linear"), "schedule='linear'"), (dict(clip=0), "clip=0"),
-    (dict(learning_rate=-1.0), "learning_rate=-1.0"), (dict(temperature=0), "temperature=0")])
+    (dict(learning_rate=-1.0), "learning_rate=-1.0"), (dict(temperature=0), "temperature=0"),
+    (dict(divergence="kl"), "divergence='kl'"), (dict(alpha=0.5), "alpha=0.5 is not taken by divergence='forward'")])
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         hl.MatchSettings(**settings)
