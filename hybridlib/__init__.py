@@ -19,8 +19,8 @@ __all__ = [
     "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
     "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
     "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "cache_memory", "chance_jaccard", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence",
-    "kl_from_hidden", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens",
-    "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers", "score_recall",
-    "select", "softmax_layers", "spearman", "top_k_jaccard",
+    "cache_memory", "chance_jaccard", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall",
+    "kl_divergence", "kl_from_hidden", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
+    "load_tokens", "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers",
+    "score_recall", "select", "softmax_layers", "spearman", "top_k_jaccard",
 ]
