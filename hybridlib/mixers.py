@@ -114,7 +114,7 @@ class _Mixer(nn.Module):
         there the state after the last token. Other keyword arguments of a decoder layer (attention mask, positions)
         have no meaning here and are ignored.
         """
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx].state
+        state = None if past_key_values is None else self._cached(past_key_values)
         q, k, v = (self._heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
@@ -123,6 +123,13 @@ class _Mixer(nn.Module):
             past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
         gate = F.silu(self._heads(self.g_proj(hidden_states)))
         return self.o_proj((_normed(self.o_norm, o) * gate).flatten(2)), None
+
+    def _cached(self, cache):
+        layer = cache.layers[self.layer_idx]
+        if not isinstance(layer, MixerState):
+            raise ValueError(f"past_key_values has a {type(layer).__name__} for linear layer {self.layer_idx}, which "
+                             "needs a MixerState; call the hybrid itself, or its .model with use_cache=False")
+        return layer.state
 
     def _run(self, operator, one_step, inputs, state):
         """(output, state) of `inputs`, (batch, time, heads, ...) each: one step where there is one token to add."""
