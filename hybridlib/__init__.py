@@ -5,7 +5,7 @@ from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, k
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
-from .hybrid import linear_layers, linearize, load_hybrid, restore, softmax_layers
+from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
 from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import GatedDeltaNet, GatedLinearAttention
@@ -19,8 +19,8 @@ __all__ = [
     "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
     "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
     "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "chance_jaccard", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence",
-    "kl_from_hidden", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens",
-    "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers", "score_recall",
-    "select", "softmax_layers", "spearman", "top_k_jaccard",
+    "cache_memory", "chance_jaccard", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall",
+    "kl_divergence", "kl_from_hidden", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
+    "load_tokens", "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers",
+    "score_recall", "select", "softmax_layers", "spearman", "top_k_jaccard",
 ]

@@ -4,6 +4,9 @@
 A hybrid is a transformers model: ``config.layer_types`` says ``"linear_attention"`` or ``"full_attention"`` a layer,
 `save_pretrained` writes safetensors and a config, and `load_hybrid` (or AutoModelForCausalLM, once hybridlib is
 imported) reads them back.
+
+``generate`` keeps a cache, keys and values for softmax layers and a state for linear ones. Called directly, a hybrid
+makes one if asked to (``use_cache=True``) and goes on from one that it is given (``past_key_values``).
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM,
+                          MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM)
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from .checks import check_choice, check_device
-from .mixers import KV_TRANSFERS, MIXERS, build_mixer
+from .mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
 from .teachers import check_family
 
-__all__ = ["check_layers", "linear_layers", "linearize", "load_hybrid", "restore", "softmax_layers"]
+__all__ = ["cache_memory", "check_layers", "linear_layers", "linearize", "load_hybrid", "restore", "softmax_layers"]
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 
@@ -46,26 +51,55 @@ class _HybridModel:
         else:
             super()._init_weights(module)
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As the family's forward; `attention_mask` (batch, time) with 0 at padding holds in linear layers too."""
-        return super().forward(**self._inputs(input_ids, attention_mask, inputs_embeds, kwargs))
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, use_cache=False, logits_to_keep=0, **kwargs):
+        """As the family's forward, except that no cache is made unless `use_cache` is True.
+
+        `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. `past_key_values`
+        is a ``DynamicCache(config=model.config)``; raises ValueError for another, or a mask of another shape.
+        """
+        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
 
     def last_hidden(self, input_ids):
         """Hidden states after the final norm, (batch, time, width), for `input_ids` (batch, time) without padding."""
-        return self.model(**self._inputs(input_ids, None, None, {})).last_hidden_state
+        return self.model(**self._inputs(input_ids)).last_hidden_state
 
-    def _inputs(self, input_ids, attention_mask, inputs_embeds, kwargs):
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values was given, but hybrids keep no cache yet; generate with use_cache=False")
-        if attention_mask is not None and not bool(attention_mask.all()):
-            kwargs["padding_mask"] = attention_mask
+    def _inputs(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
+                use_cache=False):
+        batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        past = 0
+        if cache is not None:
+            _hold_states(cache, self.config)
+            past = _cached_time(cache, self.config, batch)
+        padding = {}
+        if attention_mask is not None:
+            if tuple(attention_mask.shape) != (batch, past + time):
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; with {past} tokens cached "
+                                 f"and {time} given it must be (batch, time) = {(batch, past + time)}")
+            if not bool(attention_mask[:, past:].all()):
+                padding = {"padding_mask": attention_mask[:, past:]}
         if self.config.model_type in ("hybrid_qwen2", "hybrid_qwen3"):  # they look masks up by the layer's type
             inputs_embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                                      past_key_values=None, position_ids=kwargs.get("position_ids"))
+                                      past_key_values=cache, position_ids=position_ids)
             input_ids, attention_mask = None, {SOFTMAX: mask, LINEAR: None}
-        return {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-                "use_cache": False}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                "past_key_values": cache, "inputs_embeds": inputs_embeds, "use_cache": cache is not None,
+                **padding}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None:
+            _hold_states(model_kwargs["past_key_values"], self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            _hold_states(model_kwargs["past_key_values"], self.config)
+
+    @property
+    def _is_stateful(self):  # transformers then refuses decoding that takes tokens back
+        return bool(linear_layers(self.config))
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write config and safetensors into a folder; raises OSError, leaving what was there, if that fails."""
@@ -158,6 +192,31 @@ def softmax_layers(config) -> tuple[int, ...]:
 def linear_layers(config) -> tuple[int, ...]:
     """Indices of the layers that hold a linear mixer, ascending."""
     return tuple(l for l, kind in enumerate(config.layer_types) if kind == LINEAR)
+
+
+def cache_memory(cache: Cache) -> dict[str, int]:
+    """Bytes that a cache holds, by the type of layer: keys and values of softmax layers, states of linear ones.
+
+    Parameters
+    ----------
+    cache : what a hybrid or its teacher returns as ``past_key_values``.
+
+    Returns
+    -------
+    ``{"full_attention": bytes, "linear_attention": bytes}``: the first grows with the text, the second does not.
+
+    Raises
+    ------
+    ValueError : `cache` is no transformers cache.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"cache is a {type(cache).__name__}; give the past_key_values that a model returned")
+    held = {SOFTMAX: 0, LINEAR: 0}
+    for layer in cache.layers:
+        linear = isinstance(layer, LinearAttentionLayer)
+        tensors = layer.recurrent_states.values() if linear else (layer.keys, layer.values)
+        held[LINEAR if linear else SOFTMAX] += sum(x.nbytes for x in tensors if x is not None)
+    return held
 
 
 def check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
@@ -264,8 +323,41 @@ def _empty(model_class, settings, like):
     model.load_state_dict(kept, strict=False)
     model.config._attn_implementation = like.config._attn_implementation
     model.generation_config = copy.deepcopy(like.generation_config)
-    model.generation_config.use_cache = False  # every token is computed from the whole text
     return model
+
+
+def _hold_states(cache, config):
+    """Put a `MixerState` into each empty linear layer of `cache`; raise ValueError unless its layers are `config`'s."""
+    advice = "make it with DynamicCache(config=model.config)"
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}, and hybrids take a DynamicCache; {advice}")
+    kinds = [LINEAR if isinstance(layer, LinearAttentionLayer) else SOFTMAX for layer in cache.layers]
+    if kinds != list(config.layer_types):
+        linear = [l for l, kind in enumerate(kinds) if kind == LINEAR]
+        raise ValueError(f"past_key_values has {len(kinds)} layers with linear ones at {linear}, but the model has "
+                         f"{config.num_hidden_layers} with linear ones at {list(linear_layers(config))}; {advice}")
+    for l in linear_layers(config):
+        if not isinstance(cache.layers[l], MixerState):
+            if any(cache.layers[l].has_previous_state.values()):
+                raise ValueError(f"past_key_values holds the state of another model's layer {l}; {advice}")
+            cache.layers[l] = MixerState()
+
+
+def _cached_time(cache, config, batch):
+    """How many tokens `cache` holds; raises ValueError unless its layers agree and fit `config` and the batch."""
+    times = {layer.get_seq_length() for layer in cache.layers}
+    if len(times) > 1:
+        raise ValueError(f"past_key_values has layers of {min(times)} and of {max(times)} tokens (one of them was "
+                         "cropped, or a forward pass broke off); start a new cache")
+    for l, layer in enumerate(cache.layers if max(times) else ()):
+        kind, heads, x = "keys", config.num_key_value_heads, layer.keys
+        if isinstance(layer, MixerState):
+            kind, heads, x = "a state", config.num_attention_heads, layer.state
+        found, expected = (*x.shape[:2], x.shape[-1]), (batch, heads, config.head_dim)
+        if found != expected:
+            raise ValueError(f"past_key_values holds in layer {l} {kind} of (batch, heads, dim) = {found}, but the "
+                             f"inputs and the model need {expected}; give the cache that the same texts left")
+    return max(times)
 
 
 def _check_same_shape(student, teacher):

@@ -10,7 +10,7 @@ q_t, k_t, v_t        ``q_proj``, ``k_proj``, ``v_proj``; grouped key/value heads
 alpha_t, GDN         ``exp(log_decay)``, one a head: log_decay = -exp(A_log) * softplus(a_proj(x) + dt_bias)
 alpha_t, GLA         ``exp(log_decay)``, one a key dimension: log_decay = logsigmoid(decay_proj(x)) / 16, of rank 16
 beta_t               ``beta`` = sigmoid(b_proj(x))
-S_t                  ``state``
+S_t                  ``state``; while decoding, `MixerState` keeps it
 output norm, gate    ``o_norm`` (RMSNorm over each head) times silu(``g_proj(x)``)
 ===================  ============================================================================================
 """
@@ -22,13 +22,66 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from .checks import check_choice
-from .kernels import gated_delta_rule, gated_linear_attention
+from .kernels import gated_delta_rule, gated_linear_attention, step
 
-__all__ = ["KV_TRANSFERS", "MIXERS", "GatedDeltaNet", "GatedLinearAttention", "build_mixer"]
+__all__ = ["KV_TRANSFERS", "MIXERS", "GatedDeltaNet", "GatedLinearAttention", "MixerState", "build_mixer"]
 
 KV_TRANSFERS = ("repeat_heads", "repeat_rows")
+
+
+class MixerState(LinearAttentionLayer, CacheLayerMixin):
+    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) and the tokens it has read.
+
+    It says how long the text is, as a softmax layer's cache does, so that a model without softmax layers has one that
+    does. `crop` raises ValueError: what a state has read cannot be taken out of it.
+    """
+
+    is_compileable = False  # its count of tokens is a number, not a tensor
+
+    def __init__(self):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self)
+        self.num_tokens = 0
+
+    @property
+    def state(self) -> torch.Tensor | None:
+        return self.recurrent_states[0]
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, num_tokens=1, **kwargs):
+        """Keep the state after `num_tokens` more tokens; nothing is written in place, so that gradients flow."""
+        self.recurrent_states[0], self.device = recurrent_states, recurrent_states.device
+        self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = True
+        self.num_tokens += num_tokens
+        return recurrent_states
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError("key_states were given to a linear layer's cache, which takes a state; make the cache with "
+                         "DynamicCache(config=model.config)")
+
+    def get_seq_length(self) -> int:
+        return self.num_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_tokens + query_length, 0  # (length, offset)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.recurrent_states[0] = self.state.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.state is not None:
+            self.recurrent_states[0] = self.state[indices]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} asks a linear layer to forget tokens, which its "
+                             "state cannot; only 0 is allowed, copy the cache before the tokens that may have to go")
+
+    def reset(self) -> None:
+        self.__init__()
 
 
 class _Mixer(nn.Module):
@@ -53,18 +106,37 @@ class _Mixer(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=config.mixer_o_bias)
         self.backend = "auto"
 
-    def forward(self, hidden_states, padding_mask=None, **kwargs):
+    def forward(self, hidden_states, padding_mask=None, past_key_values=None, **kwargs):
         """Mix `hidden_states` (batch, time, width) along time; returns (output of the same shape, None).
 
-        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. Other keyword
-        arguments of a decoder layer (attention mask, positions) have no meaning here and are ignored.
+        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. With
+        `past_key_values`, a cache that holds a `MixerState` for this layer, mixing goes on from its state and leaves
+        there the state after the last token. Other keyword arguments of a decoder layer (attention mask, positions)
+        have no meaning here and are ignored.
         """
+        state = None if past_key_values is None else self._cached(past_key_values)
         q, k, v = (self._heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
-        o = self.mix(hidden_states, q, k, v, padding_mask)  # (batch, time, heads, head_dim)
+        o, state = self.mix(hidden_states, q, k, v, padding_mask, state)  # o: (batch, time, heads, head_dim)
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
         gate = F.silu(self._heads(self.g_proj(hidden_states)))
         return self.o_proj((_normed(self.o_norm, o) * gate).flatten(2)), None
+
+    def _cached(self, cache):
+        layer = cache.layers[self.layer_idx]
+        if not isinstance(layer, MixerState):
+            raise ValueError(f"past_key_values has a {type(layer).__name__} for linear layer {self.layer_idx}, which "
+                             "needs a MixerState; call the hybrid itself, or its .model with use_cache=False")
+        return layer.state
+
+    def _run(self, operator, one_step, inputs, state):
+        """(output, state) of `inputs`, (batch, time, heads, ...) each: one step where there is one token to add."""
+        if state is None or inputs[0].shape[1] > 1:
+            return operator(*inputs, initial_state=state, backend=self.backend)
+        o, state = one_step(*(x[:, 0] for x in inputs), state)
+        return o[:, None], state
 
     def _heads(self, x):
         return x.unflatten(-1, (self.num_heads, self.head_dim))  # (batch, time, heads * dim) -> (.., heads, dim)
@@ -122,14 +194,14 @@ class GatedDeltaNet(_Mixer):
         step = torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def mix(self, hidden_states, q, k, v, padding_mask):
+    def mix(self, hidden_states, q, k, v, padding_mask, state):
         q, k = F.normalize(F.silu(q), dim=-1, eps=1e-6), F.normalize(F.silu(k), dim=-1, eps=1e-6)
         beta = self.b_proj(hidden_states).sigmoid()  # (batch, time, heads)
         log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias)
         if padding_mask is not None:
             keep = padding_mask[..., None].to(beta.dtype)
             beta, log_decay = beta * keep, log_decay * keep
-        return gated_delta_rule(q, k, F.silu(v), log_decay, beta, backend=self.backend)[0]
+        return self._run(gated_delta_rule, step.gated_delta_rule, (q, k, F.silu(v), log_decay, beta), state)
 
 
 class GatedLinearAttention(_Mixer):
@@ -150,12 +222,12 @@ class GatedLinearAttention(_Mixer):
         for proj in (*self.decay_proj, self.g_proj):
             _init_linear(proj, generator)
 
-    def mix(self, hidden_states, q, k, v, padding_mask):
+    def mix(self, hidden_states, q, k, v, padding_mask, state):
         log_decay = self._heads(F.logsigmoid(self.decay_proj(hidden_states).float()) / self.temperature)
         if padding_mask is not None:
             keep = padding_mask[..., None, None].to(k.dtype)
             k, log_decay = k * keep, log_decay * keep
-        return gated_linear_attention(q, k, v, log_decay, backend=self.backend)[0]
+        return self._run(gated_linear_attention, step.gated_linear_attention, (q, k, v, log_decay), state)
 
 
 MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}

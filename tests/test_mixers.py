@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 import hybridlib as hl
+from hybridlib.mixers import MixerState
 
 
 def rms(x, weight, eps):
@@ -86,3 +88,21 @@ def test_gdn_starts_with_steps_between_a_thousandth_and_a_tenth(tiny_teacher):
     step = F.softplus(mixer.dt_bias)
     assert ((step > 0.99e-3) & (step < 1.01e-1)).all()
     assert (mixer.A_log < math.log(16)).all()
+
+
+@pytest.mark.parametrize("name", ["gdn", "gla"])
+def test_a_mixer_goes_on_from_its_state(mixer_and_input, name):
+    mixer, x = mixer_and_input(name)
+    cache, outputs = DynamicCache(), []
+    cache.layers = [None, MixerState()]  # it is layer 1
+    for start, end in ((0, 5), (5, 6), (6, 9), (9, 11)):
+        outputs.append(mixer(x[:, start:end], past_key_values=cache)[0])
+        assert cache.layers[1].get_seq_length() == end
+    torch.testing.assert_close(torch.cat(outputs, 1), mixer(x)[0])
+
+
+def test_a_cache_without_a_mixer_state_is_refused(tiny_teacher):
+    teacher = tiny_teacher()
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [0])
+    with pytest.raises(ValueError, match="LinearAttentionLayer for linear layer 1, .* with use_cache=False"):
+        hybrid.model(input_ids=torch.ones(1, 4, dtype=torch.long), use_cache=True)
