@@ -9,7 +9,7 @@ from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore
 from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import GatedDeltaNet, GatedLinearAttention
-from .objectives import alignment_loss, kl_divergence, kl_from_hidden
+from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
 from .selection import budget_layers, select
 from .study import Study, StudySettings, notebook_settings, results_folder
@@ -19,8 +19,9 @@ __all__ = [
     "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
     "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
     "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "cache_memory", "chance_jaccard", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall",
-    "kl_divergence", "kl_from_hidden", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
-    "load_tokens", "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers",
-    "score_recall", "select", "softmax_layers", "spearman", "top_k_jaccard",
+    "cache_memory", "chance_jaccard", "divergence", "divergence_from_hidden", "evaluate", "generate_recall",
+    "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence", "linear_layers", "linearize",
+    "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings",
+    "paired_difference", "restore", "results_folder", "score_layers", "score_recall", "select",
+    "softmax_layers", "spearman", "top_k_jaccard",
 ]

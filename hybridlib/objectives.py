@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import check_choice, check_int, check_number
 
-__all__ = ["alignment_loss", "divergence", "divergence_from_hidden", "kl_divergence", "kl_from_hidden"]
+__all__ = ["alignment_loss", "divergence", "divergence_from_hidden", "kl_divergence"]
 
 _KINDS = ("forward", "reverse", "jensen_shannon", "alpha_beta")
 _SMALLEST_EXPONENT = 0.01
@@ -122,13 +122,6 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
                               student_hidden.flatten(0, -2), student_head,
                               lambda p, q: in_place(p, q, kind, alpha, beta, temperature),
                               temperature, min(chunk, student_hidden[..., 0].numel()), compute, gradients)
-
-
-def kl_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, student_hidden: torch.Tensor,
-                   student_head: torch.Tensor, *, temperature: float = 1.0, chunk: int = 2048) -> torch.Tensor:
-    """Mean of `kl_divergence` over tokens: `divergence_from_hidden` of kind ``"forward"``."""
-    return divergence_from_hidden(teacher_hidden, teacher_head, student_hidden, student_head,
-                                  temperature=temperature, chunk=chunk)
 
 
 def check_divergence(kind, alpha, beta, name="kind") -> tuple[float | None, float | None]:

@@ -175,24 +175,24 @@ def test_half_precision_stays_near_float32(kind):
 def test_the_gradient_of_a_half_precision_head_is_summed_in_float32():
     inputs = tensors((400, 8), (30, 8), (400, 8), (30, 8), dtype=torch.bfloat16)
     head = inputs[-1].requires_grad_()
-    one, many = (torch.autograd.grad(hl.kl_from_hidden(*inputs, chunk=chunk), head)[0] for chunk in (400, 1))
+    one, many = (torch.autograd.grad(hl.divergence_from_hidden(*inputs, chunk=chunk), head)[0] for chunk in (400, 1))
     assert one.dtype == torch.bfloat16 and (one - many).norm() / one.norm() < 5e-3  # bfloat16's rounding is 2e-3
 
 
 def test_only_what_needs_a_gradient_gets_one(monkeypatch):
     teacher_hidden, teacher_head, hidden, head = tensors((6, 3), (7, 3), (6, 2), (7, 2))
     whole = [x.clone().requires_grad_() for x in (hidden, head)]
-    expected = torch.autograd.grad(hl.kl_from_hidden(teacher_hidden, teacher_head, *whole), whole)
+    expected = torch.autograd.grad(hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole), whole)
     for i in (0, 1):
         mine = [hidden.clone(), head.clone()]
         mine[i].requires_grad_()
         teacher = [x.clone().requires_grad_() for x in (teacher_hidden, teacher_head)]
-        hl.kl_from_hidden(*teacher, *mine).backward()
+        hl.divergence_from_hidden(*teacher, *mine).backward()
         assert torch.equal(mine[i].grad, expected[i]) and mine[1 - i].grad is None
         assert all(x.grad is None for x in teacher)
     with torch.no_grad():
         monkeypatch.setattr("hybridlib.objectives._add_product", lambda *_: pytest.fail("computed a gradient"))
-        assert not hl.kl_from_hidden(teacher_hidden, teacher_head, *whole).requires_grad
+        assert not hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole).requires_grad
 
 
 class _Largest(TorchDispatchMode):
