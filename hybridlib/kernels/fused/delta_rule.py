@@ -26,6 +26,7 @@ from .tiles import (
     block,
     load_rows,
     pairwise_decay,
+    fine_product,
     product,
     sequence,
     store_rows,
@@ -66,7 +67,28 @@ def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.cons
 
 
 @triton.jit
-def _invert(k, log_decay, beta, inverse, sums, strengths, cu_seqlens, time, sequences, heads,
+def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
+    kind, zero = x.dtype.element_ty, tl.zeros((16, 16), x.dtype.element_ty)
+    tl.store(block(x, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
+    tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 0, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 16, 0, 64, 64, 16, 16), t10.to(kind))
+    tl.store(block(x, at, 16, 16, 64, 64, 16, 16), t11.to(kind))
+    tl.store(block(x, at, 16, 32, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 16, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 32, 0, 64, 64, 16, 16), t20.to(kind))
+    tl.store(block(x, at, 32, 16, 64, 64, 16, 16), t21.to(kind))
+    tl.store(block(x, at, 32, 32, 64, 64, 16, 16), t22.to(kind))
+    tl.store(block(x, at, 32, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 48, 0, 64, 64, 16, 16), t30.to(kind))
+    tl.store(block(x, at, 48, 16, 64, 64, 16, 16), t31.to(kind))
+    tl.store(block(x, at, 48, 32, 64, 64, 16, 16), t32.to(kind))
+    tl.store(block(x, at, 48, 48, 64, 64, 16, 16), t33.to(kind))
+
+
+@triton.jit
+def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
             k_stride, decay_stride, beta_stride,
             KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
@@ -100,23 +122,13 @@ def _invert(k, log_decay, beta, inverse, sums, strengths, cu_seqlens, time, sequ
     t31 = -product(t33, product(a31, t11, FINE) + product(a32, t21, FINE), FINE)
     t30 = -product(t33, product(a30, t00, FINE) + product(a31, t10, FINE) + product(a32, t20, FINE), FINE)
 
-    at, kind, zero = chunk * heads + head, inverse.dtype.element_ty, tl.zeros((16, 16), inverse.dtype.element_ty)
-    tl.store(block(inverse, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
-    tl.store(block(inverse, at, 0, 16, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 0, 32, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 0, 48, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 16, 0, 64, 64, 16, 16), t10.to(kind))
-    tl.store(block(inverse, at, 16, 16, 64, 64, 16, 16), t11.to(kind))
-    tl.store(block(inverse, at, 16, 32, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 16, 48, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 32, 0, 64, 64, 16, 16), t20.to(kind))
-    tl.store(block(inverse, at, 32, 16, 64, 64, 16, 16), t21.to(kind))
-    tl.store(block(inverse, at, 32, 32, 64, 64, 16, 16), t22.to(kind))
-    tl.store(block(inverse, at, 32, 48, 64, 64, 16, 16), zero)
-    tl.store(block(inverse, at, 48, 0, 64, 64, 16, 16), t30.to(kind))
-    tl.store(block(inverse, at, 48, 16, 64, 64, 16, 16), t31.to(kind))
-    tl.store(block(inverse, at, 48, 32, 64, 64, 16, 16), t32.to(kind))
-    tl.store(block(inverse, at, 48, 48, 64, 64, 16, 16), t33.to(kind))
+    at = chunk * heads + head
+    _store_inverse(inverse, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
+    if rest is not None:
+        kind = inverse.dtype.element_ty
+        _store_inverse(rest, at, t00 - t00.to(kind), t10 - t10.to(kind), t11 - t11.to(kind), t20 - t20.to(kind),
+                       t21 - t21.to(kind), t22 - t22.to(kind), t30 - t30.to(kind), t31 - t31.to(kind),
+                       t32 - t32.to(kind), t33 - t33.to(kind))
     t = at.to(tl.int64) * 64 + tl.arange(0, 16)
     tl.store(sums + t, c0), tl.store(strengths + t, b0)
     tl.store(sums + t + 16, c1), tl.store(strengths + t + 16, b1)
@@ -125,7 +137,7 @@ def _invert(k, log_decay, beta, inverse, sums, strengths, cu_seqlens, time, sequ
 
 
 @triton.jit
-def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, cu_seqlens, time, sequences, heads, scale,
+def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, time, sequences, heads, scale,
           q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           PRECISION: tl.constexpr):
@@ -148,6 +160,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, cu_seqle
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
         inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
@@ -157,7 +170,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, cu_seqle
         if states is not None:
             tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
         right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
-        new = product(inverse_c, right.to(kind), PRECISION)
+        new = fine_product(inverse_c, rest_c, right, PRECISION)
         scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
         read = decay_in[:, None] * product(q_c, before, PRECISION)
         read += product(scores.to(kind), new.to(kind), PRECISION)
@@ -167,7 +180,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, cu_seqle
 
 
 @triton.jit
-def _scan_back(q, k, inverse, sums, strengths, d_o, d_final, d_right, d_states, d_initial, cu_seqlens, time, sequences,
+def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial, cu_seqlens, time, sequences,
                heads, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
@@ -191,6 +204,7 @@ def _scan_back(q, k, inverse, sums, strengths, d_o, d_final, d_right, d_states, 
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         do_c = load_rows(d_o, token, end, o_stride, head * VALUE_DIM + column, SIZE, WIDTH)
         inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
@@ -202,7 +216,8 @@ def _scan_back(q, k, inverse, sums, strengths, d_o, d_final, d_right, d_states, 
         scores = scale * product(k_c, tl.trans(q_c), PRECISION) * decay                       # P^T
         d_new = decay_out[:, None] * product(k_c, after, PRECISION)
         d_new += product(scores.to(kind), do_c, PRECISION)
-        d_right_c = product(tl.trans(inverse_c), d_new.to(kind), PRECISION)
+        rest_t = None if rest is None else tl.trans(rest_c)
+        d_right_c = fine_product(tl.trans(inverse_c), rest_t, d_new, PRECISION)
         do_in = ((scale * decay_in)[:, None] * do_c.to(tl.float32)).to(kind)
         d_right_in = ((strength * decay_in)[:, None] * d_right_c).to(kind)
         d_state = tl.exp(total) * d_state + product(tl.trans(q_c), do_in, PRECISION)
@@ -213,7 +228,7 @@ def _scan_back(q, k, inverse, sums, strengths, d_o, d_final, d_right, d_states, 
 
 
 @triton.jit
-def _gradients(q, k, v, inverse, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
                cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
@@ -236,6 +251,7 @@ def _gradients(q, k, v, inverse, sums, strengths, states, d_o, d_states, dq, dk,
     q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
     k_c = load_rows(k, start, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
     inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+    rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
     sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     total = tl.min(sum_c, 0)
@@ -252,7 +268,7 @@ def _gradients(q, k, v, inverse, sums, strengths, states, d_o, d_states, dq, dk,
         before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
-        new = product(inverse_c, (strength[:, None] * error).to(kind), PRECISION).to(kind)    # N
+        new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)    # N
         dp += product(do_c, tl.trans(new), PRECISION)
         da -= product(d_right, tl.trans(new), PRECISION)
         dq_in += product(do_c, tl.trans(before), PRECISION)
@@ -291,9 +307,10 @@ def _gradients(q, k, v, inverse, sums, strengths, states, d_o, d_states, dq, dk,
 
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: T, sums, strengths and (if `keep`) states."""
+    """o, final state, and what `backward` needs: T, its rest, sums, strengths and (if `keep`) states."""
     at = Place(q, v, cu_seqlens)
     inverse = q.new_empty(at.chunks * at.heads, SIZE, SIZE)
+    rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
     sums, strengths = q.new_empty(2, at.chunks * at.heads, SIZE, dtype=torch.float32)
     states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim) if keep else None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -301,20 +318,20 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     use = at.launch("delta_rule.invert")
     _invert[at.heads, at.chunks](
-        k, log_decay, beta, inverse, sums, strengths, cu_seqlens, *shape, stride(k), stride(log_decay), stride(beta),
+        k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape, stride(k), stride(log_decay), stride(beta),
         at.key_dim, many, dots, dots, num_warps=use.warps, num_stages=use.stages)
     use = at.launch("delta_rule.scan")
     _scan[at.value_dim // use.width, at.heads, at.sequences](
-        q, k, v, inverse, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale,
+        q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale,
         stride(q), stride(k), stride(v),
         at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
-    return o, final, (inverse, sums, strengths, states)
+    return o, final, (inverse, rest, sums, strengths, states)
 
 
 def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, kept, d_o, d_final):
     """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
     at = Place(q, v, cu_seqlens)
-    inverse, sums, strengths, states = kept
+    inverse, rest, sums, strengths, states = kept
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
@@ -322,12 +339,12 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, kept, d_o, d_
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     use = at.launch("delta_rule.scan_back")
     _scan_back[at.value_dim // use.width, at.heads, at.sequences](
-        q, k, inverse, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
+        q, k, inverse, rest, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
         stride(q), stride(k), stride(d_o),
         at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
     use = at.launch("delta_rule.gradients")
     _gradients[at.heads, at.chunks](
-        q, k, v, inverse, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+        q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
         cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
         at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
     return dq, dk, dv, d_decay, d_beta, d_initial

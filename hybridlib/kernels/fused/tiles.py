@@ -26,6 +26,16 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fine_product(a, rest, b, PRECISION: tl.constexpr):
+    """(a + rest) b for b in float32, cut in two of a's dtype as well: where terms cancel, the last bits count."""
+    high = b.to(a.dtype)
+    if rest is None:
+        return product(a, high, PRECISION)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    return product(a, high, PRECISION) + product(a, low, PRECISION) + product(rest, high, PRECISION)
+
+
+@triton.jit
 def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
     """First token of sequence n, the token past its last, and its first chunk. MANY >= sequences, a power of two."""
     if cu_seqlens is None:
