@@ -68,7 +68,8 @@ def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.cons
 
 @triton.jit
 def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
-    kind, zero = x.dtype.element_ty, tl.zeros((16, 16), x.dtype.element_ty)
+    kind = x.dtype.element_ty
+    zero = tl.zeros((16, 16), kind)
     tl.store(block(x, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
     tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
     tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
@@ -262,22 +263,22 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     dk_out, d_strength = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE,), tl.float32)
     d_total = 0.0
     for column in tl.static_range(0, VALUE_DIM, WIDTH):
-        v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        d_right = load_rows(dv, start, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+        here = head * VALUE_DIM + column
+        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
         before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
-        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
-        new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)    # N
-        dp += product(do_c, tl.trans(new), PRECISION)
-        da -= product(d_right, tl.trans(new), PRECISION)
-        dq_in += product(do_c, tl.trans(before), PRECISION)
-        dk_in += product(d_right, tl.trans(before), PRECISION)
-        dk_out += product(new, tl.trans(after), PRECISION)
+        new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)  # N
+        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
         d_strength += tl.sum(d_right.to(tl.float32) * error, 1)
+        store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        da -= product(d_right, tl.trans(new), PRECISION)
+        dk_in += product(d_right, tl.trans(before), PRECISION)
+        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
+        dp += product(do_c, tl.trans(new), PRECISION)
+        dq_in += product(do_c, tl.trans(before), PRECISION)
+        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        dk_out += product(new, tl.trans(after), PRECISION)
         d_total += tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), 1), 0)
-        store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM,
-                   head * VALUE_DIM + column, SIZE, WIDTH)
 
     q_f, k_f = q_c.to(tl.float32), k_c.to(tl.float32)
     dq_in, dk_in = dq_in * (scale * decay_in)[:, None], dk_in * (-strength * decay_in)[:, None]

@@ -41,7 +41,7 @@ from .tiles import (
 
 
 @triton.jit
-def _to_border(LEVEL: tl.constexpr, SIZE: tl.constexpr):
+def _to_border(LEVEL, SIZE: tl.constexpr):
     """M (SIZE, SIZE): row t counts the tokens between t and its border; and whether t is in an odd block (SIZE, 1)."""
     t, s = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     odd = (t >> LEVEL) % 2 == 1
@@ -49,7 +49,7 @@ def _to_border(LEVEL: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _from_border(LEVEL: tl.constexpr, SIZE: tl.constexpr):
+def _from_border(LEVEL, SIZE: tl.constexpr):
     """The transpose of M."""
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     even = (t >> LEVEL) % 2 == 0
@@ -57,7 +57,7 @@ def _from_border(LEVEL: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _neighbours(LEVEL: tl.constexpr, SIZE: tl.constexpr):
+def _neighbours(LEVEL, SIZE: tl.constexpr):
     """Whether i and j are in two blocks that meet at this level, one odd and the even one before it."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     return (i >> LEVEL) ^ (j >> LEVEL) == 1
@@ -117,7 +117,7 @@ def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, 
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)
         state = tl.load(block(states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         scores += tl.where(i == j, tl.sum(q_c * k_c, 1)[:, None], 0.0)
-        for level in tl.static_range(6):
+        for level in range(6):
             between, odd = _to_border(level, SIZE)
             x = (tl.where(odd, q_c, k_c) * tl.exp(sums_over_rows(between, decay))).to(kind)
             scores += tl.where((i > j) & _neighbours(level, SIZE), product(x, tl.trans(x), PRECISION), 0.0)
@@ -169,7 +169,7 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
         d_sums += d_total[None, :]
         dq_c, dk_c = dq_c + d_diagonal * k_c, dk_c + d_diagonal * q_c
         scores += tl.where(i == j, tl.sum(q_c * k_c, 1)[:, None], 0.0)
-        for level in tl.static_range(6):
+        for level in range(6):
             between, odd = _to_border(level, SIZE)
             pairs = _neighbours(level, SIZE)
             decayed = tl.exp(sums_over_rows(between, decay))

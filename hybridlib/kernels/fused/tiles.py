@@ -20,8 +20,8 @@ LOWEST = tl.constexpr(-1000.0)                                   # exp of it is 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32."""
-    if _INTERPRETED:                                             # it has no products of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    if _INTERPRETED:  # it has no products of bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
@@ -29,22 +29,24 @@ def product(a, b, PRECISION: tl.constexpr):
 def fine_product(a, rest, b, PRECISION: tl.constexpr):
     """(a + rest) b for b in float32, cut in two of a's dtype as well: where terms cancel, the last bits count."""
     high = b.to(a.dtype)
-    if rest is None:
-        return product(a, high, PRECISION)
-    low = (b - high.to(tl.float32)).to(a.dtype)
-    return product(a, high, PRECISION) + product(a, low, PRECISION) + product(rest, high, PRECISION)
+    both = product(a, high, PRECISION)
+    if rest is not None:
+        both += product(a, (b - high.to(tl.float32)).to(a.dtype), PRECISION)
+        both += product(rest, high, PRECISION)
+    return both
 
 
 @triton.jit
 def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
     """First token of sequence n, the token past its last, and its first chunk. MANY >= sequences, a power of two."""
     if cu_seqlens is None:
-        return n * time, n * time + time, n * tl.cdiv(time, SIZE)
-    m = tl.arange(0, MANY)
-    known = m < n
-    first, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
-    chunk = tl.sum((last - first + SIZE - 1) // SIZE).to(tl.int32)
-    return tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32), chunk
+        start, end, chunk = n * time, n * time + time, n * tl.cdiv(time, SIZE)
+    else:
+        m = tl.arange(0, MANY)
+        first, last = tl.load(cu_seqlens + m, m < n, 0), tl.load(cu_seqlens + m + 1, m < n, 0)
+        chunk = tl.sum((last - first + SIZE - 1) // SIZE).to(tl.int32)
+        start, end = tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32)
+    return start, end, chunk
 
 
 @triton.jit
@@ -53,16 +55,18 @@ def tokens_of(cu_seqlens, chunk, time, sequences, SIZE: tl.constexpr, MANY: tl.c
     if cu_seqlens is None:
         count = tl.cdiv(time, SIZE)
         n = chunk // count
-        return n * time + (chunk - n * count) * SIZE, n * time + time
-    m = tl.arange(0, MANY)
-    known = m < sequences
-    first, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
-    count = (last - first + SIZE - 1) // SIZE
-    before = known & (tl.cumsum(count, 0) <= chunk)
-    n = tl.sum(before.to(tl.int32))
-    start = tl.load(cu_seqlens + n, n < sequences, 0).to(tl.int32)
-    end = tl.load(cu_seqlens + n + 1, n < sequences, 0).to(tl.int32)
-    return start + (chunk - tl.sum(tl.where(before, count, 0)).to(tl.int32)) * SIZE, end
+        start, end = n * time + (chunk - n * count) * SIZE, n * time + time
+    else:
+        m = tl.arange(0, MANY)
+        known = m < sequences
+        first, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
+        count = (last - first + SIZE - 1) // SIZE
+        before = known & (tl.cumsum(count, 0) <= chunk)
+        n = tl.sum(before.to(tl.int32))
+        start = tl.load(cu_seqlens + n, n < sequences, 0).to(tl.int32)
+        start += (chunk - tl.sum(tl.where(before, count, 0)).to(tl.int32)) * SIZE
+        end = tl.load(cu_seqlens + n + 1, n < sequences, 0).to(tl.int32)
+    return start, end
 
 
 @triton.jit
