@@ -24,6 +24,7 @@ import triton.language as tl
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
+    kernel,
     load_rows,
     pairwise_decay,
     fine_product,
@@ -49,11 +50,11 @@ def _inverse_of_16(a, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _keys_and_gates(k, log_decay, beta, start, end, k_stride, decay_stride, beta_stride, head, KEY_DIM: tl.constexpr):
+def _keys_and_gates(k, log_decay, beta, start, end, k_stride, gate_stride, beta_stride, head, KEY_DIM: tl.constexpr):
     """Of 16 tokens: k (16, KEY_DIM), sums of log_decay from the first (16,), their total, beta (16,)."""
     t = start + tl.arange(0, 16)
     at = t.to(tl.int64)
-    decay = tl.load(log_decay + at * decay_stride + head, t < end, 0.0).to(tl.float32)
+    decay = tl.load(log_decay + at * gate_stride + head, t < end, 0.0).to(tl.float32)
     strength = tl.load(beta + at * beta_stride + head, t < end, 0.0).to(tl.float32)
     keys = load_rows(k, start, end, k_stride, head * KEY_DIM, 16, KEY_DIM)
     return keys, tl.cumsum(decay, 0), tl.sum(decay, 0), strength
@@ -88,9 +89,9 @@ def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
     tl.store(block(x, at, 48, 48, 64, 64, 16, 16), t33.to(kind))
 
 
-@triton.jit
+@kernel
 def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
-            k_stride, decay_stride, beta_stride,
+            k_stride, gate_stride, beta_stride,
             KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
 
@@ -99,7 +100,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
-    strides = k_stride, decay_stride, beta_stride
+    strides = k_stride, gate_stride, beta_stride
     k0, c0, total, b0 = _keys_and_gates(k, log_decay, beta, start, end, *strides, head, KEY_DIM)
     k1, c1, next, b1 = _keys_and_gates(k, log_decay, beta, start + 16, end, *strides, head, KEY_DIM)
     c1, total = c1 + total, total + next
@@ -137,7 +138,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
     tl.store(sums + t + 48, c3), tl.store(strengths + t + 48, b3)
 
 
-@triton.jit
+@kernel
 def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, time, sequences, heads, scale,
           q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
@@ -180,9 +181,9 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu
     tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
 
 
-@triton.jit
-def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial, cu_seqlens, time, sequences,
-               heads, scale, q_stride, k_stride, o_stride,
+@kernel
+def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
@@ -228,7 +229,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         tl.store(block(d_initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), d_state)
 
 
-@triton.jit
+@kernel
 def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
                cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
@@ -262,7 +263,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     dq_in, dk_in = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
     dk_out, d_strength = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE,), tl.float32)
     d_total = 0.0
-    for column in tl.static_range(0, VALUE_DIM, WIDTH):
+    for column in range(0, VALUE_DIM, WIDTH):
         here = head * VALUE_DIM + column
         v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
         before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
@@ -319,7 +320,8 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     use = at.launch("delta_rule.invert")
     _invert[at.heads, at.chunks](
-        k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape, stride(k), stride(log_decay), stride(beta),
+        k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
+        stride(k), stride(log_decay), stride(beta),
         at.key_dim, many, dots, dots, num_warps=use.warps, num_stages=use.stages)
     use = at.launch("delta_rule.scan")
     _scan[at.value_dim // use.width, at.heads, at.sequences](

@@ -16,8 +16,9 @@ of the even block before it at the border between the two,
 
     D_ijd = exp(e_id) exp(e_jd),    e_i = sum of log_decay from the border to i,  e_j = from behind j to the border,
 
-where e = M log_decay with a matrix M of zeros and ones. With x = exp(e) q in odd blocks and exp(e) k in even ones, x x^T
-holds this level's P. Six levels and the diagonal (q_i . k_i) make up a chunk of 64. Nothing positive is exponentiated.
+where e = M log_decay with a matrix M of zeros and ones. With x = exp(e) q in odd blocks and exp(e) k in even ones,
+x x^T holds this level's P. Six levels and the diagonal (q_i . k_i) make up a chunk of 64. Nothing positive is
+exponentiated.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
     load_columns,
+    kernel,
     load_rows,
     product,
     sequence,
@@ -63,7 +65,7 @@ def _neighbours(LEVEL, SIZE: tl.constexpr):
     return (i >> LEVEL) ^ (j >> LEVEL) == 1
 
 
-@triton.jit
+@kernel
 def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, heads, scale,
           x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -100,7 +102,7 @@ def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, 
         tl.store(block(final, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH), state)
 
 
-@triton.jit
+@kernel
 def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
              q_stride, k_stride, v_stride, decay_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
@@ -111,7 +113,7 @@ def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, 
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     scores, read = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
-    for row in tl.static_range(0, KEY_DIM, HEIGHT):
+    for row in range(0, KEY_DIM, HEIGHT):
         q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)
@@ -127,7 +129,7 @@ def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, 
     store_rows(o, scale * read, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
-@triton.jit
+@kernel
 def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads,
                scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
@@ -150,8 +152,9 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
     d_scores = product(do_c, tl.trans(v_c), PRECISION), product(v_c, tl.trans(do_c), PRECISION)
     d_scores = tl.where(i >= j, d_scores[0], d_scores[1]) * scale
     d_diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
-    scores, dv_c = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)       # scores: P^T / scale
-    for row in tl.static_range(0, KEY_DIM, HEIGHT):
+    dv_c = tl.zeros((SIZE, VALUE_DIM), tl.float32)
+    scores = tl.zeros((SIZE, SIZE), tl.float32)                                      # P^T / scale
+    for row in range(0, KEY_DIM, HEIGHT):
         q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)

@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LOWEST = tl.constexpr(-1000.0)                                   # exp of it is 0 in float32
+LOWEST = tl.constexpr(-1000.0)  # exp of it is 0 in float32
+
+# Kernels are not compiled anew for sizes that differ from call to call.
+kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "gate_stride", "beta_stride"])
 
 
 @triton.jit
