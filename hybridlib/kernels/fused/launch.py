@@ -27,12 +27,12 @@ override: dict[str, Launch] = {}
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
-    "delta_rule.scan": (Launch(4, 2, 32), Launch(4, 2, 32)),
-    "delta_rule.scan_back": (Launch(4, 2, 32), Launch(4, 2, 32)),
-    "delta_rule.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
+    "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 32)),
     "linear_attention.scan": (Launch(4, 2, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
+    "linear_attention.gradients": (Launch(4, 1, 32), Launch(4, 1, 32)),
 }
 _FLOAT32 = {
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),

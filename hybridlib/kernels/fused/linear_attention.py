@@ -152,26 +152,15 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
     d_scores = product(do_c, tl.trans(v_c), PRECISION), product(v_c, tl.trans(do_c), PRECISION)
     d_scores = tl.where(i >= j, d_scores[0], d_scores[1]) * scale
     d_diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
+    d_scores = d_scores.to(kind)
     dv_c = tl.zeros((SIZE, VALUE_DIM), tl.float32)
     scores = tl.zeros((SIZE, SIZE), tl.float32)                                      # P^T / scale
     for row in range(0, KEY_DIM, HEIGHT):
         q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        before = tl.load(block(states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        after = tl.load(block(d_states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-
-        decay_in, decay_out = tl.exp(sums_over_rows(i >= j, decay)), tl.exp(sums_over_rows(i < j, decay))
-        dq_c = scale * decay_in * product(do_c, tl.trans(before), PRECISION)
-        dk_c = decay_out * product(v_c, tl.trans(after), PRECISION)
-        dv_c += product((decay_out * k_c).to(kind), after, PRECISION)
-        total = tl.exp(tl.sum(decay.to(tl.float32), 0))
-        d_total = total * tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)
-        d_sums = product(tl.where(i <= j, 1.0, 0.0).to(sum_kind), (q_c * dq_c).to(sum_kind), PRECISION)
-        d_sums += product(tl.where(i > j, 1.0, 0.0).to(sum_kind), (k_c * dk_c).to(sum_kind), PRECISION)
-        d_sums += d_total[None, :]
-        dq_c, dk_c = dq_c + d_diagonal * k_c, dk_c + d_diagonal * q_c
         scores += tl.where(i == j, tl.sum(q_c * k_c, 1)[:, None], 0.0)
+        dq_c, dk_c, d_sums = d_diagonal * k_c, d_diagonal * q_c, tl.zeros((SIZE, HEIGHT), tl.float32)
         for level in range(6):
             between, odd = _to_border(level, SIZE)
             pairs = _neighbours(level, SIZE)
@@ -179,13 +168,28 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
             x = tl.where(odd, q_c, k_c) * decayed
             x_k = x.to(kind)
             scores += tl.where((i < j) & pairs, product(x_k, tl.trans(x_k), PRECISION), 0.0)
-            dx = product(tl.where(pairs, d_scores, 0.0).to(kind), x_k, PRECISION)
-            dq_c += tl.where(odd, dx * decayed, 0.0)
-            dk_c += tl.where(odd, 0.0, dx * decayed)
+            dx = product(tl.where(pairs, d_scores, 0.0), x_k, PRECISION)
             back = tl.where(_from_border(level, SIZE), 1.0, 0.0).to(sum_kind)
             d_sums += product(back, (x * dx).to(sum_kind), PRECISION)
-        store_rows(dq, dq_c, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
-        store_rows(dk, dk_c, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
+            dx *= decayed
+            dq_c += tl.where(odd, dx, 0.0)
+            dk_c += tl.where(odd, 0.0, dx)
+
+        before = tl.load(block(states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
+        decay_in = tl.exp(sums_over_rows(i >= j, decay))
+        dq_in = scale * decay_in * product(do_c, tl.trans(before), PRECISION)
+        d_sums += product(tl.where(i <= j, 1.0, 0.0).to(sum_kind), (q_c * dq_in).to(sum_kind), PRECISION)
+        store_rows(dq, dq_c + dq_in, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
+
+        after = tl.load(block(d_states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
+        decay_out = tl.exp(sums_over_rows(i < j, decay))
+        dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
+        d_sums += product(tl.where(i > j, 1.0, 0.0).to(sum_kind), (k_c * dk_out).to(sum_kind), PRECISION)
+        store_rows(dk, dk_c + dk_out, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
+        dv_c += product((decay_out * k_c).to(kind), after, PRECISION)
+
+        total = tl.exp(tl.sum(decay.to(tl.float32), 0))
+        d_sums += (total * tl.sum(before.to(tl.float32) * after.to(tl.float32), 1))[None, :]
         store_rows(d_decay, d_sums, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
     dv_c += product((scale * scores).to(kind), do_c, PRECISION)
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
