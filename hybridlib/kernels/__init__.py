@@ -5,14 +5,18 @@ backend          what it is                                            where it 
 ===============  ====================================================  =============================================
 ``"reference"``  the recurrence, a token at a time                     everywhere; slow; float64 for tests
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
-``"fused"``      our own GPU kernels                                   not written yet
+``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64
 ``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
-``"auto"``       ``"fla"`` for half precision on a GPU where it can    everywhere
-                 run, else ``"chunked"``
+``"auto"``       ``"fused"`` on a GPU where it can run, else            everywhere
+                 ``"fla"`` there for half precision, else
+                 ``"chunked"``
 ===============  ====================================================  =============================================
 
-``"auto"`` goes by what can run and by the dtype, not by measured speed. Float32 stays with ``"chunked"``: Triton,
-which flash-linear-attention is written in, multiplies float32 in TF32 unless told otherwise.
+Float32 is not for ``"fla"`` unless it is asked for: Triton, which flash-linear-attention is written in, multiplies
+float32 in TF32 unless told otherwise. ``"fused"`` multiplies it in three TF32 products, to float32's own error.
+
+Sequences may be packed into one of batch 1 with `cu_seqlens`, (sequences + 1,) integers from 0 to time, where each
+begins and the last ends. ``"fused"`` takes them at once, the other backends one after another.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ from __future__ import annotations
 import torch
 
 from ..checks import check_choice, check_number
-from . import chunked, fla, reference
+from . import chunked, fla, fused, reference
 
 __all__ = ["available_backends", "gated_delta_rule", "gated_linear_attention"]
 
 _BACKENDS = ("auto", "reference", "chunked", "fused", "fla")
-_FUSED_IS_MISSING = "the fused kernels are not written yet; use 'chunked'"
+_INTEGERS = (torch.int32, torch.int64)
 
 
-def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, backend="auto"):
+def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, backend="auto", cu_seqlens=None):
     """Run the gated delta rule: S <- a S, S <- S + beta k (v - S^T k)^T, o = scale S^T q, with a = exp(log_decay).
 
     Parameters
@@ -38,13 +42,16 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
     log_decay : (batch, time, heads); natural log, finite and <= 0, which is not checked (it would read every value).
     beta : (batch, time, heads), from 0 to 1.
     scale : factor on the output; key_dim ** -0.5 if None.
-    initial_state : (batch, heads, key_dim, value_dim); zeros if None.
+    initial_state : (batch, heads, key_dim, value_dim); zeros if None. With cu_seqlens, (sequences, ..).
     backend : see the table in `hybridlib.kernels`.
+    cu_seqlens : (sequences + 1,) int32 or int64, on v's device: tokens cu_seqlens[n] to cu_seqlens[n + 1] are sequence
+        n, and batch is 1. From 0 to time and never falling, which is not checked (it would wait for the GPU).
 
     Returns
     -------
     o : (batch, time, heads, value_dim), in v's dtype.
-    state : (batch, heads, key_dim, value_dim) after the last token; float32, or float64 if v is.
+    state : (batch, heads, key_dim, value_dim) after the last token; with cu_seqlens (sequences, ..), after the last
+        token of each; float32, or float64 if v is.
 
     Raises
     ------
@@ -53,15 +60,15 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
     Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
-    return _run("gated_delta_rule", inputs, "B T H", scale, initial_state, backend)
+    return _run("gated_delta_rule", inputs, "B T H", scale, initial_state, backend, cu_seqlens)
 
 
-def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, backend="auto"):
+def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, backend="auto", cu_seqlens=None):
     """Run gated linear attention: S <- diag(a) S + k v^T, o = scale S^T q, with a = exp(log_decay) for each key dim.
 
     Parameters
     ----------
-    q, k, v, scale, initial_state, backend : as in `gated_delta_rule`; k of any length.
+    q, k, v, scale, initial_state, backend, cu_seqlens : as in `gated_delta_rule`; k of any length.
     log_decay : (batch, time, heads, key_dim); natural log, finite and <= 0, which is not checked.
 
     Returns
@@ -75,7 +82,7 @@ def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, b
     Source: arXiv 2312.06635, section 4.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    return _run("gated_linear_attention", inputs, "B T H K", scale, initial_state, backend)
+    return _run("gated_linear_attention", inputs, "B T H K", scale, initial_state, backend, cu_seqlens)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -84,28 +91,61 @@ def available_backends() -> dict[str, str | None]:
     ``"fla"`` may run forward and still be refused when gradients of the gated delta rule are wanted (Hopper GPUs with
     Triton 3.4 to 3.7.0 and no TileLang).
     """
-    return {"reference": None, "chunked": None, "fused": _FUSED_IS_MISSING, "fla": fla.why_not()}
+    return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla.why_not()}
 
 
-def _run(operator, inputs, decay_shape, scale, initial_state, backend):
+def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlens):
     check_choice("backend", backend, _BACKENDS)
     shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_decay": decay_shape, "beta": "B T H"}
-    _check_tensors(inputs | ({} if initial_state is None else {"initial_state": initial_state}),
-                   shapes | {"initial_state": "B H K V"})
+    states = {} if initial_state is None else {"initial_state": initial_state}
+    _check_tensors(inputs | states, shapes | {"initial_state": "B H K V"}, cu_seqlens)
     q, v = inputs["q"], inputs["v"]
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_number("scale", scale, 0, open_low=True)
-    refusal = _why_not_fla(operator, inputs, initial_state)
-    if backend == "auto":
-        backend = "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
+    backend = _choose(operator, inputs, initial_state, backend)
     if backend == "fused":
-        raise ValueError(f"backend='fused' cannot run here: {_FUSED_IS_MISSING}")
-    if backend == "fla" and refusal is not None:
-        raise ValueError(f"backend='fla' cannot run here: {refusal}")
+        return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
     run = getattr({"reference": reference, "chunked": chunked, "fla": fla}[backend], operator)
     with torch.autocast(v.device.type, enabled=False):
-        return run(*inputs.values(), scale, initial_state)
+        if cu_seqlens is None:
+            return run(*inputs.values(), scale, initial_state)
+        return _one_by_one(run, inputs, scale, initial_state, cu_seqlens.tolist())
+
+
+def _choose(operator, inputs, initial_state, backend):
+    """The backend to run, where ``"auto"`` is asked for; ValueError if the one asked for cannot run this call."""
+    q, v = inputs["q"], inputs["v"]
+    if backend == "auto" and not v.is_cuda:
+        return "chunked"
+    if backend in ("auto", "fused"):
+        refusal = fused.why_not_for(q, v)
+        if refusal is None:
+            return "fused"
+        if backend == "fused":
+            raise ValueError(f"backend='fused' cannot run here: {refusal}")
+    if backend in ("auto", "fla"):
+        refusal = _why_not_fla(operator, inputs, initial_state)
+        if backend == "auto":
+            return "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
+        if refusal is not None:
+            raise ValueError(f"backend='fla' cannot run here: {refusal}")
+    return backend
+
+
+def _one_by_one(run, inputs, scale, initial_state, borders):
+    """Run packed sequences one after another; borders as `cu_seqlens`."""
+    q, v = inputs["q"], inputs["v"]
+    outputs, states = [], []
+    for n, (start, end) in enumerate(zip(borders, borders[1:])):
+        state = None if initial_state is None else initial_state[n:n + 1]
+        if end > start:
+            o, state = run(*(x[:, start:end] for x in inputs.values()), scale, state)
+            outputs.append(o)
+        elif state is None:
+            state = v.new_zeros(1, q.shape[2], q.shape[3], v.shape[3])
+        states.append(state.to(torch.promote_types(v.dtype, torch.float32)))
+    return torch.cat(outputs, 1), torch.cat(states)
 
 
 def _why_not_fla(operator, inputs, initial_state):
@@ -126,8 +166,9 @@ def _why_not_fla(operator, inputs, initial_state):
     return None
 
 
-def _check_tensors(tensors, shapes):
+def _check_tensors(tensors, shapes, cu_seqlens):
     """Raise ValueError unless every tensor is floating, on v's device, and of the shape that the others imply."""
+    sequences = None if cu_seqlens is None else _count(cu_seqlens, tensors)
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; it must be a floating tensor")
@@ -141,12 +182,26 @@ def _check_tensors(tensors, shapes):
         name, x = ("v", tensors["v"]) if value_dim == 0 else ("q", tensors["q"])
         raise ValueError(f"{name} has shape {tuple(x.shape)}; every size must be at least 1")
     for name, x in tensors.items():
+        if name == "initial_state" and sequences is not None:
+            sizes["B"] = sequences
         expected = tuple(sizes[s] for s in shapes[name].split())
         if tuple(x.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(tensors['q'].shape)} it must be "
                              f"{_spell(shapes[name])} = {expected}")
         if x.device != tensors["v"].device:
             raise ValueError(f"{name} is on {x.device} and v on {tensors['v'].device}; all must be on one device")
+
+
+def _count(cu_seqlens, tensors):
+    """How many sequences cu_seqlens holds; ValueError unless it is of integers, one-dimensional, and batch is 1."""
+    v = tensors["v"]
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1:
+        raise ValueError("cu_seqlens must be a one-dimensional tensor of int32 or int64")
+    if len(cu_seqlens) < 2 or cu_seqlens.device != v.device:
+        raise ValueError(f"cu_seqlens must be on {v.device} and hold at least two numbers")
+    if v.dim() == 4 and len(v) != 1:
+        raise ValueError(f"with cu_seqlens batch must be 1, not {len(v)}")
+    return len(cu_seqlens) - 1
 
 
 def _spell(shape):

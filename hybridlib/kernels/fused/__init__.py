@@ -1,0 +1,108 @@
+"""Our own GPU kernels for both operators, forward and backward, written in Triton.
+
+===================  =====================================================================================
+module               what it has
+===================  =====================================================================================
+`delta_rule`         the gated delta rule: the inverse, a scan over chunks, and both backwards
+`linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
+`tiles`              tiles in and out of memory, decays, products
+`launch`             warps, stages and tile widths of each kernel
+===================  =====================================================================================
+
+Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
+summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .launch import by_token
+
+__all__ = ["gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for"]
+
+DIMS = (32, 64, 128)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the fused kernels cannot run on this machine, in one sentence; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed, and the fused kernels are written in it"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "the fused kernels need a CUDA GPU, and there is none"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the fused kernels need a GPU of compute capability 8.0 or later"
+    return None
+
+
+def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the fused kernels cannot take this call; None if they can."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    if not (v.is_cuda or _interpreted()):
+        return f"the fused kernels need tensors on a CUDA GPU, and these are on {v.device}"
+    if v.dtype == torch.float64:
+        return "the fused kernels have no float64"
+    if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
+        return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
+                f"{v.shape[-1]}")
+    return None
+
+
+def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens=None):
+    """Run the gated delta rule; arguments and result as `hybridlib.kernels.gated_delta_rule`."""
+    from . import delta_rule
+
+    return _run(delta_rule, (q, k, v, log_decay, beta), scale, initial_state, cu_seqlens)
+
+
+def gated_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens=None):
+    """Run gated linear attention; arguments and result as `hybridlib.kernels.gated_linear_attention`."""
+    from . import linear_attention
+
+    return _run(linear_attention, (q, k, v, log_decay), scale, initial_state, cu_seqlens)
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _run(operator, inputs, scale, initial_state, cu_seqlens):
+    dtype = inputs[2].dtype
+    inputs = [by_token(x if x.dtype == dtype else x.to(dtype)) for x in inputs[:3]] + [by_token(x) for x in inputs[3:]]
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state)):
+        return _Fused.apply(operator, float(scale), cu_seqlens, initial_state, *inputs)
+    return operator.forward(*inputs, float(scale), initial_state, cu_seqlens, False)[:2]
+
+
+class _Fused(torch.autograd.Function):
+    """operator, scale, cu_seqlens, initial_state, *inputs -> o, state; `operator` is one of the two modules."""
+
+    @staticmethod
+    def forward(ctx, operator, scale, cu_seqlens, initial_state, *inputs):
+        o, final, kept = operator.forward(*inputs, scale, initial_state, cu_seqlens, True)
+        ctx.operator, ctx.scale, ctx.count = operator, scale, len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cu_seqlens, initial_state, *inputs, *kept)
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_o, d_final):
+        cu_seqlens, initial_state, *saved = ctx.saved_tensors
+        inputs, kept = saved[:ctx.count], saved[ctx.count:]
+        d_o = torch.zeros_like(inputs[2]) if d_o is None else by_token(d_o)
+        d_final = None if d_final is None else d_final.contiguous()
+        *grads, d_initial = ctx.operator.backward(*inputs, ctx.scale, initial_state, cu_seqlens, kept, d_o, d_final)
+        return None, None, None, d_initial, *grads

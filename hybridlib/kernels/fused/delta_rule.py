@@ -1,0 +1,353 @@
+"""The gated delta rule in four kernels, in the symbols of `hybridlib.kernels.chunked`.
+
+=================  =======================  ============================================================
+kernel             one program for each     computes
+=================  =======================  ============================================================
+_invert            chunk and head           T = (I + A)^-1
+_scan              sequence and head        O and the states, chunk after chunk, the state on chip
+_scan_back         sequence and head        the states' gradients dS and dR, last chunk first
+_gradients         chunk and head           all other gradients
+=================  =======================  ============================================================
+
+With R = beta (v - in k S), what each token writes is N = T R; then O = scale (in q) S + P N and
+S' = in_C S + (out k)^T N. T is kept for the backward pass, in the dtype of the inputs, and so are the states, if
+gradients are wanted; R, N and P are computed again. Sums of log_decay from the chunk's start (`sums`) and beta
+(`strengths`) are kept by chunk, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import SIZE, Place, precision, stride
+from .tiles import (
+    block,
+    kernel,
+    load_rows,
+    pairwise_decay,
+    fine_product,
+    product,
+    sequence,
+    store_rows,
+    tokens_of,
+)
+
+
+@triton.jit
+def _inverse_of_16(a, PRECISION: tl.constexpr):
+    """(I + a)^-1 for a strictly lower (16, 16): inverses of 1, 2, 4, 8 tokens, two joined into one.
+
+    [[I + A1, 0], [B, I + A2]]^-1 = X - X [[0, 0], [B, 0]] X, where X = [[(I + A1)^-1, 0], [0, (I + A2)^-1]].
+    """
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, a, 0.0)
+    for level in tl.static_range(1, 4):
+        joins = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) != j // (1 << level))
+        x -= product(product(x, tl.where(joins, a, 0.0), PRECISION), x, PRECISION)
+    return x
+
+
+@triton.jit
+def _keys_and_gates(k, log_decay, beta, start, end, k_stride, gate_stride, beta_stride, head, KEY_DIM: tl.constexpr):
+    """Of 16 tokens: k (16, KEY_DIM), sums of log_decay from the first (16,), their total, beta (16,)."""
+    t = start + tl.arange(0, 16)
+    at = t.to(tl.int64)
+    decay = tl.load(log_decay + at * gate_stride + head, t < end, 0.0).to(tl.float32)
+    strength = tl.load(beta + at * beta_stride + head, t < end, 0.0).to(tl.float32)
+    keys = load_rows(k, start, end, k_stride, head * KEY_DIM, 16, KEY_DIM)
+    return keys, tl.cumsum(decay, 0), tl.sum(decay, 0), strength
+
+
+@triton.jit
+def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.constexpr):
+    """Block of A: beta_i (k_i . k_j) D_ij where `keep`."""
+    decay = pairwise_decay(sums_i, sums_j, keep)
+    return product(keys_i, tl.trans(keys_j), PRECISION) * decay * strength_i[:, None]
+
+
+@triton.jit
+def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
+    kind = x.dtype.element_ty
+    zero = tl.zeros((16, 16), kind)
+    tl.store(block(x, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
+    tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 0, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 16, 0, 64, 64, 16, 16), t10.to(kind))
+    tl.store(block(x, at, 16, 16, 64, 64, 16, 16), t11.to(kind))
+    tl.store(block(x, at, 16, 32, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 16, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 32, 0, 64, 64, 16, 16), t20.to(kind))
+    tl.store(block(x, at, 32, 16, 64, 64, 16, 16), t21.to(kind))
+    tl.store(block(x, at, 32, 32, 64, 64, 16, 16), t22.to(kind))
+    tl.store(block(x, at, 32, 48, 64, 64, 16, 16), zero)
+    tl.store(block(x, at, 48, 0, 64, 64, 16, 16), t30.to(kind))
+    tl.store(block(x, at, 48, 16, 64, 64, 16, 16), t31.to(kind))
+    tl.store(block(x, at, 48, 32, 64, 64, 16, 16), t32.to(kind))
+    tl.store(block(x, at, 48, 48, 64, 64, 16, 16), t33.to(kind))
+
+
+@kernel
+def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
+            k_stride, gate_stride, beta_stride,
+            KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
+    """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
+
+    By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
+    T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n).
+    """
+    head, chunk = tl.program_id(0), tl.program_id(1)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
+    strides = k_stride, gate_stride, beta_stride
+    k0, c0, total, b0 = _keys_and_gates(k, log_decay, beta, start, end, *strides, head, KEY_DIM)
+    k1, c1, next, b1 = _keys_and_gates(k, log_decay, beta, start + 16, end, *strides, head, KEY_DIM)
+    c1, total = c1 + total, total + next
+    k2, c2, next, b2 = _keys_and_gates(k, log_decay, beta, start + 32, end, *strides, head, KEY_DIM)
+    c2, total = c2 + total, total + next
+    k3, c3, next, b3 = _keys_and_gates(k, log_decay, beta, start + 48, end, *strides, head, KEY_DIM)
+    c3 = c3 + total
+
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    t00 = _inverse_of_16(_scores(k0, k0, c0, c0, b0, i > j, PRECISION), FINE)
+    t11 = _inverse_of_16(_scores(k1, k1, c1, c1, b1, i > j, PRECISION), FINE)
+    t22 = _inverse_of_16(_scores(k2, k2, c2, c2, b2, i > j, PRECISION), FINE)
+    t33 = _inverse_of_16(_scores(k3, k3, c3, c3, b3, i > j, PRECISION), FINE)
+    a10, a21 = _scores(k1, k0, c1, c0, b1, i >= 0, PRECISION), _scores(k2, k1, c2, c1, b2, i >= 0, PRECISION)
+    a20, a32 = _scores(k2, k0, c2, c0, b2, i >= 0, PRECISION), _scores(k3, k2, c3, c2, b3, i >= 0, PRECISION)
+    a31, a30 = _scores(k3, k1, c3, c1, b3, i >= 0, PRECISION), _scores(k3, k0, c3, c0, b3, i >= 0, PRECISION)
+    t10 = -product(t11, product(a10, t00, FINE), FINE)
+    t21 = -product(t22, product(a21, t11, FINE), FINE)
+    t32 = -product(t33, product(a32, t22, FINE), FINE)
+    t20 = -product(t22, product(a20, t00, FINE) + product(a21, t10, FINE), FINE)
+    t31 = -product(t33, product(a31, t11, FINE) + product(a32, t21, FINE), FINE)
+    t30 = -product(t33, product(a30, t00, FINE) + product(a31, t10, FINE) + product(a32, t20, FINE), FINE)
+
+    at = chunk * heads + head
+    _store_inverse(inverse, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
+    if rest is not None:
+        kind = inverse.dtype.element_ty
+        _store_inverse(rest, at, t00 - t00.to(kind), t10 - t10.to(kind), t11 - t11.to(kind), t20 - t20.to(kind),
+                       t21 - t21.to(kind), t22 - t22.to(kind), t30 - t30.to(kind), t31 - t31.to(kind),
+                       t32 - t32.to(kind), t33 - t33.to(kind))
+    t = at.to(tl.int64) * 64 + tl.arange(0, 16)
+    tl.store(sums + t, c0), tl.store(strengths + t, b0)
+    tl.store(sums + t + 16, c1), tl.store(strengths + t + 16, b1)
+    tl.store(sums + t + 32, c2), tl.store(strengths + t + 32, b2)
+    tl.store(sums + t + 48, c3), tl.store(strengths + t + 48, b3)
+
+
+@kernel
+def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, time, sequences, heads, scale,
+          q_stride, k_stride, v_stride,
+          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
+          PRECISION: tl.constexpr):
+    """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
+
+    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. `states`, if not
+    None, gets the state before each chunk.
+    """
+    column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
+    start, end, chunk = sequence(cu_seqlens, n, time, sequences, SIZE, MANY)
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    kind = q.dtype.element_ty
+    if initial is None:
+        state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
+    else:
+        state = tl.load(block(initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)).to(tl.float32)
+    for step in range(tl.cdiv(end - start, SIZE)):
+        token, at = start + step * SIZE, (chunk + step) * heads + head
+        q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        total = tl.min(sum_c, 0)
+        decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+
+        before = state.to(kind)
+        if states is not None:
+            tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
+        right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
+        new = fine_product(inverse_c, rest_c, right, PRECISION)
+        scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
+        read = decay_in[:, None] * product(q_c, before, PRECISION)
+        read += product(scores.to(kind), new.to(kind), PRECISION)
+        state = tl.exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
+        store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+    tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
+
+
+@kernel
+def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, o_stride,
+               KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+               MANY: tl.constexpr, PRECISION: tl.constexpr):
+    """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
+
+    dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR.
+    """
+    column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
+    start, end, chunk = sequence(cu_seqlens, n, time, sequences, SIZE, MANY)
+    j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    kind = q.dtype.element_ty
+    if d_final is None:
+        d_state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
+    else:
+        d_state = tl.load(block(d_final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+    count = tl.cdiv(end - start, SIZE)
+    for step in range(count):
+        token = start + (count - 1 - step) * SIZE
+        at = (chunk + count - 1 - step) * heads + head
+        q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        do_c = load_rows(d_o, token, end, o_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        total = tl.min(sum_c, 0)
+        decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+
+        after = d_state.to(kind)
+        tl.store(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), after)
+        decay = tl.where(i >= j, tl.exp(sum_c[None, :] - sum_c[:, None]), 0.0)
+        scores = scale * product(k_c, tl.trans(q_c), PRECISION) * decay                       # P^T
+        d_new = decay_out[:, None] * product(k_c, after, PRECISION)
+        d_new += product(scores.to(kind), do_c, PRECISION)
+        rest_t = None if rest is None else tl.trans(rest_c)
+        d_right_c = fine_product(tl.trans(inverse_c), rest_t, d_new, PRECISION)
+        do_in = ((scale * decay_in)[:, None] * do_c.to(tl.float32)).to(kind)
+        d_right_in = ((strength * decay_in)[:, None] * d_right_c).to(kind)
+        d_state = tl.exp(total) * d_state + product(tl.trans(q_c), do_in, PRECISION)
+        d_state -= product(tl.trans(k_c), d_right_in, PRECISION)
+        store_rows(d_right, d_right_c, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+    if d_initial is not None:
+        tl.store(block(d_initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), d_state)
+
+
+@kernel
+def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
+               KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+               MANY: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of one chunk from dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
+
+    dv = beta dR, dP = dO N^T and dA = -dR N^T in the lower triangle (A's without the diagonal), and
+
+        dq    = scale in dO S^T + scale (dP D) k
+        dk    = out N dS'^T - beta in dR S^T + scale (dP D)^T q + (M + M^T) k,     M = beta dA D
+        dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij
+
+    The gradient of log_decay of token t is a sum over what it decays: pairs with j < t <= i (those of P and A),
+    in_i for t <= i, out_j for j < t, and in_C.
+    """
+    head, chunk = tl.program_id(0), tl.program_id(1)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
+    at = chunk * heads + head
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    kind = q.dtype.element_ty
+    q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+    k_c = load_rows(k, start, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+    inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+    rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+    sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+    strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+    total = tl.min(sum_c, 0)
+    decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+
+    dp, da = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, SIZE), tl.float32)
+    dq_in, dk_in = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
+    dk_out, d_strength = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE,), tl.float32)
+    d_total = 0.0
+    for column in range(0, VALUE_DIM, WIDTH):
+        here = head * VALUE_DIM + column
+        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
+        before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
+        new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)  # N
+        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        d_strength += tl.sum(d_right.to(tl.float32) * error, 1)
+        store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        da -= product(d_right, tl.trans(new), PRECISION)
+        dk_in += product(d_right, tl.trans(before), PRECISION)
+        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
+        dp += product(do_c, tl.trans(new), PRECISION)
+        dq_in += product(do_c, tl.trans(before), PRECISION)
+        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        dk_out += product(new, tl.trans(after), PRECISION)
+        d_total += tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), 1), 0)
+
+    q_f, k_f = q_c.to(tl.float32), k_c.to(tl.float32)
+    dq_in, dk_in = dq_in * (scale * decay_in)[:, None], dk_in * (-strength * decay_in)[:, None]
+    dk_out *= decay_out[:, None]
+    d_in, d_out = tl.sum(dq_in * q_f + dk_in * k_f, 1), tl.sum(dk_out * k_f, 1)
+
+    decay = pairwise_decay(sum_c, sum_c, i >= j)
+    dp = dp * decay * scale
+    da = tl.where(i > j, da * decay, 0.0)
+    da_keys = da * product(k_c, tl.trans(k_c), PRECISION)
+    d_strength += tl.sum(da_keys, 1)
+    pairs = tl.where(i > j, dp * product(q_c, tl.trans(k_c), PRECISION), 0.0) + strength[:, None] * da_keys
+    d_in += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    d_sums = tl.sum(tl.where(i >= j, d_in[:, None], d_out[:, None]), 0) + tl.exp(total) * d_total
+
+    da, dp = (strength[:, None] * da).to(kind), dp.to(kind)
+    dq_c = dq_in + product(dp, k_c, PRECISION)
+    dk_c = dk_in + dk_out + product(tl.trans(dp), q_c, PRECISION)
+    dk_c += product(da, k_c, PRECISION)
+    dk_c += product(tl.trans(da), k_c, PRECISION)
+    store_rows(dq, dq_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
+    store_rows(dk, dk_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
+    t = start + tl.arange(0, SIZE)
+    t_at = t.to(tl.int64) * heads + head
+    tl.store(d_decay + t_at, d_sums.to(d_decay.dtype.element_ty), t < end)
+    tl.store(d_beta + t_at, d_strength.to(d_beta.dtype.element_ty), t < end)
+
+
+def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
+    """o, final state, and what `backward` needs: T, its rest, sums, strengths and (if `keep`) states."""
+    at = Place(q, v, cu_seqlens)
+    inverse = q.new_empty(at.chunks * at.heads, SIZE, SIZE)
+    rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
+    sums, strengths = q.new_empty(2, at.chunks * at.heads, SIZE, dtype=torch.float32)
+    states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim) if keep else None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
+    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    use = at.launch("delta_rule.invert")
+    _invert[at.heads, at.chunks](
+        k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
+        stride(k), stride(log_decay), stride(beta),
+        at.key_dim, many, dots, dots, num_warps=use.warps, num_stages=use.stages)
+    use = at.launch("delta_rule.scan")
+    _scan[at.value_dim // use.width, at.heads, at.sequences](
+        q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale,
+        stride(q), stride(k), stride(v),
+        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    return o, final, (inverse, rest, sums, strengths, states)
+
+
+def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, kept, d_o, d_final):
+    """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
+    at = Place(q, v, cu_seqlens)
+    inverse, rest, sums, strengths, states = kept
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
+    d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
+    d_states = torch.empty_like(states)
+    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    use = at.launch("delta_rule.scan_back")
+    _scan_back[at.value_dim // use.width, at.heads, at.sequences](
+        q, k, inverse, rest, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
+        stride(q), stride(k), stride(d_o),
+        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    use = at.launch("delta_rule.gradients")
+    _gradients[at.heads, at.chunks](
+        q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+        cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
+        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    return dq, dk, dv, d_decay, d_beta, d_initial

@@ -1,0 +1,84 @@
+"""Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
+
+The table is from measurements on one H100. `override` goes before it, by the kernel's name ("delta_rule.scan").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["SIZE", "Launch", "Place", "override", "precision", "stride"]
+
+SIZE = 64  # tokens in a chunk
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Warps and pipeline stages of a kernel, and how many columns of the state its tiles have (0: does not apply)."""
+
+    warps: int
+    stages: int
+    width: int = 0
+
+
+override: dict[str, Launch] = {}
+
+_HALF = {  # kernel: up to 64 dims, 128 dims
+    "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
+    "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 32)),
+    "linear_attention.scan": (Launch(4, 2, 64), Launch(4, 2, 64)),
+    "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
+    "linear_attention.gradients": (Launch(4, 1, 32), Launch(4, 1, 32)),
+}
+_FLOAT32 = {
+    "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
+    "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.scan_back": (Launch(4, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
+    "linear_attention.scan": (Launch(4, 1, 32), Launch(4, 1, 32)),
+    "linear_attention.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
+    "linear_attention.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
+}
+
+
+class Place:
+    """Sizes of a call; `many` is the power of two that the kernels search packed sequences with."""
+
+    def __init__(self, q, v, cu_seqlens):
+        self.batch, self.time, self.heads, self.key_dim = q.shape
+        self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
+        if cu_seqlens is None:
+            self.sequences = self.batch
+            self.chunks = self.batch * -(-self.time // SIZE)
+        else:
+            self.sequences = len(cu_seqlens) - 1
+            self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
+            self.many = max(16, 1 << (self.sequences - 1).bit_length())
+
+    def launch(self, kernel: str) -> Launch:
+        """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
+        table = _FLOAT32 if self.dtype == torch.float32 else _HALF
+        use = override.get(kernel) or table[kernel][max(self.key_dim, self.value_dim) > 64]
+        most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
+        return use if use.width <= most else Launch(use.warps, use.stages, most)
+
+
+def stride(x: torch.Tensor) -> int:
+    """Elements from one token to the next."""
+    return x.stride(1)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are multiplied: float32 in three TF32 products, half precision as it is."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    """x (batch, time, heads, ..), or a copy, so that heads and dim are dense and sequences follow one another."""
+    inner = x.shape[2:].numel()
+    dense = x.stride(-1) == 1 and (x.dim() == 3 or x.stride(2) == x.shape[3])
+    return x if dense and x.stride(1) >= inner and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()

@@ -1,0 +1,249 @@
+"""The fused kernels against the recurrence in float64: on a GPU, and elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridlib import kernels
+from hybridlib.kernels import fused
+
+OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
+NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_state"],
+         "gla": ["o", "state", "q", "k", "v", "log_decay", "initial_state"]}
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, Frobenius
+DECAYS = ["mild", "none", "near none", "strong", "mixed", "strong, then mild"]
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def make_inputs(operator, time, key_dim, value_dim, dtype, decay="mild", beta="random", repeat_keys=False, batch=2,
+                heads=3, sequences=None, device="cpu"):
+    """Inputs with values of `dtype`, log_decay and the initial state in float32."""
+    random = torch.Generator().manual_seed(time)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    q = torch.nn.functional.normalize(normal(batch, time, heads, key_dim), dim=-1)
+    k = torch.nn.functional.normalize(normal(batch, 1 if repeat_keys else time, heads, key_dim), dim=-1)
+    k = k.expand(batch, time, heads, key_dim)
+    v = normal(batch, time, heads, value_dim)
+    uniform = torch.rand(batch, time, heads, *([key_dim] if operator == "gla" else []), generator=random)
+    early = (torch.arange(time) < time // 2).view(1, time, *[1] * (uniform.dim() - 2))
+    log_decay = {
+        "mild": -0.1 * uniform,
+        "none": 0 * uniform,
+        "near none": -1e-6 * uniform,
+        "strong": 0 * uniform - 20,
+        "mixed": torch.where(uniform < 0.5, -20, -0.01 * uniform),
+        "strong, then mild": torch.where(early, -20, -0.01 * uniform),
+    }[decay]
+    strength = torch.rand(batch, time, heads, generator=random)
+    strength = {"random": strength, "zero": 0 * strength, "one": 0 * strength + 1}[beta]
+    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), log_decay] + ([strength.to(dtype)] if operator == "gdn" else [])
+    state = normal(batch if sequences is None else sequences, heads, key_dim, value_dim)
+    return [x.to(device) for x in inputs], state.to(device)
+
+
+def run(operator, inputs, state, backend, dtype=None, **options):
+    """Output, final state and every gradient of a fixed random functional of the two, whose weights are bfloat16's."""
+    inputs = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
+    state = state.to(dtype or state.dtype).requires_grad_()
+    operate = getattr(kernels, OPERATORS[operator])
+    o, final = operate(*inputs, initial_state=state, backend=backend, **options)
+    random = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=random).bfloat16().to(x) for x in (o, final)]
+    return [o.detach(), final.detach(), *torch.autograd.grad((o, final), inputs + [state], weights)]
+
+
+def error(found, truth):
+    """Relative Frobenius error; 0 where both are zero."""
+    difference = (found.double() - truth).norm()
+    return 0.0 if difference == 0 else (difference / truth.norm()).item()
+
+
+def check(operator, inputs, state, bound, **options):
+    exact = "reference" if inputs[0].shape[1] < 1000 else "chunked"
+    truth = run(operator, inputs, state, exact, torch.float64, **options)
+    found = run(operator, inputs, state, "fused", **options)
+    for name, x, t in zip(NAMES[operator], found, truth):
+        assert error(x, t) <= bound, f"{name}: {error(x, t):.1e} > {bound:.1e}"
+    return found
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_decays(operator, dtype, decay):
+    check(operator, *make_inputs(operator, 130, 64, 64, dtype, decay, device="cuda"), BOUNDS[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 4097])
+def test_lengths(operator, dtype, time):
+    check(operator, *make_inputs(operator, time, 64, 64, dtype, device="cuda"), BOUNDS[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64)])
+def test_dims(operator, dtype, key_dim, value_dim):
+    check(operator, *make_inputs(operator, 130, key_dim, value_dim, dtype, device="cuda"), BOUNDS[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("beta", ["zero", "one", "random"])
+@pytest.mark.parametrize("repeat_keys", [True, False])
+def test_delta_rule_writes(dtype, beta, repeat_keys):
+    inputs, state = make_inputs("gdn", 130, 64, 64, dtype, beta=beta, repeat_keys=repeat_keys, device="cuda")
+    check("gdn", inputs, state, BOUNDS[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_sequences(operator, dtype):
+    inputs, state = make_inputs(operator, 400, 64, 64, dtype, batch=1, sequences=6, device="cuda")
+    borders = torch.tensor([0, 5, 5, 69, 133, 198, 400], device="cuda")
+    check(operator, inputs, state, BOUNDS[dtype], cu_seqlens=borders)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_results_are_the_same_in_every_run(operator, dtype):
+    inputs, state = make_inputs(operator, 300, 64, 64, dtype, device="cuda")
+    first, second = (run(operator, inputs, state, "fused") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_slices_of_one_projection_are_read_in_place(operator):
+    inputs, state = make_inputs(operator, 130, 64, 64, torch.bfloat16, device="cuda")
+    joined = torch.cat([x.flatten(2) for x in inputs[:3]], -1)
+    slices = [x.unflatten(-1, (3, 64)) for x in joined.chunk(3, -1)]
+    operate = getattr(kernels, OPERATORS[operator])
+    o, final = operate(*slices, *inputs[3:], initial_state=state, backend="fused")
+    o_2, final_2 = operate(*inputs, initial_state=state, backend="fused")
+    assert torch.equal(o, o_2) and torch.equal(final, final_2)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_auto_takes_the_fused_kernels(operator):
+    inputs, state = make_inputs(operator, 70, 64, 64, torch.bfloat16, device="cuda")
+    auto, own = (run(operator, inputs, state, backend) for backend in ("auto", "fused"))
+    assert fused.why_not() is not None or all(torch.equal(a, b) for a, b in zip(auto, own))
+
+
+def test_packed_sequences_in_other_backends():
+    inputs, state = make_inputs("gdn", 40, 32, 32, torch.float32, batch=1, sequences=4)
+    borders = torch.tensor([0, 7, 7, 30, 40])
+    o, final = kernels.gated_delta_rule(*inputs, initial_state=state, backend="chunked", cu_seqlens=borders)
+    third = [x[:, 7:30] for x in inputs]
+    o_3, final_3 = kernels.gated_delta_rule(*third, initial_state=state[2:3], backend="reference")
+    torch.testing.assert_close(o[:, 7:30], o_3, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(final[2:3], final_3, rtol=1e-4, atol=1e-5)
+    assert torch.equal(final[1], state[1])
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda x: x.float(), "cu_seqlens must be a one-dimensional tensor of int32 or int64"),
+    (lambda x: x[:1], "hold at least two numbers"),
+    (lambda x: x[:2], "initial_state has shape"),
+])
+def test_bad_borders_are_refused(change, said):
+    inputs, state = make_inputs("gdn", 40, 32, 32, torch.float32, batch=1, sequences=3)
+    with pytest.raises(ValueError, match=said):
+        kernels.gated_delta_rule(*inputs, initial_state=state, cu_seqlens=change(torch.tensor([0, 7, 30, 40])))
+
+
+def test_packed_sequences_have_batch_1():
+    inputs, _ = make_inputs("gdn", 8, 32, 32, torch.float32, batch=2)
+    with pytest.raises(ValueError, match="with cu_seqlens batch must be 1, not 2"):
+        kernels.gated_delta_rule(*inputs, cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_says_why_not(monkeypatch):
+    why_not = fused.why_not.__wrapped__
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in why_not()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "need a CUDA GPU, and there is none" in why_not()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compute capability 8.0" in why_not()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert why_not() is None
+
+
+@pytest.mark.parametrize("dtype, dim, said", [
+    (torch.float32, 64, "these are on cpu"),
+    (torch.float64, 64, "no float64"),
+    (torch.float32, 48, "key_dim and value_dim of 32, 64 or 128, not 48 and 48"),
+])
+def test_refuses_what_it_cannot_run(monkeypatch, dtype, dim, said):
+    monkeypatch.setattr(fused, "why_not", lambda: None)
+    monkeypatch.setattr(fused, "_interpreted", lambda: "cpu" not in said)
+    inputs, _ = make_inputs("gdn", 4, dim, dim, dtype)
+    with pytest.raises(ValueError, match=f"backend='fused' cannot run here: .*{said}"):
+        kernels.gated_delta_rule(*inputs, backend="fused")
+
+
+def interpreted_checks():
+    """What runs in a process of its own, where Triton interprets kernels: small shapes, the same code."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def round_to_nearest(self, x, to):  # the interpreter cuts the last bits off, GPUs round
+        if x.dtype.scalar.is_fp32() and to.scalar.is_bf16():
+            rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
+        return cast(self, x, to)
+
+    def index_by_item(tensor, scope):  # since numpy 2.4, int() refuses arrays of one element
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    cast, interpreter.InterpreterBuilder.create_fp_trunc = interpreter.InterpreterBuilder.cast_impl, round_to_nearest
+    interpreter.InterpreterBuilder.cast_impl = round_to_nearest
+    patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, index_by_item
+    for operator in OPERATORS:
+        for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+            for decay in DECAYS:
+                inputs, state = make_inputs(operator, 70, 32, 32, dtype, decay, batch=1, heads=1)
+                check(operator, inputs, state, bound)
+            inputs, state = make_inputs(operator, 90, 32, 32, dtype, batch=1, heads=2, sequences=4)
+            check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 70, 90]))
+        inputs, state = make_inputs(operator, 65, 64, 32, torch.float32, "mixed", batch=2, heads=1)
+        check(operator, inputs, state, 1e-4)
+        inputs, state = make_inputs(operator, 1, 32, 64, torch.float32, batch=2, heads=1)
+        check(operator, inputs, state, 1e-4)
+    for beta in ("zero", "one"):
+        for repeat_keys in (True, False):
+            inputs, state = make_inputs("gdn", 70, 32, 32, torch.float32, beta=beta, repeat_keys=repeat_keys, heads=1)
+            check("gdn", inputs, state, 1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter():
+    root = Path(__file__).resolve().parent.parent
+    code = "import torch; torch.set_num_threads(1); from tests import test_fused; test_fused.interpreted_checks()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
