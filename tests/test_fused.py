@@ -225,7 +225,7 @@ def interpreted_checks():
     patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, index_by_item
     for operator in OPERATORS:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
-            for decay in DECAYS:
+            for decay in DECAYS if dtype == torch.float32 else ("mild", "strong, then mild"):
                 inputs, state = make_inputs(operator, 70, 32, 32, dtype, decay, batch=1, heads=1)
                 check(operator, inputs, state, bound)
             inputs, state = make_inputs(operator, 90, 32, 32, dtype, batch=1, heads=2, sequences=4)

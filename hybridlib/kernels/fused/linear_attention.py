@@ -8,7 +8,7 @@ _outputs           chunk and head                      O
 _gradients         chunk and head                      all gradients but the initial state's
 =================  ==================================  =======================================================
 
-The states are kept for the backward pass, in the dtype of the inputs; all else is computed again.
+The states and P are kept for the backward pass, in the dtype of the inputs; decays are computed again.
 
 Decays D_ijd of a pair of tokens do not factor over i and j unless a decay is divided by another. So pairs are taken
 level by level: at level l the chunk falls into blocks of 2^l tokens, and a token i in an odd block meets each token j
@@ -22,6 +22,8 @@ exponentiated.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -42,20 +44,22 @@ from .tiles import (
 )
 
 
-@triton.jit
-def _to_border(LEVEL, SIZE: tl.constexpr):
-    """M (SIZE, SIZE): row t counts the tokens between t and its border; and whether t is in an odd block (SIZE, 1)."""
-    t, s = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    odd = (t >> LEVEL) % 2 == 1
-    return (t >> LEVEL == s >> LEVEL) & ((odd & (s <= t)) | ((t >> LEVEL) % 2 == 0) & (s > t)), odd
+IN, OUT = tl.constexpr(6), tl.constexpr(7)  # where `_counting` has the sums from the chunk's start and to its end
+
+
+@functools.cache
+def _counting(device, dtype, transposed=False):
+    """M of each level, then the two that make in_i and out_j (8, SIZE, SIZE): whose log_decay counts, row by row."""
+    t, s = torch.arange(SIZE, device=device)[:, None], torch.arange(SIZE, device=device)[None, :]
+    rows = [(t >> n == s >> n) & torch.where((t >> n) % 2 == 1, s <= t, s > t) for n in range(6)]
+    counting = torch.stack(rows + [s <= t, s > t])
+    return (counting.mT if transposed else counting).to(dtype).contiguous()
 
 
 @triton.jit
-def _from_border(LEVEL, SIZE: tl.constexpr):
-    """The transpose of M."""
-    s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    even = (t >> LEVEL) % 2 == 0
-    return (t >> LEVEL == s >> LEVEL) & ((even & (s > t)) | ((t >> LEVEL) % 2 == 1) & (s <= t))
+def _tile(counting, n, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    return tl.load(counting + n * (SIZE * SIZE) + i * SIZE + j)
 
 
 @triton.jit
@@ -103,35 +107,39 @@ def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, 
 
 
 @kernel
-def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
+def _outputs(q, k, v, log_decay, states, o, pairs, counting, cu_seqlens, time, sequences, heads, scale,
              q_stride, k_stride, v_stride, decay_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
              MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """O = scale (in q) S + P v of one chunk, HEIGHT of the key dims at a time."""
+    """O = scale ((in q) S + P v) of one chunk, HEIGHT of the key dims at a time; `pairs`, if not None, gets P."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     scores, read = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
     for row in range(0, KEY_DIM, HEIGHT):
-        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
-        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
+        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT)
+        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT)
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)
         state = tl.load(block(states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        scores += tl.where(i == j, tl.sum(q_c * k_c, 1)[:, None], 0.0)
+        scores += tl.where(i == j, tl.sum(q_c.to(tl.float32) * k_c.to(tl.float32), 1)[:, None], 0.0)
         for level in range(6):
-            between, odd = _to_border(level, SIZE)
-            x = (tl.where(odd, q_c, k_c) * tl.exp(sums_over_rows(between, decay))).to(kind)
+            odd = (i >> level) % 2 == 1
+            decayed = tl.exp(sums_over_rows(_tile(counting, level, SIZE), decay))
+            x = (tl.where(odd, q_c, k_c).to(tl.float32) * decayed).to(kind)
             scores += tl.where((i > j) & _neighbours(level, SIZE), product(x, tl.trans(x), PRECISION), 0.0)
-        read += product((q_c * tl.exp(sums_over_rows(i >= j, decay))).to(kind), state, PRECISION)
+        read += product((q_c * tl.exp(sums_over_rows(_tile(counting, IN, SIZE), decay))).to(kind), state, PRECISION)
     v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
-    read += product(scores.to(kind), v_c, PRECISION)
+    scores = scores.to(kind)
+    if pairs is not None:
+        tl.store(block(pairs, chunk * heads + head, 0, 0, SIZE, SIZE, SIZE, SIZE), scores)
+    read += product(scores, v_c, PRECISION)
     store_rows(o, scale * read, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 @kernel
-def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads,
-               scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+def _gradients(q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_decay, counting, counting_back,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
@@ -146,7 +154,7 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
-    sum_kind = tl.float32 if kind == tl.float32 else tl.bfloat16                     # float16 would underflow
+    sum_kind = counting_back.dtype.element_ty
     v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     d_scores = product(do_c, tl.trans(v_c), PRECISION), product(v_c, tl.trans(do_c), PRECISION)
@@ -154,74 +162,74 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, c
     d_diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
     d_scores = d_scores.to(kind)
     dv_c = tl.zeros((SIZE, VALUE_DIM), tl.float32)
-    scores = tl.zeros((SIZE, SIZE), tl.float32)                                      # P^T / scale
     for row in range(0, KEY_DIM, HEIGHT):
-        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
-        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT).to(tl.float32)
+        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT)
+        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT)
         decay = load_rows(log_decay, start, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        scores += tl.where(i == j, tl.sum(q_c * k_c, 1)[:, None], 0.0)
-        dq_c, dk_c, d_sums = d_diagonal * k_c, d_diagonal * q_c, tl.zeros((SIZE, HEIGHT), tl.float32)
+        dq_c, dk_c = d_diagonal * k_c.to(tl.float32), d_diagonal * q_c.to(tl.float32)
+        d_sums = tl.zeros((SIZE, HEIGHT), tl.float32)
         for level in range(6):
-            between, odd = _to_border(level, SIZE)
-            pairs = _neighbours(level, SIZE)
-            decayed = tl.exp(sums_over_rows(between, decay))
-            x = tl.where(odd, q_c, k_c) * decayed
-            x_k = x.to(kind)
-            scores += tl.where((i < j) & pairs, product(x_k, tl.trans(x_k), PRECISION), 0.0)
-            dx = product(tl.where(pairs, d_scores, 0.0), x_k, PRECISION)
-            back = tl.where(_from_border(level, SIZE), 1.0, 0.0).to(sum_kind)
-            d_sums += product(back, (x * dx).to(sum_kind), PRECISION)
+            odd = (i >> level) % 2 == 1
+            decayed = tl.exp(sums_over_rows(_tile(counting, level, SIZE), decay))
+            x = tl.where(odd, q_c, k_c).to(tl.float32) * decayed
+            dx = product(tl.where(_neighbours(level, SIZE), d_scores, 0.0), x.to(kind), PRECISION)
+            d_sums += product(_tile(counting_back, level, SIZE), (x * dx).to(sum_kind), PRECISION)
             dx *= decayed
             dq_c += tl.where(odd, dx, 0.0)
             dk_c += tl.where(odd, 0.0, dx)
 
         before = tl.load(block(states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        decay_in = tl.exp(sums_over_rows(i >= j, decay))
+        decay_in = tl.exp(sums_over_rows(_tile(counting, IN, SIZE), decay))
         dq_in = scale * decay_in * product(do_c, tl.trans(before), PRECISION)
-        d_sums += product(tl.where(i <= j, 1.0, 0.0).to(sum_kind), (q_c * dq_in).to(sum_kind), PRECISION)
+        d_sums += product(_tile(counting_back, IN, SIZE), (q_c * dq_in).to(sum_kind), PRECISION)
         store_rows(dq, dq_c + dq_in, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
 
         after = tl.load(block(d_states, chunk * heads + head, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        decay_out = tl.exp(sums_over_rows(i < j, decay))
+        decay_out = tl.exp(sums_over_rows(_tile(counting, OUT, SIZE), decay))
         dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
-        d_sums += product(tl.where(i > j, 1.0, 0.0).to(sum_kind), (k_c * dk_out).to(sum_kind), PRECISION)
+        d_sums += product(_tile(counting_back, OUT, SIZE), (k_c * dk_out).to(sum_kind), PRECISION)
         store_rows(dk, dk_c + dk_out, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
         dv_c += product((decay_out * k_c).to(kind), after, PRECISION)
 
         total = tl.exp(tl.sum(decay.to(tl.float32), 0))
         d_sums += (total * tl.sum(before.to(tl.float32) * after.to(tl.float32), 1))[None, :]
         store_rows(d_decay, d_sums, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
-    dv_c += product((scale * scores).to(kind), do_c, PRECISION)
+    scores = tl.load(block(pairs, chunk * heads + head, 0, 0, SIZE, SIZE, SIZE, SIZE))
+    dv_c += scale * product(tl.trans(scores), do_c, PRECISION)
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
-    """o, final state, and the states that `backward` needs."""
+    """o, final state, and what `backward` needs: the states and (if `keep`) P."""
     at = Place(q, v, cu_seqlens)
     states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    pairs = q.new_empty(at.chunks * at.heads, SIZE, SIZE) if keep else None
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     _launch_scan(at, k, v, log_decay, initial, final, states, cu_seqlens, 1.0, False)
     use = at.launch("linear_attention.outputs")
     _outputs[at.heads, at.chunks](
-        q, k, v, log_decay, states, o, cu_seqlens, *shape, scale,
+        q, k, v, log_decay, states, o, pairs, _counting(q.device, torch.float16), cu_seqlens, *shape, scale,
         stride(q), stride(k), stride(v), stride(log_decay),
         at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
-    return o, final, (states,)
+    return o, final, (states, pairs)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, kept, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states,) = Place(q, v, cu_seqlens), kept
+    at, (states, pairs) = Place(q, v, cu_seqlens), kept
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, cu_seqlens, scale, True)
-    use = at.launch("linear_attention.gradients")
+    use, sum_dtype = at.launch("linear_attention.gradients"), torch.float32
+    if q.dtype != torch.float32:
+        sum_dtype = torch.bfloat16                               # float16 would underflow
     _gradients[at.heads, at.chunks](
-        q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, *shape, scale,
+        q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
+        _counting(q.device, torch.float16), _counting(q.device, sum_dtype, True), cu_seqlens, *shape, scale,
         stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
         at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
     return dq, dk, dv, d_decay, d_initial
