@@ -305,6 +305,7 @@ def main():
     ap.add_argument("--heads", type=int, default=4)
     ap.add_argument("--kv-heads", type=int, default=2)
     ap.add_argument("--ffn", type=int, default=384)
+    ap.add_argument("--rope-theta", type=float, default=500_000.0)
     ap.add_argument("--tokens", type=float, default=12e6)
     ap.add_argument("--batch-tokens", type=int, nargs="+", default=[4096], help="tokens a step, one value a context")
     ap.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512], help="grown along training")
@@ -352,7 +353,7 @@ def main():
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=a.width, num_hidden_layers=a.layers,
                          num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, intermediate_size=a.ffn,
                          tie_word_embeddings=True, max_position_embeddings=1024,
-                         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+                         rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
                          bos_token_id=tokenizer.bos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = LlamaForCausalLM(config)
