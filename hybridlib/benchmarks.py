@@ -143,9 +143,9 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
         called whole, KL from all logits of both, mixers by `plain_backend`, one backward pass, torch's default AdamW.
     batch_tokens : tokens a step. steps : to time, after two to warm up; both loops see the same rows and rates.
 
-    Metrics: ``tokens_per_second`` and ``step_seconds`` of whole steps, `PHASES` (medians over a few more steps, each
-    ended by a wait for the device, which a real step does not have: their sum may exceed a step), ``peak_bytes``,
-    ``loss`` and ``loss_tokens``.
+    Metrics: ``tokens_per_second`` and ``step_seconds`` of whole steps; for each of `PHASES` its seconds, e.g.
+    ``teacher_seconds`` (medians over a few more steps of the same calls; a phase ends with a wait for the device, which
+    a real step does not have, so that their sum may exceed a step); ``peak_bytes``, ``loss`` and ``loss_tokens``.
 
     Raises ValueError for a bad argument.
     """
@@ -186,9 +186,9 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
         (losses, seconds), peak = peak_memory(lambda: run(made, steps), device)
         medians = pd.DataFrame(phases[1:]).median()
         return {"tokens_per_second": steps * rows * tokens.context / seconds, "step_seconds": seconds / steps,
-                **{name: float(medians.get(name, 0.0)) for name in PHASES}, "peak_bytes": peak, "loss": losses,
-                "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)], "num_layers": num_layers,
-                "tokens": steps * rows * tokens.context}
+                **{f"{name}_seconds": float(medians[name]) for name in PHASES}, "peak_bytes": peak,
+                "loss": losses, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
+                "num_layers": num_layers, "tokens": steps * rows * tokens.context}
 
     return measured(ledger, "step_speed", parameters, device, compute, recompute)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, LOOPS, OPERATORS, STAGES, check_shape, dtype_name,
+from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, LOOPS, OPERATORS, PHASES, STAGES, check_shape, dtype_name,
                          time_decoding, time_operator, time_step)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
@@ -26,8 +26,9 @@ from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import time_copy
 
-__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "decoding_words", "operator_words", "recorded_speed",
-           "refusals", "speed_settings", "step_words"]
+__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "decoding_table", "decoding_words", "operator_curves",
+           "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars",
+           "step_words"]
 
 KINDS = {"operators": "operator_speed", "steps": "step_speed", "decoding": "decoding_speed"}
 _LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES}
@@ -202,6 +203,54 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
+    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and microseconds a token.
+
+    Columns ``microseconds``, of the clock ``"seconds"`` (as launched) or ``"gpu_seconds"``, and ``floor``. Shapes with
+    the heads and dim that most shapes have; of those of one length, the one with most tokens. Softmax attention is
+    repeated beside each operator. Empty if nothing was timed by that clock.
+    """
+    check_choice("clock", clock, ("seconds", "gpu_seconds"))
+    rows = _timed(frame)
+    rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
+    if rows.empty:
+        return pd.DataFrame()
+    heads, dim = rows.groupby(["heads", "dim"])["time"].nunique().idxmax()
+    rows = rows[(rows["heads"] == heads) & (rows["dim"] == dim)].sort_values(["batch"], kind="stable")
+    rows = rows.drop_duplicates(["operator", "backend", "time", "direction", "dtype"], keep="last").sort_index()
+    linear, softmax = rows[rows["operator"] != OPERATORS[2]], rows[rows["operator"] == OPERATORS[2]]
+    names = list(dict.fromkeys(linear["operator"])) or [OPERATORS[2]]
+    rows = pd.concat([linear, *(softmax.assign(operator=name) for name in names)])
+    tokens = rows["batch"] * rows["time"]
+    rows = rows.assign(panel=rows["operator"].str.replace("_", " ") + ", " + rows["direction"],
+                       microseconds=1e6 * rows[clock].astype(float) / tokens,
+                       floor=1e6 * rows["floor_seconds"].astype(float) / tokens)
+    return rows[["panel", "backend", "batch", "time", "heads", "dim", "microseconds", "floor"]].reset_index(drop=True)
+
+
+def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """Operators as a table to read: milliseconds as launched and on the GPU, with quartiles, floor and peak memory."""
+    check_choice("direction", direction, DIRECTIONS)
+    rows = _timed(frame)
+    rows = rows[rows["direction"] == direction] if len(rows) else rows
+    if rows.empty:
+        return rows
+
+    def spread(row, median, low, high):
+        if pd.isna(row.get(median)):
+            return "\u2013"
+        return f"{1e3 * row[median]:.3g} [{1e3 * row[low]:.3g}, {1e3 * row[high]:.3g}]"
+
+    table = [{"operator": row["operator"].replace("_", " "), "backend": row["backend"],
+              "shape": f"({row['batch']}, {row['time']}, {row['heads']}, {row['dim']})",
+              "launched, ms": spread(row, "seconds", "low", "high"),
+              "GPU, ms": spread(row, "gpu_seconds", "gpu_low", "gpu_high"),
+              "floor, ms": f"{1e3 * row['floor_seconds']:.3g}",
+              "peak, MiB": "\u2013" if pd.isna(row["peak_bytes"]) else f"{row['peak_bytes'] / 2**20:,.0f}"}
+             for _, row in rows.iterrows()]
+    return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
+
+
 def operator_words(frame: pd.DataFrame) -> str:
     """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others."""
     lines = []
@@ -252,6 +301,29 @@ def decoding_words(frame: pd.DataFrame) -> str:
                      f"**{row['tokens_per_second'] / teacher['tokens_per_second']:.2f} times** its speed")
         lines.append(f"- {text}.")
     return f"After {rows['context'].iloc[0]:,} tokens:\n\n" + "\n".join(lines)
+
+
+def step_bars(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows for a figure of the step: ``bar`` (stage and loop) and milliseconds of each of `PHASES`."""
+    rows = _timed(frame)
+    if rows.empty:
+        return rows
+    return pd.DataFrame([{"bar": f"{row['stage']}, {row['loop']}"} | {name: 1e3 * row[f"{name}_seconds"]
+                                                                       for name in PHASES}
+                         for _, row in rows.iterrows()])
+
+
+def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Decoding with ``label`` (share of softmax layers), cache in MiB (``cache``, and by type) and tokens a second."""
+    rows = _timed(frame)
+    if rows.empty:
+        return rows
+    label = [("teacher" if share == 1 else f"{100 * share:g}% softmax") for share in rows["share"]]
+    rows = rows.assign(label=label, softmax_mib=rows["full_attention"] / 2**20,
+                       linear_mib=rows["linear_attention"] / 2**20)
+    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"])
+    return rows[["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib", "tokens_per_second",
+                 "prefill_seconds"]].reset_index(drop=True)
 
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:
