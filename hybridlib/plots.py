@@ -293,7 +293,7 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
     ----------
     frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
     x, y, label : columns. xlabel, ylabel : what they are, with their units.
-    floor : a column that `y` cannot be below; its least value at each `x` is a dashed line named `floor_label`.
+    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line named `floor_label`.
     """
     rows = _rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
     if not (rows[[x, y]] > 0).all(axis=None):
@@ -316,8 +316,8 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
                 axes.plot(least.index, least, color=INK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_xticks(sorted(rows[x].unique()), [f"{value:,.4g}" if value < 1e4 else f"{value / 1024:g}k"
-                                                       for value in sorted(rows[x].unique())])
+            at = sorted(rows[x].unique())
+            axes.set_xticks(at, [f"{value / 1024:g}k" if value % 1024 == 0 else f"{value:g}" for value in at])
             axes.minorticks_off()
             axes.grid()
             axes.set_title(name or "", fontsize=9, loc="left")

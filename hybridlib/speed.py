@@ -26,10 +26,11 @@ from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import time_copy
 
-__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "decoding_table", "decoding_words", "operator_curves",
-           "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars",
-           "step_words"]
+__all__ = ["KINDS", "PHASE_NAMES", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
+           "operator_curves", "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings",
+           "step_bars", "step_words"]
 
+PHASE_NAMES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
 KINDS = {"operators": "operator_speed", "steps": "step_speed", "decoding": "decoding_speed"}
 _LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES}
 
@@ -58,10 +59,10 @@ class SpeedSettings:
     corpus: str = "lab"
     operators: list[str] = OPERATORS[:2]
     backends: list[str] = BACKENDS
-    shapes: list[list[int]] = ((4, 256, 4, 32), (2, 512, 4, 32), (1, 1024, 4, 32))
+    shapes: list[list[int]] = ((8, 128, 4, 32), (4, 256, 4, 32), (2, 512, 4, 32), (1, 1024, 4, 32))
     dtype: str = "auto"
     repeats: int = 20
-    max_seconds: float = 0.2
+    max_seconds: float = 0.15
     stages: list[str] = STAGES
     context: int = 256
     batch_tokens: int = 1_024
@@ -225,6 +226,8 @@ def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame
     rows = rows.assign(panel=rows["operator"].str.replace("_", " ") + ", " + rows["direction"],
                        microseconds=1e6 * rows[clock].astype(float) / tokens,
                        floor=1e6 * rows["floor_seconds"].astype(float) / tokens)
+    if len(linear):
+        rows.loc[rows["backend"] == "softmax", "floor"] = float("nan")  # a panel's floor is that of its operator
     return rows[["panel", "backend", "batch", "time", "heads", "dim", "microseconds", "floor"]].reset_index(drop=True)
 
 
@@ -251,10 +254,25 @@ def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFr
     return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
 
 
+def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
+    """One sentence on what `recorded_speed` found, or on the command that makes the records if that is nothing."""
+    found = {name: frame for name, frame in tables.items() if len(frame)}
+    if not found:
+        return ("No GPU record of these measurements is committed yet. On a machine with a GPU, this makes them: "
+                "`papermill notebooks/mixers_and_speed.ipynb out.ipynb "
+                "-f notebooks/profiles/mixers_and_speed/gpu.yaml`.")
+    devices = dict.fromkeys(device for frame in found.values() for device in frame["device"])
+    teachers = dict.fromkeys(t for frame in found.values() if "teacher" in frame for t in frame["teacher"])
+    return (f"{sum(map(len, found.values()))} records ({', '.join(found)}), measured on {' and '.join(devices)}"
+            + (f"; teacher **{', '.join(teachers)}**." if teachers else "."))
+
+
 def operator_words(frame: pd.DataFrame) -> str:
     """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others."""
-    lines = []
-    for (operator, direction, *shape), part in _timed(frame).groupby(
+    rows, lines = _timed(frame), []
+    if rows.empty:
+        return ""
+    for (operator, direction, *shape), part in rows.groupby(
             ["operator", "direction", "batch", "time", "heads", "dim"], sort=False):
         if operator == OPERATORS[2]:
             continue
@@ -270,8 +288,10 @@ def operator_words(frame: pd.DataFrame) -> str:
 
 def step_words(frame: pd.DataFrame) -> str:
     """A list in Markdown: for each stage, tokens a second of both loops and how far apart their losses are."""
-    lines = []
-    for stage, part in _timed(frame).groupby("stage", sort=False):
+    rows, lines = _timed(frame), []
+    if rows.empty:
+        return ""
+    for stage, part in rows.groupby("stage", sort=False):
         loops = {row["loop"]: row for _, row in part.iterrows()}
         text = "; ".join(f"{name} {row['tokens_per_second']:,.0f} tokens/s" for name, row in loops.items())
         if set(LOOPS) <= set(loops):
