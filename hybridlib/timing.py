@@ -142,8 +142,8 @@ def measured(ledger: Ledger, kind: str, parameters: dict, device: str | torch.de
             logger.warning("%s of %s failed", kind, parameters, exc_info=True)
             return {"reason": sentence(error)}
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
+            if torch.device(device).type == "cuda":  # what failed must not leave the next one short of memory
+                gc.collect()
                 torch.cuda.empty_cache()
 
     record = ledger.run(kind, parameters, attempt, recompute=recompute)
