@@ -1,11 +1,12 @@
-# make book   run the four notebooks, render the book to book/_build/html
+# make book   run the five notebooks, render the book to book/_build/html
 # make test   run the tests
 # make lint   check the style
 # make clean  remove executed notebooks and rendered pages (records stay)
 #
 # Each makes the environment it needs in .venv, from pyproject.toml and constraints.txt, when one of them has changed.
 #
-#   make book PROFILE=smoke                 another profile of notebooks/profiles
+#   make book PROFILE=smoke                 another profile of notebooks/profiles (a notebook with a folder of its own
+#                                           there takes its profile from it)
 #   make book PARAMETERS="-p budget 0.5"    parameters for papermill, above the profile
 #   make book TORCH_INDEX=                  torch from the default index (on Linux: the CUDA build, several GB)
 #   make test TESTS="tests/test_ledger.py -x"
@@ -27,10 +28,11 @@ endif
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla
+NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla mixers_and_speed
 EXECUTED  := $(NAMES:%=book/notebooks/%.ipynb)
 # What a notebook's results depend on, besides its source.
-INPUTS    := notebooks/profiles/$(PROFILE).yaml book/notebooks/.parameters \
+INPUTS    := $(wildcard notebooks/profiles/$(PROFILE).yaml notebooks/profiles/*/$(PROFILE).yaml) \
+             book/notebooks/.parameters \
              $(shell find hybridlib -name '*.py') $(wildcard data/teacher/*.safetensors data/corpus/*)
 
 .NOTPARALLEL:
@@ -54,7 +56,8 @@ clean:
 
 # A notebook runs under another name first: an interrupted run leaves no executed copy behind.
 book/notebooks/%.ipynb: notebooks/%.ipynb $(INPUTS) | $(INSTALLED)
-	$(BIN)/papermill -k python3 -f notebooks/profiles/$(PROFILE).yaml $(PARAMETERS) $< book/notebooks/.$*.running.ipynb
+	$(BIN)/papermill -k python3 $(PARAMETERS) $< book/notebooks/.$*.running.ipynb \
+	    -f $(firstword $(wildcard notebooks/profiles/$*/$(PROFILE).yaml) notebooks/profiles/$(PROFILE).yaml)
 	mv book/notebooks/.$*.running.ipynb $@
 
 # Changes only when the profile or the parameters do, so that executed copies of others are not taken for these.

@@ -20,10 +20,11 @@ from matplotlib.transforms import offset_copy
 
 from .agreement import bootstrap_interval, interval, spearman
 from .checks import check_choice, check_int
-from .style import (COLOURS, INK, MUTED, PALE, Limits, dodge, finish, format_interval, format_number, house_style,
+from .style import (COLOURS, INK, MUTED, PALE, Limits, Plot, dodge, finish, format_interval, format_number, house_style,
                     layer_ticks, log_ticks, look, new_figure)
 
-__all__ = ["agreement_matrix", "as_table", "comparison", "layer_map", "layer_scores", "loss_curves", "rank_scatter"]
+__all__ = ["agreement_matrix", "as_table", "breakdown", "comparison", "layer_map", "layer_scores", "loss_curves",
+           "rank_scatter", "scaling_curves"]
 
 _OUTLINE = "#bdbdbd"
 
@@ -282,6 +283,78 @@ def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Ja
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.03, label=measure)
         bar.outline.set(linewidth=0.7, edgecolor=MUTED)
         return finish(figure)
+
+
+def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: str, ylabel: str,
+                   panel: str | None = None, floor: str | None = None, floor_label: str = "memory floor") -> Figure:
+    """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
+
+    Parameters
+    ----------
+    frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
+    x, y, label : columns. xlabel, ylabel : what they are, with their units.
+    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line named `floor_label`.
+    """
+    rows = _rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
+    if not (rows[[x, y]] > 0).all(axis=None):
+        raise ValueError(f"frame has {x!r} or {y!r} of {rows[[x, y]].min().min()}; logarithmic axes need more than 0")
+    panels, labels = list(dict.fromkeys(rows[panel])) if panel else [None], list(dict.fromkeys(rows[label]))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    with house_style():
+        figure = Plot(figsize=(7 if across > 1 else 5.2, 0.7 + 2.5 * down), layout="constrained")
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels):]:
+            axes.remove()
+        for axes, name in zip(grid.flat, panels):
+            part = rows[rows[panel] == name] if panel else rows
+            for i, text in enumerate(labels):
+                line = part[part[label] == text].sort_values(x)
+                axes.plot(line[x], line[y], **look(i), markeredgecolor="white", markeredgewidth=0.6, markersize=6)
+            if floor:
+                least = part.groupby(x)[floor].min()
+                axes.plot(least.index, least, color=INK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            at = sorted(rows[x].unique())
+            axes.set_xticks(at, [f"{value / 1024:g}k" if value % 1024 == 0 else f"{value:g}" for value in at])
+            axes.minorticks_off()
+            axes.grid()
+            axes.set_title(name or "", fontsize=9, loc="left")
+        log_ticks(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
+        figure.supxlabel(xlabel, fontsize=9)
+        figure.supylabel(ylabel, fontsize=9)
+        handles = [Line2D([], [], **look(i), label=str(text)) for i, text in enumerate(labels)]
+        handles += [Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), label=floor_label)] if floor else []
+        return finish(figure, handles)
+
+
+def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlabel: str) -> Figure:
+    """What a whole is made of: a bar a row of `frame`, cut into parts told apart by lightness and hatching.
+
+    Parameters
+    ----------
+    parts : column -> its name in the legend, in the order of drawing; values from 0.
+    label : the column that names a bar. xlabel : what the parts measure, with its unit.
+    """
+    rows, names = _rows(frame, [*dict(_named("parts", parts)), label]), list(parts)
+    hatches = ("", "////", "", "....", "\\\\\\\\", "xx", "")
+    styles = [{"facecolor": COLOURS[i % 7], "hatch": hatches[i % 7], "edgecolor": "white"} for i in range(len(names))]
+    ends = rows[names].to_numpy(dtype=float).cumsum(1)
+    with house_style():
+        figure, axes = new_figure(7, 0.95 + 0.42 * len(rows))
+        for i, name in enumerate(names):
+            axes.barh(range(len(rows)), rows[name], left=ends[:, i] - rows[name], height=0.66, **styles[i])
+        for at, total in enumerate(ends[:, -1]):
+            axes.annotate(f"{total:.3g}", (total, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [str(name) for name in rows[label]], fontsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.08)
+        axes.grid(axis="x")
+        axes.set_xlabel(xlabel)
+        return finish(figure, [Rectangle((0, 0), 1, 1, **style, label=parts[n]) for style, n in zip(styles, names)])
 
 
 def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: str | Sequence[str], *, digits: int = 3,

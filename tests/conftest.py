@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
+SPEED = "mixers_and_speed"  # a notebook with parameters and profiles of its own
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +30,12 @@ def executed_notebooks(tmp_path_factory, smoke_profile, smoke_results) -> dict[s
     """Each notebook run by papermill under the smoke profile: its name and where the executed copy is."""
     folder = tmp_path_factory.mktemp("executed")
     executed = {}
-    for name in NOTEBOOKS:
+    own = yaml.safe_load((ROOT / "notebooks" / "profiles" / SPEED / "smoke.yaml").read_text(encoding="utf-8"))
+    for name in (*NOTEBOOKS, SPEED):
         executed[name] = folder / f"{name}.ipynb"
+        profile = own if name == SPEED else smoke_profile
         papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed[name],
-                                   parameters={**smoke_profile, "results": str(smoke_results)},
+                                   parameters={**profile, "results": str(smoke_results)},
                                    kernel_name="python3", cwd=ROOT, progress_bar=False, start_timeout=180)
     return executed
 

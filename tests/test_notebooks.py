@@ -12,13 +12,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import NOTEBOOKS, ROOT
+from conftest import NOTEBOOKS, ROOT, SPEED
 
 from hybridlib import Ledger, StudySettings, budget_layers
+from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 NAMES = [field.name for field in fields(StudySettings)]
-SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
+SPEED_NAMES = [field.name for field in fields(SpeedSettings)]
+ALL = (*NOTEBOOKS, SPEED)
+SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
 
 
@@ -46,7 +49,7 @@ def run_head(name, **parameters):
     return namespace
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_source_has_no_outputs_and_reads_in_ten_to_twenty_short_cells(name):
     notebook = SOURCES[name]
     nbformat.validate(notebook)
@@ -60,15 +63,19 @@ def test_a_source_has_no_outputs_and_reads_in_ten_to_twenty_short_cells(name):
         assert cell is parameters_cell(name) or len(cell.source.splitlines()) <= 14
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", ALL)
 def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     cell = parameters_cell(name)
     lines = ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
-    assert [line.target.id for line in lines] == NAMES
+    assert [line.target.id for line in lines] == (SPEED_NAMES if name == SPEED else NAMES)
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
-    assert run_head(name)["settings"].seeds >= 2
+    settings = run_head(name)["settings"]
+    if name == SPEED:
+        assert settings == SpeedSettings(**profile(f"{SPEED}/cpu") | {"device": "auto"})
+    else:
+        assert settings.seeds >= 2
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -78,9 +85,17 @@ def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
     StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
 
 
-def test_there_are_four_profiles_and_four_notebooks():
-    assert {path.stem for path in (ROOT / "notebooks" / "profiles").iterdir()} == set(PROFILES)
-    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(NOTEBOOKS)
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_of_speed_sets_every_parameter_to_an_allowed_value(name):
+    values = profile(f"{SPEED}/{name}")
+    assert list(values) == SPEED_NAMES
+    SpeedSettings(**values | {"device": "cpu"})
+
+
+def test_there_are_four_profiles_and_five_notebooks():
+    for folder in ("profiles", f"profiles/{SPEED}"):
+        assert {path.stem for path in (ROOT / "notebooks" / folder).glob("*.yaml")} == set(PROFILES)
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(ALL)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -95,13 +110,22 @@ def test_a_bad_parameter_is_refused_before_any_compute(name):
         run_head(name, mixer="mamba")
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_of_speeds_passes_over_parameters_of_the_others_and_refuses_unknown_ones():
+    assert run_head(SPEED, align_tokens=1)["settings"] == run_head(SPEED)["settings"]
+    with pytest.raises(ValueError, match=r"^shape=\[1\] is no parameter of this notebook; did you mean 'shapes'\?$"):
+        run_head(SPEED, shape=[1])
+    with pytest.raises(ValueError, match=r"^shape=\[1, 2, 3\] is not \(batch, time, heads, dim\)"):
+        run_head(SPEED, shapes=[[1, 2, 3]])
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_commands_that_a_notebook_shows_name_what_exists(name):
     text = "\n".join(cell.source for cell in SOURCES[name].cells if cell.cell_type == "markdown")
     commands = re.findall(r"^papermill (\S+) out\.ipynb -f (\S+) -p (\w+) (\S+)$", text, re.MULTILINE)
     assert len(commands) >= 2
     for source, settings, parameter, _ in commands:
-        assert (ROOT / source).is_file() and (ROOT / settings).is_file() and parameter in NAMES
+        assert (ROOT / source).is_file() and (ROOT / settings).is_file()
+        assert parameter in (SPEED_NAMES if name == SPEED else NAMES)
     keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
     cited = [key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")]
     assert cited and set(cited) <= set(keys)
@@ -118,6 +142,18 @@ def test_a_run_shows_figures_tables_and_a_verdict_from_its_records(name, execute
     verdict = "".join(cells["verdict"].outputs[0].data["text/markdown"])
     assert "**GDN probe** against" in verdict if name == "gdn_to_gla" else "**GA-S2** against" in verdict
     assert any(result in verdict for result in RESULTS) and "2 seeds" in verdict
+
+
+def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(executed_notebooks, smoke_results):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[SPEED], as_version=4).cells}
+    outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
+    assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
+    for name, figures in (("operators", 1), ("step", 1), ("loss", 1), ("decoding", 2)):
+        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
+    verdict = "".join(outputs["verdict"][0].data["text/markdown"])
+    assert "times its memory floor" in verdict and "hybridlib's loop is" in verdict and "100% softmax: cache" in verdict
+    kinds = {r.kind for r in Ledger(smoke_results)}
+    assert {"copy_speed", "operator_speed", "step_speed", "decoding_speed"} <= kinds
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):

@@ -1,0 +1,396 @@
+"""How fast it is: the operators, the training step and decoding, each measurement a record.
+
+Every function returns its record as a dict, parameters and metrics together, by the rules of `timing.measured`: asked
+again it reads the record, and what cannot run here has its ``reason`` in place of numbers. Times are in seconds, memory
+in bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from . import kernels
+from .checks import check_choice, check_device, check_int, check_number
+from .corpus import Tokens
+from .distill import AlignSettings, MatchSettings, align, attention_io, last_hidden, match
+from .hybrid import linear_layers, linearize, restore
+from .ledger import Ledger
+from .mixers import MIXERS
+from .objectives import alignment_loss, kl_from_hidden
+from .selection import select
+from .teachers import Teacher
+from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph, wait
+
+try:
+    from .hybrid import cache_memory
+except ImportError:  # a hybrid without a cache
+    cache_memory = None
+
+__all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "LOOPS", "OPERATORS", "PHASES", "STAGES", "check_shape", "dtype_name",
+           "memory_floor", "operator_inputs", "time_decoding", "time_operator", "time_step"]
+
+OPERATORS = ("gated_delta_rule", "gated_linear_attention", "softmax_attention")
+BACKENDS = ("reference", "chunked", "fused", "fla", "softmax")
+DIRECTIONS = ("forward", "forward+backward")
+PHASES = ("teacher", "student", "objective", "backward", "optimizer")
+STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[int], *, dtype: str = "auto",
+                  direction: str = "forward", device="auto", repeats: int = 20, max_seconds: float = 1.0,
+                  recompute: bool = False) -> dict:
+    """Time one operator on fresh random inputs, several sets of them in turn. Record kind ``"operator_speed"``.
+
+    Parameters
+    ----------
+    operator : one of `OPERATORS`; ``"softmax_attention"`` is torch's scaled_dot_product_attention, causal.
+    backend : as `kernels` names them; ``"softmax"`` for softmax attention.
+    shape : (batch, time, heads, dim); keys and values are of the same dim.
+    dtype : of q, k, v and beta, ``"auto"`` is bfloat16 on a GPU and float32 on a CPU; log_decay is float32, as in the
+        mixers.
+    direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of every input.
+    repeats, max_seconds : of samples, as `timing.time_calls` takes them.
+
+    Metrics: ``seconds`` with ``low`` and ``high`` as launched from Python; ``gpu_seconds``, ``gpu_low``, ``gpu_high``
+    of a CUDA graph (None on a CPU; ``graph_reason`` says why a call could not be captured); ``peak_bytes`` held beyond
+    the inputs; ``floor_bytes`` (`memory_floor`) and ``floor_seconds``, that over the speed of `time_copy`.
+
+    Raises ValueError for a bad argument.
+    """
+    check_choice("operator", operator, OPERATORS)
+    check_choice("backend", backend, ("softmax",) if operator == OPERATORS[2] else BACKENDS[:4])
+    batch, length, heads, dim = check_shape(shape)
+    check_choice("direction", direction, DIRECTIONS)
+    check_int("repeats", repeats, 1)
+    check_number("max_seconds", max_seconds, 0, open_low=True)
+    device, dtype = check_device(device), dtype_name(dtype, device)
+    parameters = {"operator": operator, "backend": backend, "batch": batch, "time": length, "heads": heads, "dim": dim,
+                  "dtype": dtype, "direction": direction, "repeats": repeats, "max_seconds": max_seconds}
+
+    def compute():
+        reason = kernels.available_backends().get(backend)
+        if reason is not None:
+            return {"reason": reason}
+        copied = time_copy(ledger, device=device)["bytes_per_second"]
+        shape, backward = (batch, length, heads, dim), direction == DIRECTIONS[1]
+        floor = memory_floor(operator_inputs(operator, shape, dtype, "meta"), direction)
+        sets = max(2, min(8, -(-2**28 // floor)))  # together larger than any cache
+        inputs = [operator_inputs(operator, shape, dtype, device, seed) for seed in range(sets)]
+        calls = [_call(operator, backend, tensors, backward) for tensors in inputs]
+        timing = time_calls(calls, device, repeats=repeats, max_seconds=max_seconds)
+        metrics = timing | {"peak_bytes": peak_memory(calls[0], device)[1], "floor_bytes": floor,
+                            "floor_seconds": floor / copied, "gpu_seconds": None}
+        if device.type == "cuda":
+            try:
+                graph = time_graph(calls, repeats=repeats, max_seconds=max_seconds)
+                metrics |= {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
+            except RuntimeError as error:
+                metrics["graph_reason"] = sentence(error)
+        return metrics
+
+    return measured(ledger, "operator_speed", parameters, device, compute, recompute)
+
+
+def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32", device="cpu",
+                    seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random q, k (of unit length), v and, by operator, log_decay (<= 0, float32) and beta (0 to 1), by name."""
+    check_choice("operator", operator, OPERATORS)
+    batch, length, heads, dim = check_shape(shape)
+    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(*last):
+        return torch.randn(batch, length, heads, *last, generator=generator, device=device)
+
+    dtype = getattr(torch, dtype)
+    inputs = {"q": normal(dim).to(dtype), "k": F.normalize(normal(dim), dim=-1).to(dtype), "v": normal(dim).to(dtype)}
+    if operator == "gated_delta_rule":
+        inputs |= {"log_decay": F.logsigmoid(normal() + 3), "beta": normal().sigmoid().to(dtype)}
+    elif operator == "gated_linear_attention":
+        inputs |= {"log_decay": F.logsigmoid(normal(dim)) / 16}
+    return inputs
+
+
+def memory_floor(inputs: Mapping[str, torch.Tensor], direction: str = "forward") -> int:
+    """Bytes that an operator must move at least, whatever it computes.
+
+    - forward: q, k, v and the gates are read, o (of v's size) is written: bytes(inputs) + bytes(v);
+    - backward: do (of v's size), q, k, v and the gates are read, and as many gradients as inputs are written:
+      2 bytes(inputs) + bytes(v); ``"forward+backward"`` is the sum of both, 3 bytes(inputs) + 2 bytes(v).
+
+    States are left out: they are smaller, and an operator may keep them on chip.
+    """
+    check_choice("direction", direction, DIRECTIONS)
+    read, written = sum(x.nbytes for x in inputs.values()), inputs["v"].nbytes
+    return read + written if direction == "forward" else 3 * read + 2 * written
+
+
+def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
+              mixer: str = "gdn", budget: float | int = 0.25, batch_tokens: int = 16_384, steps: int = 20,
+              plain_backend: str = "chunked", recompute: bool = False) -> dict:
+    """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
+
+    Parameters
+    ----------
+    teacher, tokens : from `load_teacher` and `load_tokens`; the device is the teacher's, the context that of `tokens`.
+    stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid with `budget` softmax layers, evenly spaced).
+    loop : ``"hybridlib"`` is `align` or `match` itself. ``"plain"`` is the loop that one writes first: both models
+        called whole, KL from all logits of both, mixers by `plain_backend`, one backward pass, torch's default AdamW.
+    batch_tokens : tokens a step. steps : to time, after two to warm up; both loops see the same rows and rates.
+
+    Metrics: ``tokens_per_second`` and ``step_seconds`` of whole steps; for each of `PHASES` its seconds, e.g.
+    ``teacher_seconds`` (medians over a few more steps of the same calls; a phase ends with a wait for the device, which
+    a real step does not have, so that their sum may exceed a step); ``peak_bytes``, ``loss`` and ``loss_tokens``.
+
+    Raises ValueError for a bad argument.
+    """
+    check_choice("stage", stage, STAGES)
+    check_choice("loop", loop, LOOPS)
+    check_choice("mixer", mixer, tuple(MIXERS))
+    check_choice("plain_backend", plain_backend, BACKENDS[:4])
+    check_int("batch_tokens", batch_tokens, tokens.context)
+    check_int("steps", steps, 1)
+    model, settings_class = teacher.model, AlignSettings if stage == "align" else MatchSettings
+    device, rows, num_layers = model.device, batch_tokens // tokens.context, model.config.num_hidden_layers
+    layers = select("uniform", budget, num_layers=num_layers) if stage == "match" else ()
+    settings = settings_class(batch_tokens=batch_tokens, schedule="constant", warmup=0.0)
+    parameters = {"teacher": teacher.name, "revision": teacher.revision, "stage": stage, "loop": loop, "mixer": mixer,
+                  "layers": list(layers), "context": tokens.context, "batch_tokens": batch_tokens, "steps": steps,
+                  "data": tokens.fingerprint, "plain_backend": plain_backend if loop == "plain" else None}
+    plain, step = loop == "plain", _STEPS[stage, loop]
+
+    def student():
+        made = linearize(model, mixer, teacher_name=teacher.name, teacher_revision=teacher.revision)
+        made = restore(made, model, layers) if layers else made
+        for l in linear_layers(made.config) if plain else ():
+            made.model.layers[l].self_attn.backend = plain_backend
+        return made.train()
+
+    def run(made, count):
+        if plain:
+            return _loop(made, model, tokens, rows, count, settings, step, fused=False)
+        history = (align if stage == "align" else match)(made, model, tokens, count * rows * tokens.context,
+                                                         settings=settings)
+        return history.losses, history.seconds
+
+    def compute():
+        made, phases = student(), []
+        run(made, 2)
+        _loop(made, model, tokens, rows, min(steps, 5) + 1, settings, step, fused=not plain, phases=phases)
+        made = student()
+        (losses, seconds), peak = peak_memory(lambda: run(made, steps), device)
+        medians = pd.DataFrame(phases[1:]).median()
+        return {"tokens_per_second": steps * rows * tokens.context / seconds, "step_seconds": seconds / steps,
+                **{f"{name}_seconds": float(medians[name]) for name in PHASES}, "peak_bytes": peak,
+                "loss": losses, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
+                "num_layers": num_layers, "tokens": steps * rows * tokens.context}
+
+    return measured(ledger, "step_speed", parameters, device, compute, recompute)
+
+
+def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None):
+    """A training loop without comforts: (losses, seconds). A list `phases` takes a dict of seconds for each step."""
+    device = teacher.device
+    mixers = {id(p) for l in linear_layers(student.config) for p in student.model.layers[l].self_attn.parameters()}
+    groups = [{"params": [p for p in student.parameters() if id(p) in mixers],
+               "lr": getattr(settings, "mixer_learning_rate", settings.learning_rate)}]
+    if isinstance(settings, MatchSettings):
+        groups += [{"params": [p for p in student.parameters() if id(p) not in mixers], "lr": settings.learning_rate}]
+    trained = [p for group in groups for p in group["params"]]
+    student.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay,
+                                  fused=True if fused and device.type == "cuda" else None)
+    losses, begun = [], time.perf_counter()
+    for i in range(steps):
+        batch, spent = tokens.rows(i * rows, rows).to(device), {}
+        lap = (lambda name: None) if phases is None else _stopwatch(device, spent)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = step(student, teacher, batch, lap)
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        lap("optimizer")
+        phases is None or phases.append(spent)
+    return losses, time.perf_counter() - begun
+
+
+def _stopwatch(device, spent):
+    wait(device)
+    last = time.perf_counter()
+
+    def lap(name):
+        nonlocal last
+        wait(device)
+        now = time.perf_counter()
+        spent[name], last = spent.get(name, 0.0) + now - last, now
+
+    return lap
+
+
+def _align_step(student, teacher, rows, lap):
+    layers = linear_layers(student.config)
+    with torch.no_grad(), attention_io(teacher, layers) as seen:
+        last_hidden(teacher, rows)
+    lap("teacher")
+    total = 0.0
+    for l in layers:
+        y = student.model.layers[l].self_attn(seen[l][0])[0]
+        lap("student")
+        loss = alignment_loss(y, seen[l][1]) / len(layers)
+        lap("objective")
+        loss.backward()
+        lap("backward")
+        total = total + loss.detach()
+    return total
+
+
+def _plain_align_step(student, teacher, rows, lap):
+    layers = linear_layers(student.config)
+    with torch.no_grad(), attention_io(teacher, layers) as seen:
+        teacher(input_ids=rows, use_cache=False)
+    lap("teacher")
+    outputs = [student.model.layers[l].self_attn(seen[l][0])[0].float() for l in layers]
+    lap("student")
+    targets = [seen[l][1].float() for l in layers]
+    loss = sum(F.mse_loss(x, y) / y.square().mean() for x, y in zip(outputs, targets)) / len(layers)
+    lap("objective")
+    loss.backward()
+    lap("backward")
+    return loss.detach()
+
+
+def _match_step(hybrid, teacher, rows, lap):
+    with torch.no_grad():
+        target = last_hidden(teacher, rows)
+    lap("teacher")
+    hidden = last_hidden(hybrid, rows)
+    lap("student")
+    loss = kl_from_hidden(target, teacher.lm_head.weight, hidden, hybrid.lm_head.weight)
+    lap("objective")
+    loss.backward()
+    lap("backward")
+    return loss.detach()
+
+
+def _plain_match_step(hybrid, teacher, rows, lap):
+    with torch.no_grad():
+        target = teacher(input_ids=rows, use_cache=False).logits
+    lap("teacher")
+    logits = hybrid(input_ids=rows, use_cache=False).logits
+    lap("student")
+    p, q = (x.float().log_softmax(-1).flatten(0, 1) for x in (target, logits))
+    loss = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    lap("objective")
+    loss.backward()
+    lap("backward")
+    return loss.detach()
+
+
+_STEPS = {("align", "hybridlib"): _align_step, ("align", "plain"): _plain_align_step,
+          ("match", "hybridlib"): _match_step, ("match", "plain"): _plain_match_step}
+
+
+def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",
+                  batch: int = 1, new_tokens: int = 32, recompute: bool = False) -> dict:
+    """Time `generate`, greedy, after a prompt of `context` random tokens. Record kind ``"decoding_speed"``.
+
+    Parameters
+    ----------
+    teacher : from `load_teacher`; its device and dtype are used, and its context may be exceeded: text has no meaning.
+    share : of softmax layers, evenly spaced; 1 is the teacher itself, 0 all linear. Hybrids are not trained.
+    new_tokens : to generate for each of the `batch` prompts, at least 2.
+
+    Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds`` (to the first
+    token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``.
+
+    Raises ValueError for a bad argument.
+    """
+    check_number("share", share, 0, 1)
+    for name, value, low in (("context", context, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 2)):
+        check_int(name, value, low)
+    check_choice("mixer", mixer, tuple(MIXERS))
+    source, num_layers = teacher.model, teacher.model.config.num_hidden_layers
+    layers = select("uniform", float(share), num_layers=num_layers) if share else ()
+    parameters = {"teacher": teacher.name, "revision": teacher.revision, "mixer": mixer if share < 1 else None,
+                  "share": float(share), "layers": list(layers), "context": context, "batch": batch,
+                  "new_tokens": new_tokens, "dtype": str(source.dtype).removeprefix("torch.")}
+
+    def compute():
+        if share < 1 and cache_memory is None:
+            return {"reason": "hybrids of this version keep no cache"}
+        model = source if share == 1 else linearize(source, mixer)
+        model = (restore(model, source, layers) if 0 < share < 1 else model).eval()
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(source.device)
+
+        def generate(count):
+            stamps = _Stamps()
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
+                                 max_new_tokens=count, min_new_tokens=count, pad_token_id=0, streamer=stamps,
+                                 return_dict_in_generate=True)
+            return [b - a for a, b in zip(stamps.times, stamps.times[1:])], out.past_key_values
+
+        generate(2)
+        ((prefill, *between), cache), peak = peak_memory(lambda: generate(new_tokens), source.device)
+        return {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
+                **_cache_bytes(cache), "peak_bytes": peak, "num_layers": num_layers}
+
+    return measured(ledger, "decoding_speed", parameters, source.device, compute, recompute)
+
+
+class _Stamps:
+    """A streamer that notes when each token has come, the prompt first."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, token_ids):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def _cache_bytes(cache):
+    if cache_memory is not None:
+        return cache_memory(cache)
+    return {"full_attention": sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)),
+            "linear_attention": 0}
+
+
+def _call(operator, backend, tensors, backward):
+    """A function without arguments that runs the operator on `tensors`, with the gradients of all if `backward`."""
+    inputs = [x.requires_grad_(backward) for x in tensors.values()]
+
+    def forward():
+        if operator != "softmax_attention":
+            return getattr(kernels, operator)(*inputs, backend=backend)[0]
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    if not backward:
+        return torch.no_grad()(forward)
+    do = torch.randn_like(tensors["v"])
+    return lambda: torch.autograd.grad(forward(), inputs, do)
+
+
+def check_shape(shape: Iterable[int]) -> tuple[int, int, int, int]:
+    """`shape` as a tuple; raises ValueError unless it is (batch, time, heads, dim), whole numbers of at least 1."""
+    ok = isinstance(shape, (list, tuple)) and len(shape) == 4
+    if not ok or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+        raise ValueError(f"shape={shape!r} is not (batch, time, heads, dim), four whole numbers of at least 1")
+    return tuple(shape)
+
+
+def dtype_name(dtype: str, device: str | torch.device) -> str:
+    """`dtype` with ``"auto"`` made bfloat16 on a GPU and float32 on a CPU; raises ValueError if it is unknown."""
+    check_choice("dtype", dtype, DTYPES)
+    return dtype if dtype != "auto" else "bfloat16" if torch.device(device).type == "cuda" else "float32"

@@ -1,0 +1,376 @@
+"""The speed study: what the notebook of speeds measures, as tables, and what their numbers say, in words.
+
+Each part can be left out, by an empty list among the settings, and each number is a record as soon as it is measured:
+see `hybridlib.benchmarks`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, LOOPS, OPERATORS, PHASES, STAGES, check_shape, dtype_name,
+                         time_decoding, time_operator, time_step)
+from .checks import check_choice, check_device, check_int, check_number
+from .corpus import load_tokens
+from .ledger import Ledger
+from .mixers import MIXERS
+from .selection import budget_layers
+from .study import StudySettings, results_folder
+from .teachers import Teacher, load_teacher
+from .timing import time_copy
+
+__all__ = ["KINDS", "PHASE_NAMES", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
+           "operator_curves", "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings",
+           "step_bars", "step_table", "step_words"]
+
+PHASE_NAMES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
+KINDS = {"operators": "operator_speed", "steps": "step_speed", "decoding": "decoding_speed"}
+_LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES}
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """The parameters of the notebook ``mixers_and_speed``.
+
+    Parameters
+    ----------
+    teacher, mixer, corpus, device, results, recompute : as in `StudySettings`.
+    operators, backends, shapes : of the operators' timings; ``"softmax"`` among the backends is softmax attention.
+    dtype : of operators and of decoding; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+    repeats : samples of a timing; max_seconds : its samples end sooner once they have taken this long.
+    stages : of the training step; context, batch_tokens, steps : tokens a row and a step, and steps timed.
+    budget : softmax layers of the hybrid in stage 2, share or count.
+    plain_backend : of the mixers in the plain loop.
+    contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
+    decode_batch : prompts at once; new_tokens : generated for each.
+
+    An empty list of shapes, stages or contexts leaves that part out.
+    """
+
+    teacher: str = "lab"
+    mixer: str = "gdn"
+    corpus: str = "lab"
+    operators: list[str] = OPERATORS[:2]
+    backends: list[str] = BACKENDS
+    shapes: list[list[int]] = ((4, 256, 4, 32), (2, 512, 4, 32), (1, 1024, 4, 32))
+    dtype: str = "auto"
+    repeats: int = 20
+    max_seconds: float = 0.1
+    stages: list[str] = STAGES
+    context: int = 256
+    batch_tokens: int = 1_024
+    steps: int = 4
+    budget: float | int = 0.25
+    plain_backend: str = "chunked"
+    contexts: list[int] = (128, 256, 512, 1024)
+    shares: list[float] = (1.0, 0.5, 0.25, 0.125)
+    decode_batch: int = 1
+    new_tokens: int = 16
+    device: str = "auto"
+    results: str = ""
+    recompute: bool = False
+
+    def __post_init__(self):
+        for name in ("teacher", "corpus", "results"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not text")
+        for name in ("operators", "backends", "shapes", "stages", "contexts", "shares"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
+            for value in getattr(self, name):
+                check_choice(name, value, _LISTS[name]) if name in _LISTS else None
+        for shape in self.shapes:
+            check_shape(shape)
+        for context in self.contexts:
+            check_int("contexts", context, 1)
+        for share in self.shares:
+            check_number("shares", share, 0, 1)
+        check_choice("mixer", self.mixer, tuple(MIXERS))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("plain_backend", self.plain_backend, BACKENDS[:4])
+        for name, low in (("repeats", 1), ("context", 2), ("steps", 1), ("decode_batch", 1), ("new_tokens", 2)):
+            check_int(name, getattr(self, name), low)
+        check_number("max_seconds", self.max_seconds, 0, open_low=True)
+        check_int("batch_tokens", self.batch_tokens, self.context)
+        budget_layers(self.budget, 10**6)
+        check_device(self.device)
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
+
+
+def speed_settings(namespace: Mapping) -> SpeedSettings:
+    """Settings from a notebook's variables, as `notebook_settings` takes them.
+
+    A parameter that only the other notebooks have is passed over, so that one set of parameters can serve them all.
+    Raises ValueError for a name that no notebook has, and for a value out of range.
+    """
+    known, others = ({f.name for f in fields(kind)} for kind in (SpeedSettings, StudySettings))
+    plain = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
+             and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
+    for name in plain:
+        if name not in known | others:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
+            raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
+    return SpeedSettings(**{name: value for name, value in plain.items() if name in known})
+
+
+class SpeedStudy:
+    """The measurements under one `SpeedSettings`, each a record in `ledger`; tables have one row a record.
+
+    Raises ValueError for settings that the teacher cannot take.
+    """
+
+    def __init__(self, settings: SpeedSettings | None = None):
+        self.settings = settings or SpeedSettings()
+        self.device = check_device(self.settings.device)
+        folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
+        self.ledger = Ledger(folder, device=str(self.device))
+        if self.settings.stages:
+            config = self.teacher.model.config
+            budget_layers(self.settings.budget, config.num_hidden_layers)
+            if self.settings.context > config.max_position_embeddings:
+                raise ValueError(f"context={self.settings.context} is beyond teacher {self.teacher.name}'s "
+                                 f"{config.max_position_embeddings} tokens")
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return load_teacher(self.settings.teacher, device=self.device)
+
+    def copy(self) -> dict:
+        """Bandwidth of a copy: see `time_copy`."""
+        return time_copy(self.ledger, device=self.device, recompute=self.settings.recompute)
+
+    def operators(self) -> pd.DataFrame:
+        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once."""
+        s, rows = self.settings, []
+        pairs = [(operator, backend) for operator in s.operators for backend in s.backends if backend != "softmax"]
+        pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
+        if s.shapes:
+            self.copy()
+        for shape in s.shapes:
+            for operator, backend in pairs:
+                for direction in DIRECTIONS:
+                    rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
+                                              direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
+                                              recompute=s.recompute))
+        return pd.DataFrame(rows)
+
+    def steps(self) -> pd.DataFrame:
+        """Both loops for every stage, one after the other: see `time_step`."""
+        s = self.settings
+        if not s.stages:
+            return pd.DataFrame()
+        needed = (s.steps + 2) * s.batch_tokens
+        tokens = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=needed, heldout_tokens=s.context)
+        return pd.DataFrame([time_step(self.ledger, self.teacher, tokens, stage=stage, loop=loop, mixer=s.mixer,
+                                       budget=s.budget, batch_tokens=s.batch_tokens, steps=s.steps,
+                                       plain_backend=s.plain_backend, recompute=s.recompute)
+                             for stage in s.stages for loop in LOOPS])
+
+    def decoding(self) -> pd.DataFrame:
+        """Every share and context: see `time_decoding`."""
+        s = self.settings
+        if not s.contexts:
+            return pd.DataFrame()
+        dtype = getattr(torch, dtype_name(s.dtype, self.device))
+        teacher = self.teacher if dtype == torch.float32 else load_teacher(s.teacher, device=self.device, dtype=dtype)
+        return pd.DataFrame([time_decoding(self.ledger, teacher, share=share, context=context, mixer=s.mixer,
+                                           batch=s.decode_batch, new_tokens=s.new_tokens, recompute=s.recompute)
+                             for share in s.shares for context in s.contexts])
+
+
+def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
+    """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
+
+    A table without records is empty.
+    """
+    tables = {}
+    for name, kind in KINDS.items():
+        latest = {}
+        for r in (r for r in ledger if r.kind == kind):
+            asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
+                                                                        "data", "revision")}
+            latest[repr(sorted(asked.items()))] = r.parameters | r.metrics
+        tables[name] = pd.DataFrame(list(latest.values()))
+    return tables
+
+
+def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
+    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and microseconds a token.
+
+    Columns ``microseconds``, of the clock ``"seconds"`` (as launched) or ``"gpu_seconds"``, and ``floor``. Shapes with
+    the heads and dim that most shapes have; of those of one length, the one with most tokens. Softmax attention is
+    repeated beside each operator. Empty if nothing was timed by that clock.
+    """
+    check_choice("clock", clock, ("seconds", "gpu_seconds"))
+    rows = _timed(frame)
+    rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
+    if rows.empty:
+        return pd.DataFrame()
+    heads, dim = rows.groupby(["heads", "dim"])["time"].nunique().idxmax()
+    rows = rows[(rows["heads"] == heads) & (rows["dim"] == dim)].sort_values(["batch"], kind="stable")
+    rows = rows.drop_duplicates(["operator", "backend", "time", "direction", "dtype"], keep="last").sort_index()
+    linear, softmax = rows[rows["operator"] != OPERATORS[2]], rows[rows["operator"] == OPERATORS[2]]
+    names = list(dict.fromkeys(linear["operator"])) or [OPERATORS[2]]
+    rows = pd.concat([linear, *(softmax.assign(operator=name) for name in names)])
+    tokens = rows["batch"] * rows["time"]
+    rows = rows.assign(panel=rows["operator"].str.replace("_", " ") + ", " + rows["direction"],
+                       microseconds=1e6 * rows[clock].astype(float) / tokens,
+                       floor=1e6 * rows["floor_seconds"].astype(float) / tokens)
+    if len(linear):
+        rows.loc[rows["backend"] == "softmax", "floor"] = float("nan")  # a panel's floor is that of its operator
+    return rows[["panel", "backend", "batch", "time", "heads", "dim", "microseconds", "floor"]].reset_index(drop=True)
+
+
+def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
+    """Operators as a table to read: milliseconds as launched and on the GPU, with quartiles, floor and peak memory."""
+    check_choice("direction", direction, DIRECTIONS)
+    rows = _timed(frame)
+    rows = rows[rows["direction"] == direction] if len(rows) else rows
+    if rows.empty:
+        return rows
+
+    def spread(row, median, low, high):
+        if pd.isna(row.get(median)):
+            return "\u2013"
+        return f"{1e3 * row[median]:.3g} [{1e3 * row[low]:.3g}, {1e3 * row[high]:.3g}]"
+
+    table = [{"operator": row["operator"].replace("_", " "), "backend": row["backend"],
+              "shape": f"({row['batch']}, {row['time']}, {row['heads']}, {row['dim']})",
+              "launched, ms": spread(row, "seconds", "low", "high"),
+              "GPU, ms": spread(row, "gpu_seconds", "gpu_low", "gpu_high"),
+              "floor, ms": f"{1e3 * row['floor_seconds']:.3g}",
+              "peak, MiB": _mebibytes(row["peak_bytes"])}
+             for _, row in rows.iterrows()]
+    return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
+
+
+def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
+    """One sentence on what `recorded_speed` found, or on the command that makes the records if that is nothing."""
+    found = {name: frame for name, frame in tables.items() if len(frame)}
+    if not found:
+        return ("No GPU record of these measurements is committed yet. On a machine with a GPU, this makes them: "
+                "`papermill notebooks/mixers_and_speed.ipynb out.ipynb "
+                "-f notebooks/profiles/mixers_and_speed/gpu.yaml`.")
+    devices = dict.fromkeys(device for frame in found.values() for device in frame["device"])
+    teachers = dict.fromkeys(t for frame in found.values() if "teacher" in frame for t in frame["teacher"])
+    return (f"{sum(map(len, found.values()))} records ({', '.join(found)}), measured on {' and '.join(devices)}"
+            + (f"; teacher **{', '.join(teachers)}**." if teachers else "."))
+
+
+def operator_words(frame: pd.DataFrame) -> str:
+    """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others."""
+    rows, lines = _timed(frame), []
+    if rows.empty:
+        return ""
+    for (operator, direction, *shape), part in rows.groupby(
+            ["operator", "direction", "batch", "time", "heads", "dim"], sort=False):
+        if operator == OPERATORS[2]:
+            continue
+        part = part.assign(best=part["gpu_seconds"].fillna(part["seconds"])).sort_values("best")
+        first, how = part.iloc[0], "of GPU time" if pd.notna(part.iloc[0]["gpu_seconds"]) else "as launched"
+        others = [f"`{row['backend']}` {row['best'] / first['best']:.1f} times that" for _, row in part[1:].iterrows()]
+        lines.append(f"- {operator.replace('_', ' ')}, {direction}, ({', '.join(map(str, shape))}): "
+                     f"**{first['backend']}**, {1e3 * first['best']:.3g} ms {how}, which is "
+                     f"{first['best'] / first['floor_seconds']:.1f} times its memory floor"
+                     + (f"; {', '.join(others)}" if others else "") + ".")
+    return "\n".join(lines)
+
+
+def step_words(frame: pd.DataFrame) -> str:
+    """A list in Markdown: for each stage, tokens a second of both loops and how far apart their losses are."""
+    rows, lines = _timed(frame), []
+    if rows.empty:
+        return ""
+    for stage, part in rows.groupby("stage", sort=False):
+        loops = {row["loop"]: row for _, row in part.iterrows()}
+        text = "; ".join(f"{name} {row['tokens_per_second']:,.0f} tokens/s" for name, row in loops.items())
+        if set(LOOPS) <= set(loops):
+            ours, plain = (loops[name] for name in LOOPS)
+            apart = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours["loss"], plain["loss"]))
+            text += (f"; hybridlib's loop is **{ours['tokens_per_second'] / plain['tokens_per_second']:.2f} times** as "
+                     f"fast, and no step's loss differs by more than {100 * apart:.2g}%")
+        lines.append(f"- {stage}: {text}.")
+    return "\n".join(lines)
+
+
+def decoding_words(frame: pd.DataFrame) -> str:
+    """A list in Markdown: at the longest context, each share's cache and speed beside those of the teacher."""
+    rows = _timed(frame)
+    if rows.empty:
+        return ""
+    rows = rows[rows["context"] == rows["context"].max()]
+    whole = rows[rows["share"] == 1]
+    lines = []
+    for _, row in rows.iterrows():
+        cache = row["full_attention"] + row["linear_attention"]
+        text = (f"{100 * row['share']:g}% softmax: cache {cache / 2**20:.3g} MiB, "
+                f"{row['tokens_per_second']:.3g} tokens/s")
+        if len(whole) and row["share"] < 1:
+            teacher = whole.iloc[0]
+            text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory and "
+                     f"**{row['tokens_per_second'] / teacher['tokens_per_second']:.2f} times** its speed")
+        lines.append(f"- {text}.")
+    return f"After {rows['context'].iloc[0]:,} tokens:\n\n" + "\n".join(lines)
+
+
+def step_bars(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows for a figure of the step: ``bar`` (stage and loop) and milliseconds of each of `PHASES`."""
+    rows = _timed(frame)
+    if rows.empty:
+        return rows
+    return pd.DataFrame([{"bar": f"{row['stage']}, {row['loop']}"} | {name: 1e3 * row[f"{name}_seconds"]
+                                                                       for name in PHASES}
+                         for _, row in rows.iterrows()])
+
+
+def step_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Throughput of whole steps, beside the sum of the phases timed apart and, on a GPU, the memory a loop adds."""
+    rows = _timed(frame)
+    if rows.empty:
+        return rows
+    apart = sum(rows[f"{name}_seconds"] for name in PHASES)
+    return pd.DataFrame({"stage": rows["stage"], "loop": rows["loop"],
+                         "tokens/s": rows["tokens_per_second"].map("{:,.0f}".format),
+                         "step, ms": (1e3 * rows["step_seconds"]).map("{:.4g}".format),
+                         "phases, ms": (1e3 * apart).map("{:.4g}".format),
+                         "peak, MiB": [_mebibytes(peak) for peak in rows["peak_bytes"]]}).set_index(["stage", "loop"])
+
+
+def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Decoding with ``label`` (share of softmax layers), cache in MiB (``cache``, and by type) and tokens a second."""
+    rows = _timed(frame)
+    if rows.empty:
+        return rows
+    label = [("teacher" if share == 1 else f"{100 * share:g}% softmax") for share in rows["share"]]
+    rows = rows.assign(label=label, softmax_mib=rows["full_attention"] / 2**20,
+                       linear_mib=rows["linear_attention"] / 2**20)
+    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"])
+    return rows[["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib", "tokens_per_second",
+                 "prefill_seconds"]].reset_index(drop=True)
+
+
+def refusals(frame: pd.DataFrame) -> pd.DataFrame:
+    """What could not run, and why; one row a reason and backend, softmax share or loop."""
+    if frame.empty or frame["reason"].isna().all():
+        return pd.DataFrame(columns=["what", "reason"])
+    what = next(name for name in ("backend", "share", "loop") if name in frame)
+    rows = frame[frame["reason"].notna()].rename(columns={what: "what"})
+    return rows[["what", "reason"]].drop_duplicates().reset_index(drop=True)
+
+
+def _mebibytes(count):
+    return "\u2013" if pd.isna(count) else f"{count / 2**20:,.0f}"
+
+
+def _timed(frame):
+    return frame[frame["reason"].isna()] if len(frame) else pd.DataFrame()

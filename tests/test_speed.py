@@ -1,0 +1,278 @@
+"""Speeds: the floor and the tables by hand, records, refusals; how fast anything is, is never asserted."""
+
+from __future__ import annotations
+
+import time
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hybridlib as hl
+from hybridlib import benchmarks, kernels, plots, speed, timing
+
+DECODES = benchmarks.cache_memory is not None
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return hl.Ledger(tmp_path / "records", device="cpu")
+
+
+@pytest.fixture
+def teacher(tiny_teacher):
+    return hl.Teacher(tiny_teacher(), None, "tiny", "r1")
+
+
+def operator(ledger, *arguments, **settings):
+    return benchmarks.time_operator(ledger, *arguments, device="cpu", repeats=3, **settings)
+
+
+def test_floor_counts_inputs_outputs_and_gradients():
+    shape, tokens = (2, 8, 3, 4), 2 * 8 * 3
+    qkvo, half = 4 * tokens * 4, 2  # numbers of q, k, v and o; bytes of bfloat16
+    gates = tokens * (4 + half)  # log_decay in float32, beta like q
+    inputs = benchmarks.operator_inputs("gated_delta_rule", shape, "bfloat16")
+    assert benchmarks.memory_floor(inputs) == qkvo * half + gates
+    both = benchmarks.memory_floor(inputs, "forward+backward")
+    assert both == (3 * 3 + 2) * tokens * 4 * half + 3 * gates
+    gla = benchmarks.operator_inputs("gated_linear_attention", shape, "float32")
+    assert benchmarks.memory_floor(gla) == qkvo * 4 + tokens * 4 * 4
+    assert benchmarks.memory_floor(benchmarks.operator_inputs("softmax_attention", shape)) == qkvo * 4
+
+
+def test_inputs_are_fresh_and_within_what_operators_take():
+    one, two = (benchmarks.operator_inputs("gated_delta_rule", (1, 16, 2, 8), "float32", seed=seed) for seed in (0, 1))
+    assert not torch.equal(one["q"], two["q"])
+    assert torch.allclose(one["k"].norm(dim=-1), torch.ones(1, 16, 2), atol=1e-6)
+    assert (one["log_decay"] <= 0).all() and ((one["beta"] > 0) & (one["beta"] < 1)).all()
+    assert list(benchmarks.operator_inputs("softmax_attention", (1, 16, 2, 8))) == ["q", "k", "v"]
+
+
+def test_what_is_timed_is_the_operator_and_its_gradients():
+    inputs = benchmarks.operator_inputs("gated_delta_rule", (1, 16, 2, 8))
+    o = benchmarks._call("gated_delta_rule", "chunked", inputs, False)()
+    assert torch.equal(o, kernels.gated_delta_rule(*inputs.values(), backend="chunked")[0]) and not o.requires_grad
+    grads = benchmarks._call("gated_delta_rule", "chunked", inputs, True)()
+    assert [g.shape for g in grads] == [x.shape for x in inputs.values()]
+    q, k, v = (x.detach() for x in list(inputs.values())[:3])
+    o = benchmarks._call("softmax_attention", "softmax", {"q": q, "k": k, "v": v}, False)()
+    last = (q[0, -1, 0] @ k[0, :, 0].T / 8**0.5).softmax(-1) @ v[0, :, 0]
+    assert torch.allclose(o[0, -1, 0], last, atol=1e-6)
+
+
+def test_a_timing_is_the_median_and_takes_inputs_in_turn():
+    seen = []
+    calls = [lambda i=i: (seen.append(i), time.sleep(0.03 if len(seen) == 3 else 0.001)) for i in range(2)]
+    timed = timing.time_calls(calls, repeats=5, max_seconds=10)
+    assert seen == [0, 0, 1, 0, 1, 0]  # one to warm up
+    assert timed["samples"] == 5 and timed["low"] <= timed["seconds"] <= timed["high"]
+    assert timed["seconds"] < 0.03  # one slow sample does not make the median
+    assert timing.time_calls(calls, repeats=50, max_seconds=1e-9)["samples"] == 3
+
+
+def test_asking_again_returns_the_record_and_recompute_measures_again(ledger, monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmarks, "time_calls", lambda *a, **k: calls.append(1) or timing.time_calls(*a, **k))
+    arguments = ("gated_delta_rule", "chunked", (1, 16, 2, 8))
+    first = operator(ledger, *arguments)
+    assert operator(ledger, *arguments) == first and len(calls) == 1
+    assert first["reason"] is None and first["gpu_seconds"] is None and first["peak_bytes"] is None
+    copied = timing.time_copy(ledger, device="cpu")
+    assert first["floor_seconds"] == first["floor_bytes"] / copied["bytes_per_second"]
+    operator(ledger, *arguments, recompute=True)
+    operator(ledger, *arguments, direction="forward+backward")
+    assert len(calls) == 3 and len(ledger.find("operator_speed")) == 2 and len(ledger.find("copy_speed")) == 1
+
+
+def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(ledger, monkeypatch):
+    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": "it is not here"})
+    row = operator(ledger, "gated_delta_rule", "fla", (1, 16, 2, 8))
+    assert row["reason"] == "it is not here" and "seconds" not in row
+    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": None})
+    monkeypatch.setattr(kernels, "gated_delta_rule", lambda *a, **k: 1 / 0)
+    assert operator(ledger, "gated_delta_rule", "fla", (1, 16, 2, 8))["reason"] == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
+    assert operator(ledger, "gated_delta_rule", "fla", (1, 16, 2, 8))["reason"] is None
+
+
+@pytest.mark.parametrize("call, sentence", [
+    (lambda l: operator(l, "delta", "chunked", (1, 2, 3, 4)), "operator='delta' is unknown"),
+    (lambda l: operator(l, "gated_delta_rule", "softmax", (1, 2, 3, 4)), "backend='softmax' is unknown"),
+    (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 2, 3)), r"shape=\(1, 2, 3\) is not \(batch, time"),
+    (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 0, 3, 4)), r"shape=\(1, 0, 3, 4\) is not"),
+    (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 2, 3, 4), dtype="int8"), "dtype='int8' is unknown"),
+    (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 2, 3, 4), direction="up"), "direction='up' is unknown"),
+    (lambda l: timing.time_copy(l, device="cpu", num_bytes=0), "num_bytes=0 is not a whole number of at least 1"),
+    (lambda l: timing.time_calls([]), r"calls=\[\] holds nothing to time"),
+])
+def test_bad_arguments_are_refused_before_any_compute(ledger, call, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        call(ledger)
+    assert not ledger.folder.exists()
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"backends": ["cuda"]}, "backends='cuda' is unknown"), ({"shapes": 3}, "shapes=3 is not a list"),
+    ({"shapes": [[1, 2]]}, r"shape=\[1, 2\] is not"), ({"contexts": [0]}, "contexts=0 is not a whole number"),
+    ({"shares": [1.5]}, "shares=1.5 is not a number"), ({"stages": ["score"]}, "stages='score' is unknown"),
+    ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 256"), ({"steps": 0}, "steps=0"),
+    ({"new_tokens": 1}, "new_tokens=1 is not"), ({"budget": 0}, "budget=0 is not a count"),
+    ({"recompute": "yes"}, "recompute='yes' is neither"), ({"plain_backend": "softmax"}, "plain_backend='softmax'"),
+])
+def test_bad_settings_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        speed.SpeedSettings(**change)
+
+
+@pytest.mark.parametrize("stage", benchmarks.STAGES)
+def test_both_loops_of_a_stage_train_alike(ledger, teacher, tiny_tokens, stage):
+    rows = [benchmarks.time_step(ledger, teacher, tiny_tokens, stage=stage, loop=loop, budget=1, batch_tokens=64,
+                                 steps=3) for loop in benchmarks.LOOPS]
+    assert [row["reason"] for row in rows] == [None, None]
+    ours, plain = (torch.tensor(row["loss"]) for row in rows)
+    assert torch.allclose(ours, plain, rtol=2e-4) and len(ours) == 3
+    assert rows[0]["loss_tokens"] == [64, 128, 192] and rows[0]["teacher"] == "tiny"
+    assert all(row[f"{phase}_seconds"] > 0 for row in rows for phase in benchmarks.PHASES)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    frame = pd.DataFrame(rows)
+    words = speed.step_words(frame)
+    assert words.startswith(f"- {stage}: hybridlib ") and "no step's loss differs by more than" in words
+    assert list(speed.step_bars(frame)["bar"]) == [f"{stage}, hybridlib", f"{stage}, plain"]
+
+
+def test_what_a_hybridlib_step_is_timed_by_is_what_align_and_match_compute(teacher, tiny_tokens):
+    for stage, run, settings in (("align", hl.align, hl.AlignSettings), ("match", hl.match, hl.MatchSettings)):
+        settings = settings(batch_tokens=64, schedule="constant", warmup=0.0)
+        losses, _ = benchmarks._loop(hl.linearize(teacher.model), teacher.model, tiny_tokens, 4, 3, settings,
+                                     benchmarks._STEPS[stage, "hybridlib"], fused=True)
+        history = run(hl.linearize(teacher.model), teacher.model, tiny_tokens, 192, settings=settings)
+        assert losses == pytest.approx(history.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"stage": "score"}, "stage='score' is unknown"), ({"loop": "fast"}, "loop='fast' is unknown"),
+    ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 16"), ({"steps": 0}, "steps=0 is not"),
+    ({"budget": 9}, "budget=9 is not a count from 1 to 3 layers"), ({"mixer": "mamba"}, "mixer='mamba' is unknown"),
+])
+def test_bad_steps_are_refused(ledger, teacher, tiny_tokens, change, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        benchmarks.time_step(ledger, teacher, tiny_tokens, **{"batch_tokens": 64, **change})
+
+
+def test_decoding_of_the_teacher_holds_keys_and_values_of_every_token(ledger, teacher):
+    row = benchmarks.time_decoding(ledger, teacher, context=8, batch=2, new_tokens=4)
+    config = teacher.model.config
+    held = 2 * config.num_hidden_layers * 2 * config.num_key_value_heads * 8 * 4 * (8 + 4 - 1)  # the last is not read
+    assert row["reason"] is None and (row["full_attention"], row["linear_attention"]) == (held, 0)
+    assert row["tokens_per_second"] > 0 and row["mixer"] is None
+
+
+@pytest.mark.skipif(not DECODES, reason="hybrids of this version keep no cache")
+def test_decoding_of_a_hybrid_holds_states_that_do_not_grow(ledger, teacher):
+    rows = [benchmarks.time_decoding(ledger, teacher, share=share, context=context, new_tokens=3)
+            for share in (0.34, 0) for context in (8, 16)]
+    assert [row["reason"] for row in rows] == [None] * 4
+    assert rows[0]["full_attention"] < rows[1]["full_attention"] and rows[2]["full_attention"] == 0
+    assert rows[0]["linear_attention"] == rows[1]["linear_attention"] > 0
+    assert rows[3]["linear_attention"] == rows[0]["linear_attention"] * 3 // 2
+    assert speed.refusals(pd.DataFrame(rows)).empty
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"share": 1.5}, "share=1.5 is not a number of at least 0 and at most 1"), ({"context": 0}, "context=0 is not"),
+    ({"new_tokens": 1}, "new_tokens=1 is not a whole number of at least 2"), ({"batch": 0}, "batch=0 is not")])
+def test_bad_decoding_is_refused(ledger, teacher, change, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        benchmarks.time_decoding(ledger, teacher, **change)
+
+
+def operators(**gpu):
+    base = {"operator": "gated_delta_rule", "heads": 9, "dim": 64, "dtype": "bfloat16", "direction": "forward",
+            "floor_seconds": 1e-5, "reason": None, "low": 1e-3, "high": 3e-3, "peak_bytes": 2**20, "device": "a GPU"}
+    rows = [{"backend": "fused", "batch": 2, "time": 100, "seconds": 2e-3}, {"backend": "fla", "batch": 2, "time": 100,
+            "seconds": 8e-3}, {"backend": "fused", "batch": 1, "time": 200, "seconds": 2e-3},
+            {"operator": "softmax_attention", "backend": "softmax", "batch": 2, "time": 100, "seconds": 4e-3},
+            {"backend": "chunked", "batch": 2, "time": 100, "seconds": None, "reason": "out of memory"}]
+    return pd.DataFrame([base | row | {"gpu_seconds": gpu.get(row["backend"])} for row in rows])
+
+
+def test_words_and_tables_of_operators_say_what_was_measured():
+    words = speed.operator_words(operators()).splitlines()
+    assert words[0] == ("- gated delta rule, forward, (2, 100, 9, 64): **fused**, 2 ms as launched, which is 200.0 "
+                        "times its memory floor; `fla` 4.0 times that.")
+    assert len(words) == 2
+    by_graph = speed.operator_words(operators(fused=1e-3, fla=5e-4)).splitlines()[0]
+    assert "**fla**, 0.5 ms of GPU time" in by_graph and "`fused` 2.0 times that" in by_graph
+    table = speed.operator_table(operators())
+    assert table.loc[("gated delta rule", "fused", "(2, 100, 9, 64)"), "launched, ms"] == "2 [1, 3]"
+    assert list(speed.refusals(operators()).itertuples(index=False, name=None)) == [("chunked", "out of memory")]
+
+
+def test_curves_are_per_token_with_softmax_beside_each_operator():
+    curves = speed.operator_curves(operators())
+    assert set(curves["panel"]) == {"gated delta rule, forward"}
+    fused = curves[curves["backend"] == "fused"]
+    assert list(fused["time"]) == [100, 200] and fused["microseconds"].tolist() == pytest.approx([10, 10])
+    assert curves[curves["backend"] == "softmax"]["microseconds"].item() == pytest.approx(20)
+    assert speed.operator_curves(operators(), "gpu_seconds").empty and speed.operator_curves(pd.DataFrame()).empty
+    figure = plots.scaling_curves(curves, "time", "microseconds", "backend", panel="panel", floor="floor",
+                                  xlabel="tokens in a row", ylabel="microseconds a token")
+    lines = figure.axes[0].lines
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log" and len(lines) == 4
+    assert list(lines[-1].get_ydata()) == pytest.approx([0.05, 0.05])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["fused", "fla", "softmax", "memory floor"]
+    with pytest.raises(ValueError, match="logarithmic axes need more than 0"):
+        plots.scaling_curves(curves.assign(microseconds=0.0), "time", "microseconds", "backend", xlabel="", ylabel="")
+
+
+def test_a_bar_is_as_long_as_its_parts_together():
+    frame = pd.DataFrame({"bar": ["ours", "plain"], "teacher": [1.0, 2.0], "student": [3.0, 4.5]})
+    figure = plots.breakdown(frame, {"teacher": "teacher's pass", "student": "student's pass"}, "bar", xlabel="ms")
+    axes = figure.axes[0]
+    assert [(p.get_x(), p.get_width()) for p in axes.patches] == [(0, 1), (0, 2), (1, 3), (2, 4.5)]
+    assert [t.get_text() for t in axes.texts] == ["4", "6.5"]
+    assert len({p.get_hatch() for p in axes.patches}) == 2
+
+
+def test_decoding_words_compare_with_the_teacher():
+    row = {"reason": None, "context": 1024, "batch": 1, "linear_attention": 0, "prefill_seconds": 1.0}
+    frame = pd.DataFrame([row | {"share": 1.0, "full_attention": 2**20, "tokens_per_second": 50.0},
+                          row | {"share": 0.25, "full_attention": 2**18, "tokens_per_second": 75.0}])
+    assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory and **1.50 times** its "
+            "speed.") in speed.decoding_words(frame)
+    assert list(speed.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
+
+
+def test_recorded_speeds_are_the_latest_of_each_question(ledger):
+    assert all(frame.empty for frame in speed.recorded_speed(ledger).values())
+    assert "No GPU record" in speed.about_speed(speed.recorded_speed(ledger))
+    for repeats in (2, 3):
+        benchmarks.time_operator(ledger, "softmax_attention", "softmax", (1, 8, 2, 4), device="cpu", repeats=repeats)
+    found = speed.recorded_speed(ledger)
+    assert found["operators"]["repeats"].tolist() == [3]
+    assert speed.about_speed(found).startswith("1 records (operators), measured on ")
+
+
+def test_parts_left_out_say_nothing(tmp_path):
+    settings = speed.SpeedSettings(shapes=[], stages=[], contexts=[], results=str(tmp_path), device="cpu")
+    study = speed.SpeedStudy(settings)
+    for part, words in ((study.operators(), speed.operator_words), (study.steps(), speed.step_words),
+                        (study.decoding(), speed.decoding_words)):
+        assert part.empty and words(part) == "" and speed.refusals(part).empty
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_times_the_same_calls_on_the_gpu(ledger):
+    row = benchmarks.time_operator(ledger, "gated_delta_rule", "chunked", (2, 256, 4, 64),
+                                   direction="forward+backward", repeats=3)
+    assert row["reason"] is None and "graph_reason" not in row and row["peak_bytes"] > 0
+    assert row["gpu_seconds"] > row["floor_seconds"]
+
+
+def test_a_graph_needs_a_gpu():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="^device='cuda' asks for a GPU"):
+            timing.time_graph([lambda: F.relu(torch.ones(1))])
