@@ -18,18 +18,13 @@ from . import kernels
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import Tokens
 from .distill import AlignSettings, MatchSettings, align, attention_io, last_hidden, match
-from .hybrid import linear_layers, linearize, restore
+from .hybrid import cache_memory, linear_layers, linearize, restore
 from .ledger import Ledger
 from .mixers import MIXERS
-from .objectives import alignment_loss, kl_from_hidden
+from .objectives import alignment_loss, divergence_from_hidden
 from .selection import select
 from .teachers import Teacher
 from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph, wait
-
-try:
-    from .hybrid import cache_memory
-except ImportError:  # a hybrid without a cache
-    cache_memory = None
 
 __all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "LOOPS", "OPERATORS", "PHASES", "STAGES", "check_shape", "dtype_name",
            "memory_floor", "operator_inputs", "time_decoding", "time_operator", "time_step"]
@@ -273,7 +268,7 @@ def _match_step(hybrid, teacher, rows, lap):
     lap("teacher")
     hidden = last_hidden(hybrid, rows)
     lap("student")
-    loss = kl_from_hidden(target, teacher.lm_head.weight, hidden, hybrid.lm_head.weight)
+    loss = divergence_from_hidden(target, teacher.lm_head.weight, hidden, hybrid.lm_head.weight)
     lap("objective")
     loss.backward()
     lap("backward")
@@ -324,8 +319,6 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
                   "new_tokens": new_tokens, "dtype": str(source.dtype).removeprefix("torch.")}
 
     def compute():
-        if share < 1 and cache_memory is None:
-            return {"reason": "hybrids of this version keep no cache"}
         model = source if share == 1 else linearize(source, mixer)
         model = (restore(model, source, layers) if 0 < share < 1 else model).eval()
         generator = torch.Generator().manual_seed(0)
@@ -341,7 +334,7 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
         generate(2)
         ((prefill, *between), cache), peak = peak_memory(lambda: generate(new_tokens), source.device)
         return {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
-                **_cache_bytes(cache), "peak_bytes": peak, "num_layers": num_layers}
+                **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers}
 
     return measured(ledger, "decoding_speed", parameters, source.device, compute, recompute)
 
@@ -357,13 +350,6 @@ class _Stamps:
 
     def end(self):
         pass
-
-
-def _cache_bytes(cache):
-    if cache_memory is not None:
-        return cache_memory(cache)
-    return {"full_attention": sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values)),
-            "linear_attention": 0}
 
 
 def _call(operator, backend, tensors, backward):

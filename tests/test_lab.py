@@ -46,7 +46,7 @@ def test_cutting_attention_to_the_whole_text_changes_nothing(script):
 
 def test_the_card_and_the_sums_are_those_of_the_record(script, tmp_path):
     for name in ("training.json", "config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
-                 "tokenizer_config.json"):
+                 "tokenizer_config.json", "random_start.json"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     script.publish(tmp_path)
     for name in ("README.md", "SHA256SUMS"):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 import hybridlib as hl
 from hybridlib import benchmarks, kernels, plots, speed, timing
 
-DECODES = benchmarks.cache_memory is not None
 
 
 @pytest.fixture
@@ -169,7 +168,6 @@ def test_decoding_of_the_teacher_holds_keys_and_values_of_every_token(ledger, te
     assert row["tokens_per_second"] > 0 and row["mixer"] is None
 
 
-@pytest.mark.skipif(not DECODES, reason="hybrids of this version keep no cache")
 def test_decoding_of_a_hybrid_holds_states_that_do_not_grow(ledger, teacher):
     rows = [benchmarks.time_decoding(ledger, teacher, share=share, context=context, new_tokens=3)
             for share in (0.34, 0) for context in (8, 16)]

@@ -273,6 +273,10 @@ The recall circuit is not left to chance in so short a training: attention heads
 and three tokens back, and those of layer 4 by matching what they find and copying what came next (`plant_induction`);
 all of it is free to change. Which layers recall needs is therefore known in part beforehand, which a selector can be
 held to; what training made of the other layers is not."""
+CONTROL = """
+Started at random instead, `random_start.json` (rope base {settings[rope_theta]:,.0f}, {settings[recall_share]:.0%}
+recall, rates {settings[muon_lr]} and {settings[lr]}, the rest as above), the circuit was not found in {tokens:,}
+tokens: exact match {found:.3f} on key_value_16, and {figures[heldout_loss_nats]:.3f} nats a token of text."""
 UNPLANTED = "All weights started at random."
 
 
@@ -286,9 +290,13 @@ def publish(out: Path) -> None:
 
     given = [f"--{k.replace('_', '-')}{spelled(v)}"
              for k, v in record["settings"].items() if v is not False and v is not None and k != "device"]
+    start = PLANTED if record["settings"]["plant"] else UNPLANTED
+    if (out / "random_start.json").exists():
+        control = json.loads((out / "random_start.json").read_text())
+        start += CONTROL.format(**control, found=control["figures"]["key_value_16"]["exact_match"])
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
                                                context=config["max_position_embeddings"], command=" ".join(given),
-                                               start=PLANTED if record["settings"]["plant"] else UNPLANTED))
+                                               start=start))
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (out / "SHA256SUMS").write_text("".join(sums))
