@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -47,8 +49,8 @@ class LayerScores:
 
 
 def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
-                 heldout_tokens: int | None = None, settings: MatchSettings | None = None,
-                 normalize: bool = True) -> LayerScores:
+                 heldout_tokens: int | None = None, settings: MatchSettings | None = None, normalize: bool = True,
+                 run: Callable[[int, Callable[[], dict]], dict] = lambda layer, compute: compute()) -> LayerScores:
     """Score every layer of an aligned all-linear student.
 
     Parameters
@@ -62,6 +64,8 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     heldout_tokens : held-out tokens to measure on, None for all.
     settings : of stage 2. Every candidate sees the same rows in the same order.
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
+    run : called with each layer and the function that trains and measures its candidate (``"kl"`` only), returns what
+        that function does: a dict of numbers. For remembering candidates, so that a killed scoring goes on.
 
     Cost: L times `num_tokens` of training for ``"kl"``; one pass over the held-out rows for ``"mse"``. Source: paper
     section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
@@ -72,25 +76,27 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
-    started = time.perf_counter()
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
+        started = time.perf_counter()
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
-        values, spent = measured, 0
+        values, spent, seconds = measured, 0, time.perf_counter() - started
     else:
-        measured, stderr, spent = [], [], 0
-        for l in tqdm(range(num_layers), desc=f"score ({direction})", unit="layer", leave=False):
+        def candidate(l):
+            begun = time.perf_counter()
             kept = [l] if direction == "add" else [m for m in range(num_layers) if m != l]
-            candidate = restore(student, teacher, kept)
-            if num_tokens:
-                spent += match(candidate, teacher, tokens, num_tokens, settings=settings).tokens[-1]
-            kl, error = heldout_kl(candidate, teacher, tokens, heldout_tokens=heldout_tokens)
-            measured.append(kl)
-            stderr.append(error)
+            model = restore(student, teacher, kept)
+            spent = match(model, teacher, tokens, num_tokens, settings=settings).tokens[-1] if num_tokens else 0
+            kl, error = heldout_kl(model, teacher, tokens, heldout_tokens=heldout_tokens)
+            return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun}
+
+        found = [run(l, partial(candidate, l))
+                 for l in tqdm(range(num_layers), desc=f"score ({direction})", unit="layer", leave=False)]
+        measured, stderr = [c["kl"] for c in found], [c["kl_stderr"] for c in found]
         values = [-kl for kl in measured] if direction == "add" else measured
-    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent,
-                       time.perf_counter() - started)
+        spent, seconds = sum(c["tokens"] for c in found), sum(c["seconds"] for c in found)
+    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent, seconds)
 
 
 @torch.no_grad()

@@ -196,7 +196,10 @@ class Study:
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
                normalize: bool = True) -> LayerScores:
-        """Scores of all layers of the aligned student. Record kind ``"score"``."""
+        """Scores of all layers of the aligned student. Record kind ``"score"``.
+
+        With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``.
+        """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
         s, settings = self.settings, self._match_settings()
@@ -210,7 +213,9 @@ class Study:
         def compute():
             return score_layers(self.aligned(mixer, seed), self.teacher.model,
                                 self.tokens(seed, s.score_tokens, "score"), direction=direction, metric=metric,
-                                num_tokens=s.score_tokens, settings=settings, normalize=normalize).to_dict()
+                                num_tokens=s.score_tokens, settings=settings, normalize=normalize,
+                                run=lambda l, run: self._run("candidate", parameters | {"layer": l}, run).metrics
+                                ).to_dict()
 
         return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
 
