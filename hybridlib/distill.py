@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .checks import check_choice, check_int, check_number
+from .graphs import Graphed
 from .hybrid import linear_layers
 from .objectives import alignment_loss, check_divergence, divergence_from_hidden
 
@@ -48,6 +49,8 @@ class _Settings:
     warmup : share of the steps over which the rates rise from 0.
     clip : largest norm of the gradient over all trained weights.
     checkpoint_every : tokens between two checkpoints.
+    cuda_graph : on a GPU, record a step's forward and backward passes once and replay them, which saves the time to
+        launch them. Needs the memory of a step for itself; off a GPU it changes nothing.
     divergence_factor : stop if a step's loss is this many times the mean of the first ten steps (or of
         `loss_floor`, where those are smaller).
     """
@@ -60,6 +63,7 @@ class _Settings:
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: int = 5_000_000
+    cuda_graph: bool = False
     divergence_factor: float = 10.0
     loss_floor: float = 0.1
 
@@ -72,6 +76,8 @@ class _Settings:
         check_number("weight_decay", self.weight_decay, 0)
         check_number("clip", self.clip, 0, open_low=True)
         check_int("checkpoint_every", self.checkpoint_every, 1)
+        if not isinstance(self.cuda_graph, bool):
+            raise ValueError(f"cuda_graph={self.cuda_graph!r} is neither True nor False")
         check_number("divergence_factor", self.divergence_factor, 1, open_low=True)
 
 
@@ -242,6 +248,19 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
            "tokens": tokens.fingerprint, "weights": {n: list(p.shape) for n, p in named}}
     if checkpoint is not None and Path(checkpoint).exists():
         history, begun = _load_checkpoint(Path(checkpoint), run, named, optimizer)
+
+    def gradients(batch):
+        optimizer.zero_grad(set_to_none=True)
+        losses: dict = {}
+        for part in batch.split(micro):
+            share = len(part) / rows
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                for key, loss in step_loss(part, share).items():
+                    losses[key] = losses.get(key, 0) + loss * share
+        return losses, torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
+
+    if settings.cuda_graph and device.type == "cuda":
+        gradients = Graphed(gradients)
     model.train()
     started = time.perf_counter() - history.seconds
     with tqdm(total=steps * rows * tokens.context, initial=begun * rows * tokens.context, unit="tok", unit_scale=True,
@@ -250,18 +269,11 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             batch = tokens.rows(step * rows, rows).to(device, non_blocking=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _rate(step, steps, settings)
-            losses: dict = {}
-            for part in batch.split(micro):
-                share = len(part) / rows
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    for key, loss in step_loss(part, share).items():
-                        losses[key] = losses.get(key, 0) + loss * share
+            losses, norm = gradients(batch)
             values = {key: float(loss) for key, loss in losses.items()}
             loss = sum(values.values()) / len(values)
-            norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
             _check_finite(stage, step, values, float(norm), named, history, settings)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             history.tokens.append((step + 1) * rows * tokens.context)
             history.losses.append(loss)
             history.seconds = time.perf_counter() - started
@@ -270,6 +282,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             bar.set_postfix(loss=f"{loss:.4f}")
             if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == steps):
                 _save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
+    optimizer.zero_grad(set_to_none=True)
     for p, flag in frozen:
         p.requires_grad_(flag)
     model.eval()
