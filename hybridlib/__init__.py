@@ -11,17 +11,20 @@ from .ledger import Ledger, Record
 from .mixers import GatedDeltaNet, GatedLinearAttention
 from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
+from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
+                     rank_of, regret)
 from .selection import budget_layers, select
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
-    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
-    "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "cache_memory", "chance_jaccard", "divergence", "divergence_from_hidden", "evaluate", "generate_recall",
-    "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence", "linear_layers", "linearize",
-    "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings",
-    "paired_difference", "restore", "results_folder", "score_layers", "score_recall", "select",
-    "softmax_layers", "spearman", "top_k_jaccard",
+    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention",
+    "History", "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask",
+    "Record", "SearchResult", "Study", "StudySettings", "Teacher", "Tokens", "align", "alignment_loss",
+    "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl",
+    "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "generate_recall", "greedy_backward",
+    "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall", "kl_divergence",
+    "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match",
+    "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder",
+    "score_layers", "score_recall", "select", "softmax_layers", "spearman", "top_k_jaccard",
 ]
