@@ -1,5 +1,6 @@
 """Distil a softmax Transformer into a hybrid of softmax and linear layers, and choose which layers stay softmax."""
 
+from .ablation import ablate, score_associative_recall, score_halo, score_perplexity
 from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
                         top_k_jaccard)
 from .corpus import Tokens, load_tokens
@@ -12,16 +13,18 @@ from .mixers import GatedDeltaNet, GatedLinearAttention
 from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
 from .selection import budget_layers, select
+from .speculative import SkipSearch, score_acceptance, search_skips
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
     "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
-    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
-    "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "cache_memory", "chance_jaccard", "divergence", "divergence_from_hidden", "evaluate", "generate_recall",
-    "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence", "linear_layers", "linearize",
-    "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings",
-    "paired_difference", "restore", "results_folder", "score_layers", "score_recall", "select",
-    "softmax_layers", "spearman", "top_k_jaccard",
+    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record",
+    "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align", "alignment_loss",
+    "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "divergence",
+    "divergence_from_hidden", "evaluate", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall",
+    "kl_divergence", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens",
+    "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_acceptance",
+    "score_associative_recall", "score_halo", "score_layers", "score_perplexity", "score_recall",
+    "search_skips", "select", "softmax_layers", "spearman", "top_k_jaccard",
 ]
