@@ -1,5 +1,6 @@
 """Distil a softmax Transformer into a hybrid of softmax and linear layers, and choose which layers stay softmax."""
 
+from .ablation import ablate, score_associative_recall, score_halo, score_perplexity
 from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
                         top_k_jaccard)
 from .corpus import Tokens, load_tokens
@@ -14,17 +15,19 @@ from .recall import RecallExample, RecallScore, RecallTask, generate_recall, loa
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
 from .selection import budget_layers, select
+from .speculative import SkipSearch, score_acceptance, search_skips
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention",
-    "History", "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask",
-    "Record", "SearchResult", "Study", "StudySettings", "Teacher", "Tokens", "align", "alignment_loss",
-    "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl",
-    "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "generate_recall", "greedy_backward",
-    "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall", "kl_divergence",
-    "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match",
-    "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder",
-    "score_layers", "score_recall", "select", "softmax_layers", "spearman", "top_k_jaccard",
+    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
+    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record",
+    "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align",
+    "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard",
+    "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "generate_recall",
+    "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall",
+    "kl_divergence", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens",
+    "match", "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder",
+    "score_acceptance", "score_associative_recall", "score_halo", "score_layers", "score_perplexity",
+    "score_recall", "search_skips", "select", "softmax_layers", "spearman", "top_k_jaccard",
 ]
