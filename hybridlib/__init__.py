@@ -5,6 +5,7 @@ from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, k
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
+from .gates import GateSettings, LearnedGates, gate_gradient, gated_model, learned_gates, set_gates
 from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
 from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
@@ -16,12 +17,12 @@ from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
-    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record", "Study",
-    "StudySettings", "Teacher", "Tokens", "align", "alignment_loss", "bootstrap_interval", "budget_layers",
-    "cache_memory", "chance_jaccard", "divergence", "divergence_from_hidden", "evaluate", "generate_recall",
-    "heldout_kl", "interval", "jaccard", "kendall", "kl_divergence", "linear_layers", "linearize",
-    "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings",
-    "paired_difference", "restore", "results_folder", "score_layers", "score_recall", "select",
-    "softmax_layers", "spearman", "top_k_jaccard",
+    "AlignSettings", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet", "GatedLinearAttention",
+    "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample", "RecallScore",
+    "RecallTask", "Record", "Study", "StudySettings", "Teacher", "Tokens", "align", "alignment_loss",
+    "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "divergence", "divergence_from_hidden",
+    "evaluate", "gate_gradient", "gated_model", "generate_recall", "heldout_kl", "interval", "jaccard", "kendall",
+    "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
+    "load_tokens", "match", "notebook_settings", "paired_difference", "restore", "results_folder", "score_layers",
+    "score_recall", "select", "set_gates", "softmax_layers", "spearman", "top_k_jaccard",
 ]
