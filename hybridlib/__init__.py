@@ -6,6 +6,7 @@ from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, k
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
+from .gates import GateSettings, LearnedGates, gate_gradient, gated_model, learned_gates, set_gates
 from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
 from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
@@ -20,14 +21,15 @@ from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GatedDeltaNet", "GatedLinearAttention", "History",
-    "LayerScores", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask", "Record",
-    "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align",
-    "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard",
-    "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "generate_recall",
-    "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall",
-    "kl_divergence", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens",
-    "match", "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder",
-    "score_acceptance", "score_associative_recall", "score_halo", "score_layers", "score_perplexity",
-    "score_recall", "search_skips", "select", "softmax_layers", "spearman", "top_k_jaccard",
+    "AlignSettings", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet", "GatedLinearAttention",
+    "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample", "RecallScore",
+    "RecallTask", "Record", "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate",
+    "align", "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard",
+    "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient",
+    "gated_model", "generate_recall", "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval",
+    "jaccard", "kendall", "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid",
+    "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings", "paired_difference", "rank_of",
+    "regret", "restore", "results_folder", "score_acceptance", "score_associative_recall", "score_halo",
+    "score_layers", "score_perplexity", "score_recall", "search_skips", "select", "set_gates", "softmax_layers",
+    "spearman", "top_k_jaccard",
 ]
