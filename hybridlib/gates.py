@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
 from .distill import DistillationDiverged, last_hidden
-from .hybrid import SOFTMAX, _check_same_shape, linear_layers
+from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
 from .objectives import divergence_from_hidden
 from .selection import budget_layers
@@ -67,7 +67,7 @@ def gated_model(student, teacher, gates: torch.Tensor | None = None, *, frozen: 
     """
     if linear_layers(student.config) != tuple(range(student.config.num_hidden_layers)):
         raise ValueError("student has softmax layers; a gated model takes the all-linear student that linearize gave")
-    _check_same_shape(student, teacher)
+    check_same_shape(student, teacher)
     model = _sharing(student, frozen)
     model.config.layer_types = [SOFTMAX] * student.config.num_hidden_layers  # so that every layer is given its mask
     for layer, theirs in zip(model.model.layers, teacher.model.layers, strict=True):

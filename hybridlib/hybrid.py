@@ -31,7 +31,8 @@ from .checks import check_choice, check_device
 from .mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
 from .teachers import check_family
 
-__all__ = ["cache_memory", "check_layers", "linear_layers", "linearize", "load_hybrid", "restore", "softmax_layers"]
+__all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
+           "softmax_layers"]
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 
@@ -274,7 +275,7 @@ def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn
     another shape than the student's.
     """
     layers = check_layers(layers, student.config.num_hidden_layers)
-    _check_same_shape(student, teacher)
+    check_same_shape(student, teacher)
     settings = student.config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         settings.pop(key, None)
@@ -360,7 +361,8 @@ def _cached_time(cache, config, batch):
     return max(times)
 
 
-def _check_same_shape(student, teacher):
+def check_same_shape(student, teacher):
+    """Raise ValueError unless both have the same layers, width, heads and vocabulary."""
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
