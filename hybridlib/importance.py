@@ -24,8 +24,8 @@ class LayerScores:
     """One score a layer; a higher `values[l]` means that layer l is more worth keeping softmax.
 
     `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
-    nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored names. `tokens` and
-    `seconds` are what scoring cost.
+    nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
+    and `seconds` are what scoring cost.
     """
 
     direction: str
