@@ -20,6 +20,8 @@ NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_stat
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, Frobenius
 DECAYS = ["mild", "none", "near none", "strong", "mixed", "strong, then mild"]
 
+ON_GPU = [("gdn", torch.float32), ("gdn", torch.bfloat16), ("gla", torch.bfloat16)]
+
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -79,24 +81,21 @@ def check(operator, inputs, state, bound, **options):
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("operator, dtype", [*ON_GPU, ("gdn", torch.float16), ("gla", torch.float16)])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_decays(operator, dtype, decay):
     check(operator, *make_inputs(operator, 130, 64, 64, dtype, decay, device="cuda"), BOUNDS[dtype])
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
 @pytest.mark.parametrize("time", [1, 63, 64, 65, 4097])
 def test_lengths(operator, dtype, time):
     check(operator, *make_inputs(operator, time, 64, 64, dtype, device="cuda"), BOUNDS[dtype])
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
 @pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64)])
 def test_dims(operator, dtype, key_dim, value_dim):
     check(operator, *make_inputs(operator, 130, key_dim, value_dim, dtype, device="cuda"), BOUNDS[dtype])
@@ -112,8 +111,7 @@ def test_delta_rule_writes(dtype, beta, repeat_keys):
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
 def test_packed_sequences(operator, dtype):
     inputs, state = make_inputs(operator, 400, 64, 64, dtype, batch=1, sequences=6, device="cuda")
     borders = torch.tensor([0, 5, 5, 69, 133, 198, 400], device="cuda")
@@ -121,8 +119,7 @@ def test_packed_sequences(operator, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
 def test_results_are_the_same_in_every_run(operator, dtype):
     inputs, state = make_inputs(operator, 300, 64, 64, dtype, device="cuda")
     first, second = (run(operator, inputs, state, "fused") for _ in range(2))
@@ -220,6 +217,36 @@ def interpreted_checks():
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def remember_storages(self, *arguments):
+        placed = place(self, *arguments)
+        storages = [x.untyped_storage() for x in placed[0] if isinstance(x, torch.Tensor)]
+        spans[:] = [np.array(ends, np.uint64) for ends in zip(*((x.data_ptr(), x.data_ptr() + x.nbytes())
+                                                               for x in storages))]
+        return placed
+
+    class Memory:
+        """The interpreter's memory, where every element read or written must lie in one of the kernel's arguments."""
+
+        @staticmethod
+        def check(pointers, mask, size):
+            first = np.asarray(pointers)[np.asarray(mask)].astype(np.uint64).reshape(-1, 1)
+            inside = (first >= spans[0]) & (first + np.uint64(size) <= spans[1])
+            assert inside.any(1).all(), "a kernel reads or writes outside of its arguments"
+
+        def load(self, pointers, mask, other, dtype):
+            self.check(pointers, mask, np.dtype(dtype).itemsize)
+            return memory.load(pointers, mask, other, dtype)
+
+        def store(self, pointers, value, mask):
+            self.check(pointers, mask, value.dtype.itemsize)
+            return memory.store(pointers, value, mask)
+
+        def __getattr__(self, name):
+            return getattr(memory, name)
+
+    spans, memory = [], interpreter._interpreter
+    interpreter._interpreter = Memory()
+    place, interpreter.GridExecutor._init_args_hst = interpreter.GridExecutor._init_args_hst, remember_storages
     cast, interpreter.InterpreterBuilder.create_fp_trunc = interpreter.InterpreterBuilder.cast_impl, round_to_nearest
     interpreter.InterpreterBuilder.cast_impl = round_to_nearest
     patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, index_by_item

@@ -11,6 +11,9 @@ module               what it has
 
 Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
+
+Gated linear attention takes float32 in Triton's interpreter only: on a GPU its kernels run out of registers, and ptxas
+12.8 then computes addresses in shared memory from the stack pointer.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ def why_not() -> str | None:
     return None
 
 
-def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the fused kernels cannot take this call; None if they can."""
+def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the fused kernels cannot take this call of an operator, by its function's name; None if they can."""
     reason = why_not()
     if reason is not None:
         return reason
@@ -52,6 +55,8 @@ def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"the fused kernels need tensors on a CUDA GPU, and these are on {v.device}"
     if v.dtype == torch.float64:
         return "the fused kernels have no float64"
+    if operator == "gated_linear_attention" and v.dtype == torch.float32 and not _interpreted():
+        return "the fused kernels of gated linear attention are for half precision; float32 takes too many registers"
     if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
         return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
                 f"{v.shape[-1]}")

@@ -310,44 +310,41 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     """o, final state, and what `backward` needs: T, its rest, sums, strengths and (if `keep`) states."""
-    at = Place(q, v, cu_seqlens)
-    inverse = q.new_empty(at.chunks * at.heads, SIZE, SIZE)
+    at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
+    all_chunks, strides = at.chunks * at.heads, (stride(q), stride(k), stride(v))
+    inverse = q.new_empty(all_chunks, SIZE, SIZE)
     rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
-    sums, strengths = q.new_empty(2, at.chunks * at.heads, SIZE, dtype=torch.float32)
-    states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim) if keep else None
+    sums, strengths = (q.new_empty(all_chunks, SIZE, dtype=torch.float32) for _ in range(2))
+    states = q.new_empty(all_chunks, at.key_dim, at.value_dim) if keep else None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
-    use = at.launch("delta_rule.invert")
-    _invert[at.heads, at.chunks](
-        k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
-        stride(k), stride(log_decay), stride(beta),
-        at.key_dim, many, dots, dots, num_warps=use.warps, num_stages=use.stages)
-    use = at.launch("delta_rule.scan")
-    _scan[at.value_dim // use.width, at.heads, at.sequences](
-        q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale,
-        stride(q), stride(k), stride(v),
-        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
+              k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
+              strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
+    use = at.how("delta_rule.scan")
+    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences),
+              q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale, *strides,
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return o, final, (inverse, rest, sums, strengths, states)
 
 
 def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, kept, d_o, d_final):
     """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
-    at = Place(q, v, cu_seqlens)
+    at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
     inverse, rest, sums, strengths, states = kept
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
-    use = at.launch("delta_rule.scan_back")
-    _scan_back[at.value_dim // use.width, at.heads, at.sequences](
-        q, k, inverse, rest, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
-        stride(q), stride(k), stride(d_o),
-        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
-    use = at.launch("delta_rule.gradients")
-    _gradients[at.heads, at.chunks](
-        q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-        cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
-        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    use = at.how("delta_rule.scan_back")
+    at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences),
+              q, k, inverse, rest, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
+              stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots)
+    use = at.how("delta_rule.gradients")
+    at.launch(_gradients, use, (at.heads, at.chunks, 1),
+              q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+              cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return dq, dk, dv, d_decay, d_beta, d_initial

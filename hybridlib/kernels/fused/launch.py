@@ -1,21 +1,22 @@
 """Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
 
-The table is from measurements on one H100. `override` goes before it, by the kernel's name ("delta_rule.scan").
+The table is from measurements on one H100. `override` goes before it, by the kernel's name ("delta_rule.scan"). Where
+ptxas runs out of registers it may compute addresses in shared memory from the stack pointer (12.8, tiles of 32 columns
+in half precision): a launch in the table has been looked through for that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "override", "precision", "stride"]
+__all__ = ["SIZE", "Launch", "Place", "by_token", "override", "precision", "stride"]
 
 SIZE = 64  # tokens in a chunk
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Warps and pipeline stages of a kernel, and how many columns of the state its tiles have (0: does not apply)."""
 
     warps: int
@@ -32,7 +33,8 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 32)),
     "linear_attention.scan": (Launch(4, 2, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(4, 1, 32), Launch(4, 1, 32)),
+    "linear_attention.gradients": (Launch(8, 1, 64), Launch(8, 1, 64)),
+    "linear_attention.gradients, key_dim 32": (Launch(4, 2, 32), Launch(4, 2, 32)),
 }
 _FLOAT32 = {
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
@@ -45,10 +47,18 @@ _FLOAT32 = {
 }
 
 
-class Place:
-    """Sizes of a call; `many` is the power of two that the kernels search packed sequences with."""
+_compiled = {}  # kernels by what they were compiled for: Triton's own look-up takes most of a launch
 
-    def __init__(self, q, v, cu_seqlens):
+
+class Place:
+    """Sizes of a call; `many` is the power of two that the kernels search packed sequences with.
+
+    Calls of equal `key` run the same compiled kernels. There is none where a tensor is not aligned to 16 bytes.
+    """
+
+    def __init__(self, tokens, states, cu_seqlens, keep=None):
+        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
+        q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
         if cu_seqlens is None:
@@ -58,13 +68,32 @@ class Place:
             self.sequences = len(cu_seqlens) - 1
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
+        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many], 0
+        for x in tokens:
+            key += x.dtype, x.stride(1)
+            aligned |= x.data_ptr()
+        for x in (*states, cu_seqlens):
+            key.append(None if x is None else x.dtype)
+            aligned |= 0 if x is None else x.data_ptr()
+        self.key = tuple(key) if aligned % 16 == 0 else None
 
-    def launch(self, kernel: str) -> Launch:
+    def how(self, kernel: str) -> Launch:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         table = _FLOAT32 if self.dtype == torch.float32 else _HALF
-        use = override.get(kernel) or table[kernel][max(self.key_dim, self.value_dim) > 64]
+        rows = override.get(kernel) or table.get(f"{kernel}, key_dim {self.key_dim}") or table[kernel]
+        use = rows if isinstance(rows, Launch) else rows[max(self.key_dim, self.value_dim) > 64]
         most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
         return use if use.width <= most else Launch(use.warps, use.stages, most)
+
+    def launch(self, kernel, use, grid, *arguments):
+        """Run a kernel, whose arguments may differ in size, not in kind, from those of another call of equal `key`."""
+        key = None if self.key is None else (id(kernel), use, self.key)
+        _, compiled = _compiled.get(key, (kernel, None))
+        if compiled is not None:
+            return compiled[grid](*arguments)
+        compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
+        if key is not None and compiled is not None:  # None from Triton's interpreter
+            _compiled[key] = kernel, compiled
 
 
 def stride(x: torch.Tensor) -> int:
@@ -79,6 +108,8 @@ def precision(dtype: torch.dtype) -> str:
 
 def by_token(x: torch.Tensor) -> torch.Tensor:
     """x (batch, time, heads, ..), or a copy, so that heads and dim are dense and sequences follow one another."""
+    if x.is_contiguous():
+        return x
     inner = x.shape[2:].numel()
     dense = x.stride(-1) == 1 and (x.dim() == 3 or x.stride(2) == x.shape[3])
     return x if dense and x.stride(1) >= inner and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()

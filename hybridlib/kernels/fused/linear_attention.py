@@ -201,45 +201,42 @@ def _gradients(q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_d
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     """o, final state, and what `backward` needs: the states and (if `keep`) P."""
-    at = Place(q, v, cu_seqlens)
+    at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
     states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     pairs = q.new_empty(at.chunks * at.heads, SIZE, SIZE) if keep else None
-    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     _launch_scan(at, k, v, log_decay, initial, final, states, cu_seqlens, 1.0, False)
-    use = at.launch("linear_attention.outputs")
-    _outputs[at.heads, at.chunks](
-        q, k, v, log_decay, states, o, pairs, _counting(q.device, torch.float16), cu_seqlens, *shape, scale,
-        stride(q), stride(k), stride(v), stride(log_decay),
-        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    use = at.how("linear_attention.outputs")
+    at.launch(_outputs, use, (at.heads, at.chunks, 1),
+              q, k, v, log_decay, states, o, pairs, _counting(q.device, torch.float16), cu_seqlens,
+              at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v), stride(log_decay),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
     return o, final, (states, pairs)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, kept, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states, pairs) = Place(q, v, cu_seqlens), kept
+    at, (states, pairs) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), kept
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, cu_seqlens, scale, True)
-    use, sum_dtype = at.launch("linear_attention.gradients"), torch.float32
-    if q.dtype != torch.float32:
-        sum_dtype = torch.bfloat16                               # float16 would underflow
-    _gradients[at.heads, at.chunks](
-        q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
-        _counting(q.device, torch.float16), _counting(q.device, sum_dtype, True), cu_seqlens, *shape, scale,
-        stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
-        at.key_dim, at.value_dim, use.width, SIZE, many, dots, num_warps=use.warps, num_stages=use.stages)
+    sum_dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16        # float16 would underflow
+    use = at.how("linear_attention.gradients")
+    at.launch(_gradients, use, (at.heads, at.chunks, 1),
+              q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
+              _counting(q.device, torch.float16), _counting(q.device, sum_dtype, True), cu_seqlens,
+              at.time, at.sequences, at.heads, scale,
+              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
     return dq, dk, dv, d_decay, d_initial
 
 
 def _launch_scan(at, x, y, log_decay, initial, final, states, cu_seqlens, scale, back):
-    use = at.launch("linear_attention.scan")
+    use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
-    _scan[at.key_dim // height * (at.value_dim // width), at.heads, at.sequences](
-        x, y, log_decay, initial, final, states, cu_seqlens, at.time, at.sequences, at.heads, scale,
-        stride(x), stride(y), stride(log_decay),
-        at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype),
-        num_warps=use.warps, num_stages=use.stages)
+    at.launch(_scan, use, (at.key_dim // height * (at.value_dim // width), at.heads, at.sequences),
+              x, y, log_decay, initial, final, states, cu_seqlens, at.time, at.sequences, at.heads, scale,
+              stride(x), stride(y), stride(log_decay),
+              at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype))
