@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .checks import check_int
-from .distill import last_hidden
 from .hybrid import check_layers, linear_layers, restore
 from .importance import LayerScores
+from .passes import last_hidden
 from .recall import RecallTask, encode_recall, generate_recall
 from .teachers import check_family
 

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from . import kernels
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import Tokens
-from .distill import AlignSettings, MatchSettings, align, attention_io, last_hidden, match
+from .distill import AlignSettings, MatchSettings, align, match
 from .hybrid import cache_memory, linear_layers, linearize, restore
 from .ledger import Ledger
 from .mixers import MIXERS
 from .objectives import alignment_loss, divergence_from_hidden
+from .passes import attention_io, last_hidden
 from .selection import select
 from .teachers import Teacher
 from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph, wait
@@ -232,8 +233,8 @@ def _stopwatch(device, spent):
 
 def _align_step(student, teacher, rows, lap):
     layers = linear_layers(student.config)
-    with torch.no_grad(), attention_io(teacher, layers) as seen:
-        last_hidden(teacher, rows)
+    with torch.no_grad():
+        seen = list(attention_io(teacher, rows))
     lap("teacher")
     total = 0.0
     for l in layers:
@@ -249,8 +250,8 @@ def _align_step(student, teacher, rows, lap):
 
 def _plain_align_step(student, teacher, rows, lap):
     layers = linear_layers(student.config)
-    with torch.no_grad(), attention_io(teacher, layers) as seen:
-        teacher(input_ids=rows, use_cache=False)
+    with torch.no_grad():
+        seen = list(attention_io(teacher, rows))
     lap("teacher")
     outputs = [student.model.layers[l].self_attn(seen[l][0])[0].float() for l in layers]
     lap("student")

@@ -12,8 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from tqdm.auto import tqdm
 from .checks import check_choice, check_int, check_number
 from .graphs import Graphed
 from .hybrid import linear_layers
-from .objectives import alignment_loss, check_divergence, divergence_from_hidden
+from .objectives import check_divergence, divergence_from_hidden
+from .passes import attention_io, compiled_if, last_hidden, mixer_loss
 
-__all__ = ["AlignSettings", "DistillationDiverged", "History", "MatchSettings", "align", "attention_io", "last_hidden",
-           "match"]
+__all__ = ["AlignSettings", "DistillationDiverged", "History", "MatchSettings", "align", "match"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,10 @@ class _Settings:
     warmup : share of the steps over which the rates rise from 0.
     clip : largest norm of the gradient over all trained weights.
     checkpoint_every : tokens between two checkpoints.
+    compile : on a GPU, run the layers through ``torch.compile``, which costs a minute once; elsewhere it changes
+        nothing.
     cuda_graph : on a GPU, record a step's forward and backward passes once and replay them, which saves the time to
-        launch them. Needs the memory of a step for itself; off a GPU it changes nothing.
+        launch them. Needs the memory of a step for itself; elsewhere it changes nothing.
     divergence_factor : stop if a step's loss is this many times the mean of the first ten steps (or of
         `loss_floor`, where those are smaller).
     """
@@ -63,6 +64,7 @@ class _Settings:
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: int = 5_000_000
+    compile: bool = False
     cuda_graph: bool = False
     divergence_factor: float = 10.0
     loss_floor: float = 0.1
@@ -76,9 +78,15 @@ class _Settings:
         check_number("weight_decay", self.weight_decay, 0)
         check_number("clip", self.clip, 0, open_low=True)
         check_int("checkpoint_every", self.checkpoint_every, 1)
-        if not isinstance(self.cuda_graph, bool):
-            raise ValueError(f"cuda_graph={self.cuda_graph!r} is neither True nor False")
+        for name in ("compile", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
         check_number("divergence_factor", self.divergence_factor, 1, open_low=True)
+
+
+    def numbers(self) -> dict:
+        """The settings that a run's figures depend on, as JSON has them: all but `compile` and `cuda_graph`."""
+        return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k not in ("compile", "cuda_graph")}))
 
 
 @dataclass(frozen=True)
@@ -158,13 +166,15 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
     mixers = {l: student.model.layers[l].self_attn for l in layers}
     named = [(f"model.layers.{l}.self_attn.{n}", p) for l, m in mixers.items() for n, p in m.named_parameters()]
 
+    compiled = settings.compile and next(student.parameters()).is_cuda
+    loss_of = compiled_if(compiled, mixer_loss)
+
     def step_loss(rows, share):
-        with torch.no_grad(), attention_io(teacher, layers) as seen:
-            last_hidden(teacher, rows)
+        with torch.no_grad():
+            seen = list(attention_io(teacher, rows, compiled=compiled))
         losses = {}
         for l, mixer in mixers.items():  # layers do not depend on one another: one graph at a time
-            x, y = seen[l]
-            losses[l] = alignment_loss(mixer(x)[0], y, normalize=settings.normalize)
+            losses[l] = loss_of(mixer, *seen[l], settings.normalize)
             (losses[l] * (share / len(layers))).backward()
         return {l: loss.detach() for l, loss in losses.items()}
 
@@ -183,11 +193,12 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
     prefixes = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(hybrid.config))
     mixers = [(n, p) for n, p in hybrid.named_parameters() if n.startswith(prefixes)]
     others = [(n, p) for n, p in hybrid.named_parameters() if not n.startswith(prefixes)]
+    compiled = settings.compile and next(hybrid.parameters()).is_cuda
 
     def step_loss(rows, share):
         with torch.no_grad():
-            target = last_hidden(teacher, rows)
-        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows),
+            target = last_hidden(teacher, rows, compiled=compiled)
+        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows, compiled=compiled),
                                       hybrid.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
                                       beta=settings.beta, temperature=settings.temperature)
         (loss * share).backward()
@@ -195,31 +206,6 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
 
     groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
     return _train("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint)
-
-
-def last_hidden(model, input_ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states after the final norm, (batch, time, width), of a teacher or a hybrid."""
-    if hasattr(model, "last_hidden"):
-        return model.last_hidden(input_ids)
-    return model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-
-@contextmanager
-def attention_io(model, layers) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """While open, each forward pass of `model` leaves {layer: (attention input, attention output)} here."""
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(layer):
-        def hook(module, args, kwargs, output):
-            seen[layer] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0])
-        return hook
-
-    handles = [model.model.layers[l].self_attn.register_forward_hook(keep(l), with_kwargs=True) for l in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint) -> History:
@@ -244,7 +230,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
                                   lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay,
                                   fused=device.type == "cuda")
     history, begun = History(stage), 0
-    run = {"stage": stage, "num_tokens": num_tokens, "settings": json.loads(json.dumps(asdict(settings))),
+    run = {"stage": stage, "num_tokens": num_tokens, "settings": settings.numbers(),
            "tokens": tokens.fingerprint, "weights": {n: list(p.shape) for n, p in named}}
     if checkpoint is not None and Path(checkpoint).exists():
         history, begun = _load_checkpoint(Path(checkpoint), run, named, optimizer)
@@ -259,9 +245,9 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
                     losses[key] = losses.get(key, 0) + loss * share
         return losses, torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
 
-    if settings.cuda_graph and device.type == "cuda":
-        gradients = Graphed(gradients)
     model.train()
+    graphed = Graphed(gradients) if settings.cuda_graph and device.type == "cuda" else None
+    gradients = graphed or gradients
     started = time.perf_counter() - history.seconds
     with tqdm(total=steps * rows * tokens.context, initial=begun * rows * tokens.context, unit="tok", unit_scale=True,
               desc=stage, leave=False) as bar:
@@ -283,6 +269,8 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == steps):
                 _save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
     optimizer.zero_grad(set_to_none=True)
+    if graphed:
+        graphed.release()
     for p, flag in frozen:
         p.requires_grad_(flag)
     model.eval()

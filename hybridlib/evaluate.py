@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .checks import check_int
-from .distill import last_hidden
 from .objectives import kl_divergence
+from .passes import last_hidden
 from .recall import RecallTask, generate_recall, score_recall
 
 __all__ = ["Evaluation", "evaluate", "heldout_kl"]

@@ -18,10 +18,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
-from .distill import DistillationDiverged, last_hidden
+from .distill import DistillationDiverged
 from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
 from .objectives import divergence_from_hidden
+from .passes import last_hidden
 from .selection import budget_layers
 
 __all__ = ["GateSettings", "GatedAttention", "LearnedGates", "gate_gradient", "gated_model", "learned_gates",

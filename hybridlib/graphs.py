@@ -46,3 +46,9 @@ class Graphed:
         self.batch.copy_(batch)
         self.graph.replay()
         return self.result
+
+    def release(self) -> None:
+        """Give the graph's memory back; what calls returned is then gone, too."""
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph = self.result = self.batch = self.compute = None

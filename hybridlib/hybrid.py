@@ -62,10 +62,6 @@ class _HybridModel:
         inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
 
-    def last_hidden(self, input_ids):
-        """Hidden states after the final norm, (batch, time, width), for `input_ids` (batch, time) without padding."""
-        return self.model(**self._inputs(input_ids)).last_hidden_state
-
     def _inputs(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
                 use_cache=False):
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -319,7 +315,8 @@ def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = N
 def _empty(model_class, settings, like):
     """A model of `model_class` with `settings`, with the device, dtype and, where they fit, weights of model `like`."""
     parameter = next(like.parameters())
-    model = model_class(model_class.config_class(**settings)).to(parameter.device, parameter.dtype)
+    with torch.device(parameter.device):  # drawing weights that are then replaced takes seconds on a CPU
+        model = model_class(model_class.config_class(**settings)).to(parameter.dtype)
     kept = {k: v for k, v in like.state_dict().items() if ".self_attn." not in k}
     model.load_state_dict(kept, strict=False)
     model.config._attn_implementation = like.config._attn_implementation

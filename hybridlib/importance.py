@@ -11,10 +11,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .checks import check_choice, check_int
-from .distill import MatchSettings, attention_io, last_hidden, match
+from .distill import MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import linear_layers, restore
 from .objectives import alignment_loss
+from .passes import attention_io
 
 __all__ = ["LayerScores", "score_layers"]
 
@@ -107,12 +108,10 @@ def _alignment_errors(student, teacher, tokens, heldout_tokens, normalize):
     device, layers = next(student.parameters()).device, linear_layers(student.config)
     errors = {l: [] for l in layers}
     for ids in tokens.heldout[:count].split(8):
-        with attention_io(teacher, layers) as seen:
-            last_hidden(teacher, ids.to(device).long())
-        for l in layers:
-            x, y = seen[l]
+        for l, (x, y) in enumerate(attention_io(teacher, ids.to(device).long())):
             outputs = student.model.layers[l].self_attn(x)[0]
-            errors[l] += [alignment_loss(o, t, normalize=normalize).item() for o, t in zip(outputs, y, strict=True)]
+            rows = [alignment_loss(o, t, normalize=normalize) for o, t in zip(outputs, y, strict=True)]
+            errors[l] += torch.stack(rows).tolist()
     table = torch.tensor([errors[l] for l in layers], dtype=torch.float64)  # (layers, rows)
     stderr = table.std(-1) / table.shape[1] ** 0.5
     return table.mean(-1).tolist(), stderr.tolist()

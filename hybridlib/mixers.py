@@ -85,7 +85,7 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
 
 
 class _Mixer(nn.Module):
-    """Projections, output norm and gate that both mixers share; a subclass gives `mix`.
+    """Projections, output norm and gate that both mixers share; a subclass gives `gate_projections` and `mix`.
 
     Attribute `backend` names the kernel to run, ``"auto"`` unless it is set; see `hybridlib.kernels`.
     """
@@ -115,14 +115,15 @@ class _Mixer(nn.Module):
         have no meaning here and are ignored.
         """
         state = None if past_key_values is None else self._cached(past_key_values)
-        q, k, v = (self._heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        parts = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.gate_projections())
+        q, k, v, g, *gates = _project(hidden_states, parts)
+        q, k, v, g = (self._heads(x) for x in (q, k, v, g))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
-        o, state = self.mix(hidden_states, q, k, v, padding_mask, state)  # o: (batch, time, heads, head_dim)
+        o, state = self.mix(q, k, v, *gates, padding_mask, state)  # o: (batch, time, heads, head_dim)
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
-        gate = F.silu(self._heads(self.g_proj(hidden_states)))
-        return self.o_proj((_normed(self.o_norm, o) * gate).flatten(2)), None
+        return self.o_proj((_normed(self.o_norm, o) * F.silu(g)).flatten(2)), None
 
     def _cached(self, cache):
         layer = cache.layers[self.layer_idx]
@@ -194,10 +195,13 @@ class GatedDeltaNet(_Mixer):
         step = torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def mix(self, hidden_states, q, k, v, padding_mask, state):
+    def gate_projections(self):
+        return self.a_proj, self.b_proj
+
+    def mix(self, q, k, v, a, b, padding_mask, state):
         q, k = F.normalize(F.silu(q), dim=-1, eps=1e-6), F.normalize(F.silu(k), dim=-1, eps=1e-6)
-        beta = self.b_proj(hidden_states).sigmoid()  # (batch, time, heads)
-        log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias)
+        beta = b.sigmoid()  # (batch, time, heads)
+        log_decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         if padding_mask is not None:
             keep = padding_mask[..., None].to(beta.dtype)
             beta, log_decay = beta * keep, log_decay * keep
@@ -222,8 +226,11 @@ class GatedLinearAttention(_Mixer):
         for proj in (*self.decay_proj, self.g_proj):
             _init_linear(proj, generator)
 
-    def mix(self, hidden_states, q, k, v, padding_mask, state):
-        log_decay = self._heads(F.logsigmoid(self.decay_proj(hidden_states).float()) / self.temperature)
+    def gate_projections(self):
+        return self.decay_proj[:1]
+
+    def mix(self, q, k, v, low_rank, padding_mask, state):
+        log_decay = self._heads(F.logsigmoid(self.decay_proj[1](low_rank).float()) / self.temperature)
         if padding_mask is not None:
             keep = padding_mask[..., None, None].to(k.dtype)
             k, log_decay = k * keep, log_decay * keep
@@ -237,6 +244,20 @@ def build_mixer(name: str, config, layer_idx: int) -> _Mixer:
     """A mixer of one layer by name, ``"gdn"`` or ``"gla"``. Raises ValueError if the name is unknown."""
     check_choice("mixer", name, tuple(MIXERS))
     return MIXERS[name](config, layer_idx)
+
+
+def _project(x, linears):
+    """What each of `linears` makes of x (batch, time, width), in one product where there are tokens enough to pay."""
+    if x.shape[0] * x.shape[1] < 64:
+        return [linear(x) for linear in linears]
+    sizes, like = [linear.out_features for linear in linears], linears[0].weight
+    rest = -sum(sizes) % 64  # GPUs want aligned rows
+    weight = torch.cat([*(linear.weight for linear in linears), like.new_zeros(rest, like.shape[1])])
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        bias = torch.cat([*(like.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+                            for linear in linears), like.new_zeros(rest)])
+    return F.linear(x, weight, bias).split([*sizes, rest], -1)[:len(sizes)]
 
 
 def _normed(norm, x):

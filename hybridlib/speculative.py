@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .ablation import ablate, heldout_batches, measuring
 from .checks import check_int, check_number
-from .distill import last_hidden
 from .hybrid import check_layers
 from .importance import LayerScores
+from .passes import last_hidden
 from .selection import budget_layers
 from .teachers import check_family
 

@@ -206,7 +206,7 @@ class Study:
         parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
                       "direction": direction, "metric": metric, "heldout_tokens": s.heldout_tokens}
         if metric == "kl":
-            parameters |= {"num_tokens": s.score_tokens, "settings": _plain(settings)}
+            parameters |= {"num_tokens": s.score_tokens, "settings": settings.numbers()}
         else:
             parameters |= {"normalize": normalize}
 
@@ -230,7 +230,7 @@ class Study:
         s, settings, mixer = self.settings, self._match_settings(), mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
-                      "layers": list(layers), "num_tokens": s.match_tokens, "settings": _plain(settings),
+                      "layers": list(layers), "num_tokens": s.match_tokens, "settings": settings.numbers(),
                       "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
 
         def compute():
@@ -273,14 +273,15 @@ class Study:
     def _match_settings(self) -> MatchSettings:
         s = self.settings
         return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
-                             mixer_learning_rate=s.mixer_learning_rate)
+                             mixer_learning_rate=s.mixer_learning_rate, compile=True, cuda_graph=True)
 
     def _align_parameters(self, mixer, seed):
         s = self.settings
-        settings = AlignSettings(batch_tokens=s.batch_tokens, learning_rate=s.align_learning_rate)
+        settings = AlignSettings(batch_tokens=s.batch_tokens, learning_rate=s.align_learning_rate,
+                                 compile=True, cuda_graph=True)
         return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
                 "corpus": s.corpus, "data": self.tokens(seed, s.align_tokens, "score").fingerprint,
-                "context": s.context, "num_tokens": s.align_tokens, "settings": _plain(settings)}, settings
+                "context": s.context, "num_tokens": s.align_tokens, "settings": settings.numbers()}, settings
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
@@ -294,7 +295,3 @@ class Study:
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
         return self.ledger.run(kind, parameters, compute, recompute=again)
-
-
-def _plain(settings) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import hybridlib as hl
 from hybridlib.mixers import MixerState
+from hybridlib.passes import last_hidden
 
 LAYOUTS = {"all linear": [], "softmax first": [0], "softmax last": [2], "all softmax": [0, 1, 2]}
 
@@ -194,7 +195,7 @@ def test_memory_of_a_teachers_cache_is_all_softmax(tiny_teacher):
 def test_no_cache_is_made_unless_asked_for(hybrid, monkeypatch):
     model = hybrid()
     monkeypatch.setattr(MixerState, "__init__", None)
-    model(input_ids=ids()), model.last_hidden(ids()), generate(model, ids(), use_cache=False)
+    model(input_ids=ids()), last_hidden(model, ids()), generate(model, ids(), use_cache=False)
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.distill import attention_io
+from hybridlib.passes import attention_io
 from hybridlib.objectives import divergence
 
 ALIGN = hl.AlignSettings(batch_tokens=128, learning_rate=1e-2)
@@ -83,9 +83,8 @@ def test_micro_batches_give_the_same_training(teacher, tiny_tokens):
 
 def test_attention_io_is_what_the_layer_computes(teacher, tiny_tokens):
     ids = tiny_tokens.rows(0, 2)
-    with attention_io(teacher, [1]) as seen:
-        out = teacher(input_ids=ids, output_hidden_states=True)
-    x, y = seen[1]
+    out = teacher(input_ids=ids, output_hidden_states=True)
+    x, y = list(attention_io(teacher, ids))[1]
     before = out.hidden_states[1]
     torch.testing.assert_close(x, teacher.model.layers[1].input_layernorm(before))
     torch.testing.assert_close(out.hidden_states[2], before + y + teacher.model.layers[1].mlp(

@@ -175,7 +175,7 @@ def test_packed_sequences_have_batch_1():
 
 
 def test_says_why_not(monkeypatch):
-    why_not = fused.why_not.__wrapped__
+    why_not = fused._why_not.__wrapped__
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in why_not()

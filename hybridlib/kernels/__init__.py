@@ -99,7 +99,9 @@ _known = set()  # calls that passed the checks and run on the fused kernels: che
 
 
 def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlens):
-    known = (operator, backend, scale, *map(_kind, inputs.values()), _kind(initial_state), _kind(cu_seqlens))
+    compiling = torch.compiler.is_compiling()
+    tensors = (*inputs.values(), initial_state, cu_seqlens)
+    known = None if compiling else (operator, backend, scale, *map(_kind, tensors))
     if known in _known:
         scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
@@ -107,17 +109,22 @@ def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlen
     shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_decay": decay_shape, "beta": "B T H"}
     states = {} if initial_state is None else {"initial_state": initial_state}
     _check_tensors(inputs | states, shapes | {"initial_state": "B H K V"}, cu_seqlens)
-    q, v = inputs["q"], inputs["v"]
+    q = inputs["q"]
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_number("scale", scale, 0, open_low=True)
     backend = _choose(operator, inputs, initial_state, backend)
     if backend == "fused":
-        if len(_known) < 1000:
+        if not compiling and len(_known) < 1000:
             _known.add(known)
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
     run = getattr({"reference": reference, "chunked": chunked, "fla": fla}[backend], operator)
-    with torch.autocast(v.device.type, enabled=False):
+    return _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens)
+
+
+@torch.compiler.disable  # loops over chunks or tokens, which would be unrolled, or kernels that are compiled already
+def _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens):
+    with torch.autocast(inputs["v"].device.type, enabled=False):
         if cu_seqlens is None:
             return run(*inputs.values(), scale, initial_state)
         return _one_by_one(run, inputs, scale, initial_state, cu_seqlens.tolist())

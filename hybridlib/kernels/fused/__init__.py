@@ -7,6 +7,7 @@ module               what it has
 `linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
 `tiles`              tiles in and out of memory, decays, products
 `launch`             warps, stages and tile widths of each kernel
+`ops`                both as operators that torch.compile takes whole
 ===================  =====================================================================================
 
 Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
@@ -25,6 +26,7 @@ import os
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import ops
 from .launch import by_token
 
 __all__ = ["gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for"]
@@ -32,9 +34,14 @@ __all__ = ["gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for
 DIMS = (32, 64, 128)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """Why the fused kernels cannot run on this machine, in one sentence; None if they can."""
+    return _why_not()
+
+
+@functools.cache
+def _why_not():
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed, and the fused kernels are written in it"
     if _interpreted():
@@ -65,30 +72,30 @@ def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens=None):
     """Run the gated delta rule; arguments and result as `hybridlib.kernels.gated_delta_rule`."""
-    from . import delta_rule
-
-    return _run(delta_rule, (q, k, v, log_decay, beta), scale, initial_state, cu_seqlens)
+    return _run("gated_delta_rule", (q, k, v, log_decay, beta), scale, initial_state, cu_seqlens)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens=None):
     """Run gated linear attention; arguments and result as `hybridlib.kernels.gated_linear_attention`."""
-    from . import linear_attention
-
-    return _run(linear_attention, (q, k, v, log_decay), scale, initial_state, cu_seqlens)
+    return _run("gated_linear_attention", (q, k, v, log_decay), scale, initial_state, cu_seqlens)
 
 
 def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _run(operator, inputs, scale, initial_state, cu_seqlens):
+def _run(name, inputs, scale, initial_state, cu_seqlens):
     dtype = inputs[2].dtype
-    inputs = [by_token(x if x.dtype == dtype else x.to(dtype)) for x in inputs[:3]] + [by_token(x) for x in inputs[3:]]
+    inputs = [x if x.dtype == dtype else x.to(dtype) for x in inputs[:3]] + list(inputs[3:])
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
+    if torch.compiler.is_compiling():
+        return tuple(ops.OPERATORS[name](inputs, float(scale), initial_state, cu_seqlens, keep)[:2])
+    inputs = [by_token(x) for x in inputs]
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state)):
-        return _Fused.apply(operator, float(scale), cu_seqlens, initial_state, *inputs)
-    return operator.forward(*inputs, float(scale), initial_state, cu_seqlens, False)[:2]
+    if keep:
+        return _Fused.apply(ops.module(name), float(scale), cu_seqlens, initial_state, *inputs)
+    return ops.module(name).forward(*inputs, float(scale), initial_state, cu_seqlens, False)[:2]
 
 
 class _Fused(torch.autograd.Function):

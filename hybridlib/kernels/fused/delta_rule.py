@@ -308,14 +308,19 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     tl.store(d_beta + t_at, d_strength.to(d_beta.dtype.element_ty), t < end)
 
 
+def kept(q, v, count, keep):
+    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states."""
+    inverse = q.new_empty(count, SIZE, SIZE)
+    rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
+    sums, strengths = (q.new_empty(count, SIZE, dtype=torch.float32) for _ in range(2))
+    return inverse, rest, sums, strengths, q.new_empty(count, q.shape[-1], v.shape[-1]) if keep else None
+
+
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     """o, final state, and what `backward` needs: T, its rest, sums, strengths and (if `keep`) states."""
     at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
-    all_chunks, strides = at.chunks * at.heads, (stride(q), stride(k), stride(v))
-    inverse = q.new_empty(all_chunks, SIZE, SIZE)
-    rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
-    sums, strengths = (q.new_empty(all_chunks, SIZE, dtype=torch.float32) for _ in range(2))
-    states = q.new_empty(all_chunks, at.key_dim, at.value_dim) if keep else None
+    strides = stride(q), stride(k), stride(v)
+    inverse, rest, sums, strengths, states = kept(q, v, at.chunks * at.heads, keep)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
@@ -329,10 +334,10 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     return o, final, (inverse, rest, sums, strengths, states)
 
 
-def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, kept, d_o, d_final):
+def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
     at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
-    inverse, rest, sums, strengths, states = kept
+    inverse, rest, sums, strengths, states = saved
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)

@@ -199,13 +199,18 @@ def _gradients(q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_d
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
+def kept(q, v, count, keep):
+    """Room for what `forward` leaves to `backward`, for `count` chunks: states and P."""
+    states = q.new_empty(count, q.shape[-1], v.shape[-1])
+    return states, q.new_empty(count, SIZE, SIZE) if keep else None
+
+
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     """o, final state, and what `backward` needs: the states and (if `keep`) P."""
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
-    states = q.new_empty(at.chunks * at.heads, at.key_dim, at.value_dim)
+    states, pairs = kept(q, v, at.chunks * at.heads, keep)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    pairs = q.new_empty(at.chunks * at.heads, SIZE, SIZE) if keep else None
     _launch_scan(at, k, v, log_decay, initial, final, states, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
     at.launch(_outputs, use, (at.heads, at.chunks, 1),
@@ -215,9 +220,9 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     return o, final, (states, pairs)
 
 
-def backward(q, k, v, log_decay, scale, initial, cu_seqlens, kept, d_o, d_final):
+def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states, pairs) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), kept
+    at, (states, pairs) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
