@@ -16,25 +16,19 @@ import torch.nn.functional as F
 
 from . import kernels
 from .checks import check_choice, check_device, check_int, check_number
-from .corpus import Tokens
-from .distill import AlignSettings, MatchSettings, align, match
-from .hybrid import cache_memory, linear_layers, linearize, restore
+from .hybrid import cache_memory, linearize, restore
 from .ledger import Ledger
 from .mixers import MIXERS
-from .objectives import alignment_loss, divergence_from_hidden
-from .passes import attention_io, last_hidden
 from .selection import select
 from .teachers import Teacher
-from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph, wait
+from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph
 
-__all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "LOOPS", "OPERATORS", "PHASES", "STAGES", "check_shape", "dtype_name",
-           "memory_floor", "operator_inputs", "time_decoding", "time_operator", "time_step"]
+__all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "OPERATORS", "check_shape", "dtype_name", "memory_floor",
+           "operator_inputs", "time_decoding", "time_operator"]
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention", "softmax_attention")
 BACKENDS = ("reference", "chunked", "fused", "fla", "softmax")
 DIRECTIONS = ("forward", "forward+backward")
-PHASES = ("teacher", "student", "objective", "backward", "optimizer")
-STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -124,174 +118,6 @@ def memory_floor(inputs: Mapping[str, torch.Tensor], direction: str = "forward")
     check_choice("direction", direction, DIRECTIONS)
     read, written = sum(x.nbytes for x in inputs.values()), inputs["v"].nbytes
     return read + written if direction == "forward" else 3 * read + 2 * written
-
-
-def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
-              mixer: str = "gdn", budget: float | int = 0.25, batch_tokens: int = 16_384, steps: int = 20,
-              plain_backend: str = "chunked", recompute: bool = False) -> dict:
-    """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
-
-    Parameters
-    ----------
-    teacher, tokens : from `load_teacher` and `load_tokens`; the device is the teacher's, the context that of `tokens`.
-    stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid with `budget` softmax layers, evenly spaced).
-    loop : ``"hybridlib"`` is `align` or `match` itself. ``"plain"`` is the loop that one writes first: both models
-        called whole, KL from all logits of both, mixers by `plain_backend`, one backward pass, torch's default AdamW.
-    batch_tokens : tokens a step. steps : to time, after two to warm up; both loops see the same rows and rates.
-
-    Metrics: ``tokens_per_second`` and ``step_seconds`` of whole steps; for each of `PHASES` its seconds, e.g.
-    ``teacher_seconds`` (medians over a few more steps of the same calls; a phase ends with a wait for the device, which
-    a real step does not have, so that their sum may exceed a step); ``peak_bytes``, ``loss`` and ``loss_tokens``.
-
-    Raises ValueError for a bad argument.
-    """
-    check_choice("stage", stage, STAGES)
-    check_choice("loop", loop, LOOPS)
-    check_choice("mixer", mixer, tuple(MIXERS))
-    check_choice("plain_backend", plain_backend, BACKENDS[:4])
-    check_int("batch_tokens", batch_tokens, tokens.context)
-    check_int("steps", steps, 1)
-    model, settings_class = teacher.model, AlignSettings if stage == "align" else MatchSettings
-    device, rows, num_layers = model.device, batch_tokens // tokens.context, model.config.num_hidden_layers
-    layers = select("uniform", budget, num_layers=num_layers) if stage == "match" else ()
-    settings = settings_class(batch_tokens=batch_tokens, schedule="constant", warmup=0.0)
-    parameters = {"teacher": teacher.name, "revision": teacher.revision, "stage": stage, "loop": loop, "mixer": mixer,
-                  "layers": list(layers), "context": tokens.context, "batch_tokens": batch_tokens, "steps": steps,
-                  "data": tokens.fingerprint, "plain_backend": plain_backend if loop == "plain" else None}
-    plain, step = loop == "plain", _STEPS[stage, loop]
-
-    def student():
-        made = linearize(model, mixer, teacher_name=teacher.name, teacher_revision=teacher.revision)
-        made = restore(made, model, layers) if layers else made
-        for l in linear_layers(made.config) if plain else ():
-            made.model.layers[l].self_attn.backend = plain_backend
-        return made.train()
-
-    def run(made, count):
-        if plain:
-            return _loop(made, model, tokens, rows, count, settings, step, fused=False)
-        history = (align if stage == "align" else match)(made, model, tokens, count * rows * tokens.context,
-                                                         settings=settings)
-        return history.losses, history.seconds
-
-    def compute():
-        made, phases = student(), []
-        run(made, 2)
-        _loop(made, model, tokens, rows, min(steps, 5) + 1, settings, step, fused=not plain, phases=phases)
-        made = student()
-        (losses, seconds), peak = peak_memory(lambda: run(made, steps), device)
-        medians = pd.DataFrame(phases[1:]).median()
-        return {"tokens_per_second": steps * rows * tokens.context / seconds, "step_seconds": seconds / steps,
-                **{f"{name}_seconds": float(medians[name]) for name in PHASES}, "peak_bytes": peak,
-                "loss": losses, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
-                "num_layers": num_layers, "tokens": steps * rows * tokens.context}
-
-    return measured(ledger, "step_speed", parameters, device, compute, recompute)
-
-
-def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None):
-    """A training loop without comforts: (losses, seconds). A list `phases` takes a dict of seconds for each step."""
-    device = teacher.device
-    mixers = {id(p) for l in linear_layers(student.config) for p in student.model.layers[l].self_attn.parameters()}
-    groups = [{"params": [p for p in student.parameters() if id(p) in mixers],
-               "lr": getattr(settings, "mixer_learning_rate", settings.learning_rate)}]
-    if isinstance(settings, MatchSettings):
-        groups += [{"params": [p for p in student.parameters() if id(p) not in mixers], "lr": settings.learning_rate}]
-    trained = [p for group in groups for p in group["params"]]
-    student.requires_grad_(False)
-    for p in trained:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, weight_decay=settings.weight_decay,
-                                  fused=True if fused and device.type == "cuda" else None)
-    losses, begun = [], time.perf_counter()
-    for i in range(steps):
-        batch, spent = tokens.rows(i * rows, rows).to(device), {}
-        lap = (lambda name: None) if phases is None else _stopwatch(device, spent)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = step(student, teacher, batch, lap)
-        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        lap("optimizer")
-        phases is None or phases.append(spent)
-    return losses, time.perf_counter() - begun
-
-
-def _stopwatch(device, spent):
-    wait(device)
-    last = time.perf_counter()
-
-    def lap(name):
-        nonlocal last
-        wait(device)
-        now = time.perf_counter()
-        spent[name], last = spent.get(name, 0.0) + now - last, now
-
-    return lap
-
-
-def _align_step(student, teacher, rows, lap):
-    layers = linear_layers(student.config)
-    with torch.no_grad():
-        seen = list(attention_io(teacher, rows))
-    lap("teacher")
-    total = 0.0
-    for l in layers:
-        y = student.model.layers[l].self_attn(seen[l][0])[0]
-        lap("student")
-        loss = alignment_loss(y, seen[l][1]) / len(layers)
-        lap("objective")
-        loss.backward()
-        lap("backward")
-        total = total + loss.detach()
-    return total
-
-
-def _plain_align_step(student, teacher, rows, lap):
-    layers = linear_layers(student.config)
-    with torch.no_grad():
-        seen = list(attention_io(teacher, rows))
-    lap("teacher")
-    outputs = [student.model.layers[l].self_attn(seen[l][0])[0].float() for l in layers]
-    lap("student")
-    targets = [seen[l][1].float() for l in layers]
-    loss = sum(F.mse_loss(x, y) / y.square().mean() for x, y in zip(outputs, targets)) / len(layers)
-    lap("objective")
-    loss.backward()
-    lap("backward")
-    return loss.detach()
-
-
-def _match_step(hybrid, teacher, rows, lap):
-    with torch.no_grad():
-        target = last_hidden(teacher, rows)
-    lap("teacher")
-    hidden = last_hidden(hybrid, rows)
-    lap("student")
-    loss = divergence_from_hidden(target, teacher.lm_head.weight, hidden, hybrid.lm_head.weight)
-    lap("objective")
-    loss.backward()
-    lap("backward")
-    return loss.detach()
-
-
-def _plain_match_step(hybrid, teacher, rows, lap):
-    with torch.no_grad():
-        target = teacher(input_ids=rows, use_cache=False).logits
-    lap("teacher")
-    logits = hybrid(input_ids=rows, use_cache=False).logits
-    lap("student")
-    p, q = (x.float().log_softmax(-1).flatten(0, 1) for x in (target, logits))
-    loss = F.kl_div(q, p, log_target=True, reduction="batchmean")
-    lap("objective")
-    loss.backward()
-    lap("backward")
-    return loss.detach()
-
-
-_STEPS = {("align", "hybridlib"): _align_step, ("align", "plain"): _plain_align_step,
-          ("match", "hybridlib"): _match_step, ("match", "plain"): _plain_match_step}
 
 
 def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",

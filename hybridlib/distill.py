@@ -130,12 +130,14 @@ class MatchSettings(_Settings):
 class History:
     """What a stage did: after `tokens[i]` tokens the step's loss was `losses[i]`.
 
-    `layer_losses` (stage 1) is the last step's loss of each linear layer, by layer index. `seconds` is wall time.
+    `layer_losses` (stage 1) is the last step's loss of each linear layer, by layer index. `elapsed[i]` is the wall time
+    in seconds after step i, `seconds` that of all.
     """
 
     stage: str
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    elapsed: list[float] = field(default_factory=list)
     layer_losses: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -263,6 +265,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             history.tokens.append((step + 1) * rows * tokens.context)
             history.losses.append(loss)
             history.seconds = time.perf_counter() - started
+            history.elapsed.append(history.seconds)
             history.layer_losses = {key: value for key, value in values.items() if key is not None}
             bar.update(rows * tokens.context)
             bar.set_postfix(loss=f"{loss:.4f}")
@@ -318,8 +321,9 @@ def _save_checkpoint(path, run, named, optimizer, history, step):
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    state = {"run": run, "step": step, "history": {"tokens": history.tokens, "losses": history.losses,
-             "layer_losses": list(history.layer_losses.items()), "seconds": history.seconds}}
+    state = {"run": run, "step": step, "history": {
+        "tokens": history.tokens, "losses": history.losses, "elapsed": history.elapsed,
+        "layer_losses": list(history.layer_losses.items()), "seconds": history.seconds}}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -353,7 +357,7 @@ def _load_checkpoint(path, run, named, optimizer):
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     kept = state["history"]
-    history = History(run["stage"], kept["tokens"], kept["losses"], {int(k): v for k, v in kept["layer_losses"]},
-                      kept["seconds"])
+    history = History(run["stage"], kept["tokens"], kept["losses"], kept["elapsed"],
+                      {int(k): v for k, v in kept["layer_losses"]}, kept["seconds"])
     logger.info("resumed %s at step %d from %s", run["stage"], state["step"], path)
     return history, state["step"]

@@ -15,13 +15,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, LOOPS, OPERATORS, PHASES, STAGES, check_shape, dtype_name,
-                         time_decoding, time_operator, time_step)
+from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, dtype_name, time_decoding,
+                         time_operator)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
 from .ledger import Ledger
 from .mixers import MIXERS
 from .selection import budget_layers
+from .step_speed import LOOPS, PHASES, STAGES, time_step
 from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import time_copy
