@@ -84,6 +84,8 @@ def check(operator, inputs, state, bound, **options):
 @pytest.mark.parametrize("operator, dtype", [*ON_GPU, ("gdn", torch.float16), ("gla", torch.float16)])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_decays(operator, dtype, decay):
+    if dtype == torch.float16 and decay.startswith("strong"):
+        pytest.skip("exp(-20) is 0 in float16")
     check(operator, *make_inputs(operator, 130, 64, 64, dtype, decay, device="cuda"), BOUNDS[dtype])
 
 

@@ -52,7 +52,7 @@ def run(module, operator, inputs, state, dtype, **options):
     state = state if state is None else state.to(dtype).requires_grad_()
     o, final = getattr(module, OPERATORS[operator])(*inputs, KEY_DIM ** -0.5, state, **options)
     random = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=random).to(dtype)).sum() for x in (o, final))
+    loss = sum((x * torch.randn(x.shape, generator=random).to(x)).sum() for x in (o, final))
     sources = inputs + ([] if state is None else [state])
     return [o.detach(), final.detach(), *torch.autograd.grad(loss, sources)]
 
