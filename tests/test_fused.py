@@ -98,8 +98,13 @@ def test_lengths(operator, dtype, time):
 
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64)])
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64), (64, 128), (64, 32)])
 def test_dims(operator, dtype, key_dim, value_dim):
+    if operator == "gla" and 32 in (key_dim, value_dim):
+        inputs, _ = make_inputs(operator, 8, key_dim, value_dim, dtype, device="cuda")
+        with pytest.raises(ValueError, match="take key_dim and value_dim of 64 or 128, not 32"):
+            kernels.gated_linear_attention(*inputs, backend="fused")
+        return
     check(operator, *make_inputs(operator, 130, key_dim, value_dim, dtype, device="cuda"), BOUNDS[dtype])
 
 

@@ -5,8 +5,9 @@ backend          what it is                                            where it 
 ===============  ====================================================  =============================================
 ``"reference"``  the recurrence, a token at a time                     everywhere; slow; float64 for tests
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
-``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64,
-                                                                       gated linear attention in half precision only
+``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64;
+                                                                       gated linear attention in half precision, with
+                                                                       dims 64 and 128
 ``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
 ``"auto"``       ``"fused"`` on a GPU where it can run, else            everywhere
                  ``"fla"`` there for half precision, else

@@ -13,8 +13,9 @@ module               what it has
 Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
 
-Gated linear attention takes float32 in Triton's interpreter only: on a GPU its kernels run out of registers, and ptxas
-12.8 then computes addresses in shared memory from the stack pointer.
+On a GPU gated linear attention takes half precision and dims of 64 and 128 only: in float32 its kernels run out of
+registers, and ptxas 12.8 then computes addresses in shared memory from the stack pointer; at a dim of 32 beside another
+one results were found to be wrong or the launch to fail. Triton's interpreter takes all.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"the fused kernels need tensors on a CUDA GPU, and these are on {v.device}"
     if v.dtype == torch.float64:
         return "the fused kernels have no float64"
-    if operator == "gated_linear_attention" and v.dtype == torch.float32 and not _interpreted():
-        return "the fused kernels of gated linear attention are for half precision; float32 takes too many registers"
+    if operator == "gated_linear_attention" and not _interpreted():
+        if v.dtype == torch.float32:
+            return "the fused kernels of gated linear attention take half precision only; float32 needs more registers"
+        if 32 in (q.shape[-1], v.shape[-1]):
+            return "the fused kernels of gated linear attention take key_dim and value_dim of 64 or 128, not 32"
     if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
         return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
                 f"{v.shape[-1]}")

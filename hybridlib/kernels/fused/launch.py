@@ -31,10 +31,9 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 32)),
-    "linear_attention.scan": (Launch(4, 2, 64), Launch(4, 2, 64)),
+    "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(8, 1, 64), Launch(8, 1, 64)),
-    "linear_attention.gradients, key_dim 32": (Launch(4, 2, 32), Launch(4, 2, 32)),
+    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
 }
 _FLOAT32 = {
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
@@ -80,7 +79,7 @@ class Place:
     def how(self, kernel: str) -> Launch:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         table = _FLOAT32 if self.dtype == torch.float32 else _HALF
-        rows = override.get(kernel) or table.get(f"{kernel}, key_dim {self.key_dim}") or table[kernel]
+        rows = override.get(kernel) or table[kernel]
         use = rows if isinstance(rows, Launch) else rows[max(self.key_dim, self.value_dim) > 64]
         most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
         return use if use.width <= most else Launch(use.warps, use.stages, most)
