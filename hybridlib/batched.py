@@ -1,5 +1,7 @@
-"""Stage 2 of many layer sets at once: a step of a small teacher's hybrids takes as long as its kernels to launch, so
-that candidates, one for each set of softmax layers, had better share each launch.
+"""Stage 2 of many layer sets at once.
+
+Launching the kernels of a step takes a GPU longer than running them, where the teacher is small. Candidates, one for
+each set of softmax layers, therefore share every launch: their weights are stacked, see `hybridlib.stacked`.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ def _group_size(student, tokens, settings, most):
     numbers = 16 * config.hidden_size + 10 * config.num_attention_heads * config.head_dim + 4 * config.intermediate_size
     held = rows * tokens.context * config.num_hidden_layers * numbers * 4 + 4 * weights * parameter.element_size()
     if parameter.is_cuda:
-        memory = torch.cuda.mem_get_info(parameter.device)[0] // 2
+        kept = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
+        memory = (torch.cuda.mem_get_info(parameter.device)[0] + kept) // 2
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return max(1, min(most, memory // held))
@@ -197,9 +200,9 @@ def _match_group(student, teacher, tokens, sets, num_tokens, settings, examples,
 
 
 def _result(layers, history, error, measured, stops, each):
-    last = max(measured)
-    done = len(history.losses)
-    figures = dict.fromkeys(measured[last]) if error else measured[last]
+    """A set's result; `measured` : figures by step, the last step among them."""
+    done, figures = len(history.losses), measured[max(measured)]
+    figures = dict.fromkeys(figures) if error else figures
     result = {"layers": layers, **figures, "tokens": done * each, "losses": history.losses,
               "loss_tokens": history.tokens,
               "curve": [{"tokens": step * each, "kl": measured[step]["kl"],
@@ -233,8 +236,9 @@ def _recall(stack, tokenizer, examples, count, batch_rows=128):
     device, right = next(stack.parameters()).device, [[] for _ in range(count)]
     for part in _parts(examples, max(1, batch_rows // count)):
         ids, mask, shift = pad_left([ids for ids, _ in part], tokenizer, device)
-        logits = recall_logits(stack, ids.repeat(count, 1), mask.repeat(count, 1))
-        for c, predicted in enumerate(logits.argmax(-1).unflatten(0, (count, -1)).unbind(0)):
+        predicted = recall_logits(stack, ids.repeat(count, 1), mask.repeat(count, 1)).argmax(-1).cpu()
+        ids = ids.cpu()  # at once: a number at a time would wait for the GPU as often
+        for c, predicted in enumerate(predicted.unflatten(0, (count, -1))):
             right[c] += [exact for exact, _, _ in judge(predicted, ids, shift, part)]
     return right
 
