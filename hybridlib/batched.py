@@ -54,12 +54,13 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
 
     Returns
     -------
-    For each set, in the order given, a dict: ``layers``; ``kl``, ``kl_stderr``, ``perplexity``, ``top1_agreement``,
-    ``recall_exact``, ``recall_stderr``, as in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and
-    ``loss_tokens``, the tokens at the end of each; ``curve``, for each of `measure_at` ``{"tokens", "kl",
-    "recall_exact"}``; ``seconds``, wall time of its group divided by the group's size. Where `distill.match` would
-    raise `DistillationDiverged`, the sentence is in ``error``, the figures are None, and losses and curve end before.
-    The other candidates are not touched by that.
+    list of dict, one for each set in the order given
+        ``layers``; ``kl``, ``kl_stderr``, ``perplexity``, ``top1_agreement``, ``recall_exact``, ``recall_stderr``, as
+        in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and ``loss_tokens``, the tokens at the
+        end of each; ``curve``, for each of `measure_at` a dict of ``tokens``, ``kl``, ``recall_exact``; ``seconds``,
+        wall time of its group divided by the group's size. Where `distill.match` would raise `DistillationDiverged`,
+        the sentence is in ``error``, the figures are None, and losses and curve end before; the other candidates are
+        not touched by that.
 
     Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape.
 
