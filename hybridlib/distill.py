@@ -256,11 +256,11 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
         for step in range(begun, steps):
             batch = tokens.rows(step * rows, rows).to(device, non_blocking=True)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _rate(step, steps, settings)
+                group["lr"] = group["peak"] * rate_at(step, steps, settings)
             losses, norm = gradients(batch)
             values = {key: float(loss) for key, loss in losses.items()}
             loss = sum(values.values()) / len(values)
-            _check_finite(stage, step, values, float(norm), named, history, settings)
+            check_finite(stage, step, values, float(norm), named, history, settings)
             optimizer.step()
             history.tokens.append((step + 1) * rows * tokens.context)
             history.losses.append(loss)
@@ -280,7 +280,8 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
     return history
 
 
-def _rate(step, steps, settings):
+def rate_at(step: int, steps: int, settings: _Settings) -> float:
+    """The share of its peak that a learning rate has at a step."""
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -290,7 +291,11 @@ def _rate(step, steps, settings):
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _check_finite(stage, step, values, norm, named, history, settings):
+def check_finite(stage, step, values, norm, named, history, settings) -> None:
+    """Raise `DistillationDiverged` where the losses (values, by layer) or the gradient's norm are not finite, or grew.
+
+    `named` : (name, weight with its gradient) of all trained weights, to say where; `history` : the steps before.
+    """
     advice = "try a lower learning rate, a longer warmup or a smaller clip"
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad or not math.isfinite(norm):

@@ -47,11 +47,11 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
     """
     sums = torch.zeros(3, dtype=torch.float64)
     kl = []
-    for row_kl, nats, teacher_nats, agree in _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
+    for row_kl, nats, agree, teacher_nats in _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
         kl += row_kl
         sums += torch.tensor([nats, teacher_nats, agree], dtype=torch.float64)
     count = len(kl)
-    mean, stderr = _mean_stderr(kl)
+    mean, stderr = mean_stderr(kl)
     nats, teacher_nats, agree = (sums / count).tolist()
     score = None
     if recall is not None:
@@ -63,12 +63,12 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
 def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192):
     """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows."""
     rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens)
-    return _mean_stderr([value for batch in rows for value in batch[0]])
+    return mean_stderr([value for batch in rows for value in batch[0]])
 
 
 @torch.no_grad()
 def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
-    """A batch at a time: KL of each row, and sums over rows of the model's nats, the teacher's and the agreement."""
+    """A batch at a time: KL of each row, and sums over rows of the model's nats, the agreement, the teacher's nats."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
         check_int("heldout_tokens", heldout_tokens, tokens.context)
@@ -80,10 +80,18 @@ def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             theirs = teacher.lm_head(last_hidden(teacher, ids)).float()  # (rows, context, vocab)
             mine = model.lm_head(last_hidden(model, ids)).float()
-        kl = kl_divergence(theirs, mine).mean(-1)  # (rows,)
-        agree = (theirs.argmax(-1) == mine.argmax(-1)).float().mean(-1)
-        yield kl.tolist(), _nats(mine, ids).sum().item(), _nats(theirs, ids).sum().item(), agree.sum().item()
+        yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
     model.train(was_training)
+
+
+def compare(teacher_logits, logits, ids) -> tuple[list[float], float, float]:
+    """KL of each row, and sums over rows of the nats of the next token and of the agreement on the likeliest.
+
+    `teacher_logits`, `logits` : (rows, time, vocab); `ids` : (rows, time).
+    """
+    kl = kl_divergence(teacher_logits, logits).mean(-1)  # (rows,)
+    agree = (teacher_logits.argmax(-1) == logits.argmax(-1)).float().mean(-1)
+    return kl.tolist(), _nats(logits, ids).sum().item(), agree.sum().item()
 
 
 def _nats(logits, ids):
@@ -92,7 +100,8 @@ def _nats(logits, ids):
     return nats.view(len(ids), -1).mean(-1)
 
 
-def _mean_stderr(values):
+def mean_stderr(values) -> tuple[float, float]:
+    """Mean and its standard error, which is nan for a single value."""
     values = torch.tensor(values, dtype=torch.float64)
     stderr = values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
     return values.mean().item(), stderr

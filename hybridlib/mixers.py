@@ -252,12 +252,14 @@ def _project(x, linears):
         return [linear(x) for linear in linears]
     sizes, like = [linear.out_features for linear in linears], linears[0].weight
     rest = -sum(sizes) % 64  # GPUs want aligned rows
-    weight = torch.cat([*(linear.weight for linear in linears), like.new_zeros(rest, like.shape[1])])
+    stack, width = like.shape[:-2], like.shape[-1]
+    weight = torch.cat([*(linear.weight for linear in linears), like.new_zeros(*stack, rest, width)], -2)
     bias = None
     if any(linear.bias is not None for linear in linears):
-        bias = torch.cat([*(like.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-                            for linear in linears), like.new_zeros(rest)])
-    return F.linear(x, weight, bias).split([*sizes, rest], -1)[:len(sizes)]
+        bias = torch.cat([*(like.new_zeros(*stack, linear.out_features) if linear.bias is None else linear.bias
+                            for linear in linears), like.new_zeros(*stack, rest)], -1)
+    product = getattr(linears[0], "product", F.linear)  # stacked weights bring their own
+    return product(x, weight, bias).split([*sizes, rest], -1)[:len(sizes)]
 
 
 def _normed(norm, x):

@@ -180,13 +180,7 @@ def score_recall(model, tokenizer, examples: list[RecallExample], *, mode: str =
     ValueError : unknown mode, no examples, or an example longer than the model's context.
     """
     check_choice("mode", mode, ("teacher_forced", "greedy"))
-    if not examples:
-        raise ValueError("examples is empty; generate_recall or load_recall makes some")
-    encoded = [encode_recall(e, tokenizer) for e in examples]
-    longest, limit = max(len(ids) for ids, _ in encoded), getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(f"an example has {longest} tokens, but the model's context is {limit}; "
-                         "use fewer pairs or filler")
+    encoded = encode_all(examples, tokenizer, model.config)
     was_training = model.training
     model.eval()
     score = _teacher_forced if mode == "teacher_forced" else _greedy
@@ -197,14 +191,37 @@ def score_recall(model, tokenizer, examples: list[RecallExample], *, mode: str =
             right.append(exact)
             tokens_right, tokens = tokens_right + hits, tokens + count
     model.train(was_training)
-    p, n = sum(right) / len(right), len(right)
-    return RecallScore(p, (p * (1 - p) / n) ** 0.5, tokens_right / tokens, n)
+    return RecallScore(*exact_match(right), tokens_right / tokens, len(right))
+
+
+def encode_all(examples: list[RecallExample], tokenizer, config) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """`encode_recall` of each example; ValueError if there is none or one is beyond the context of `config`."""
+    if not examples:
+        raise ValueError("examples is empty; generate_recall or load_recall makes some")
+    encoded = [encode_recall(e, tokenizer) for e in examples]
+    longest, limit = max(len(ids) for ids, _ in encoded), getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(f"an example has {longest} tokens, but the model's context is {limit}; "
+                         "use fewer pairs or filler")
+    return encoded
+
+
+def exact_match(right: list[bool]) -> tuple[float, float]:
+    """Share of answers that are right, and its binomial standard error."""
+    p = sum(right) / len(right)
+    return p, (p * (1 - p) / len(right)) ** 0.5
 
 
 def _teacher_forced(model, tokenizer, examples, encoded):
-    device = next(model.parameters()).device
-    input_ids, mask, shift = _pad_left([ids for ids, _ in encoded], tokenizer, device)
-    predicted = _logits(model, input_ids, mask).argmax(-1)  # (batch, time)
+    input_ids, mask, shift = pad_left([ids for ids, _ in encoded], tokenizer, next(model.parameters()).device)
+    return judge(recall_logits(model, input_ids, mask).argmax(-1), input_ids, shift, encoded)
+
+
+def judge(predicted, input_ids, shift, encoded):
+    """For each answer of padded examples: whether it is right, how many of its tokens are, and how many it has.
+
+    `predicted`, `input_ids` : (batch, time), the likeliest next token and the true one; `shift` : padding of each row.
+    """
     for row, (_, spans) in enumerate(encoded):
         for start, end in spans:
             start, end = start + shift[row], end + shift[row]
@@ -216,7 +233,7 @@ def _greedy(model, tokenizer, examples, encoded):
     device = next(model.parameters()).device
     starts = [spans[0][0] for _, spans in encoded]
     gold = [ids[spans[0][0]:spans[0][1]] for ids, spans in encoded]
-    input_ids, mask, _ = _pad_left([ids[:s] for (ids, _), s in zip(encoded, starts)], tokenizer, device)
+    input_ids, mask, _ = pad_left([ids[:s] for (ids, _), s in zip(encoded, starts)], tokenizer, device)
     room = max(map(len, gold)) + (0 if examples[0].exact else 16)
     out = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
                          pad_token_id=_pad_id(tokenizer))[:, input_ids.shape[1]:].tolist()
@@ -230,7 +247,8 @@ def _greedy(model, tokenizer, examples, encoded):
         yield exact, hits, len(answer)
 
 
-def _logits(model, input_ids, mask):
+def recall_logits(model, input_ids, mask):
+    """Logits (batch, time, vocab) of rows padded on the left, where `mask` is 0."""
     if bool(mask.all()):
         return model(input_ids=input_ids).logits
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -241,7 +259,8 @@ def _pad_id(tokenizer):
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if i is not None)
 
 
-def _pad_left(rows, tokenizer, device):
+def pad_left(rows, tokenizer, device):
+    """Rows as ids (rows, width) and mask (rows, width) of the longest's width, and how much each was padded."""
     width = max(map(len, rows))
     shift = [width - len(r) for r in rows]
     ids = torch.tensor([[_pad_id(tokenizer)] * s + r for s, r in zip(shift, rows)], device=device)
