@@ -14,9 +14,9 @@ class Graphed:
 
     Parameters
     ----------
-    compute : takes one or more tensors and returns tensors, in any nesting. It must do the same work in the same shapes at every
-        call and never wait for the GPU. What it returns, and the gradients it leaves, lie in the graph's own memory and
-        are overwritten by the next call.
+    compute : takes one or more tensors and returns tensors, in any nesting. It must do the same work in the same
+        shapes at every call and never wait for the GPU. What it returns, and the gradients it leaves, lie in the
+        graph's own memory and are overwritten by the next call.
 
     The first two calls run as they are: kernels are compiled and memory is found. The tensors of a call must have
     the shapes and dtypes of the first call's; ValueError otherwise.

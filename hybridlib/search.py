@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 from tqdm.auto import tqdm
 
-from .checks import check_choice, check_int
+from .checks import check_choice, check_executor, check_int
 from .distill import MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import check_layers, linear_layers, restore
@@ -211,8 +211,7 @@ def _checked(measure, num_layers, budget, executor):
     if not callable(measure):
         raise ValueError(f"measure={measure!r} cannot be called; give a function of layers, such as distilled_kl makes")
     check_int("num_layers", num_layers, 1)
-    if executor is not None and not hasattr(executor, "submit"):
-        raise ValueError(f"executor={executor!r} has no submit; give a concurrent.futures.Executor or None")
+    check_executor(executor)
     return budget_layers(budget, num_layers)
 
 
