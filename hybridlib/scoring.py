@@ -281,7 +281,7 @@ def _rounds(job, early_stop):
 
 
 def _round(job, num_layers, until, executor, records, group):
-    found = {l: kept for l in range(num_layers) if records and (kept := records.find(l, until)) is not None}
+    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until))}
     missing = [l for l in range(num_layers) if l not in found]
     failed: dict[int, str] = {}
     tasks = [tuple(missing[i:i + group]) for i in range(0, len(missing), group)]
@@ -295,7 +295,7 @@ def _round(job, num_layers, until, executor, records, group):
                 measured = dict.fromkeys(layers, _reason(error))
             for l, one in measured.items():
                 try:
-                    if isinstance(one, dict) and records:
+                    if records is not None and isinstance(one, dict):
                         records.keep(l, until, one)
                 except OSError as error:
                     one = _reason(error)
