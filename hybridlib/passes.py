@@ -67,6 +67,9 @@ class TeacherStates:
         self.teacher, self.memory, self.used = teacher, memory, 0
         self._rows: dict[bytes, torch.Tensor] = {}
 
+    def __reduce__(self):
+        return TeacherStates, (self.teacher, self.memory)  # what it remembers stays here
+
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
         keys = [row.tobytes() for row in ids.cpu().to(torch.int32).numpy()]

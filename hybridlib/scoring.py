@@ -34,7 +34,7 @@ from .passes import TeacherStates
 from .teachers import load_teacher, sha256_of
 
 __all__ = ["CandidateRecords", "EarlyStop", "LoadedInputs", "ScoringFailed", "ScoringInputs", "ScoringJob",
-           "measure_candidates", "score_candidates"]
+           "measure_candidates", "score_candidates", "weights_sha256"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def weights_sha256(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What all candidates of a scoring share. It can be pickled if its inputs are `ScoringInputs`.
+    """What all candidates of a scoring share. Pickled, it is small if its inputs are `ScoringInputs`.
 
     Parameters
     ----------

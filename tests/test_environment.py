@@ -73,4 +73,5 @@ def test_pins_install_on_the_python_of_debian_12():
         except metadata.PackageNotFoundError:
             continue
         if found["Version"].split("+")[0] == version:
-            assert "3.11.2" in SpecifierSet(found.get("Requires-Python") or ""), f"{name} {version} needs a newer Python"
+            needed = SpecifierSet(found.get("Requires-Python") or "")
+            assert "3.11.2" in needed, f"{name} {version} needs a newer Python"

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -242,6 +243,24 @@ def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
     assert tasks == [(0, 1), (2,)]
     one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
     assert [c["kl"] for c in pairs[0]] == list(one.measured)
+
+
+def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
+    study = hl.Study(settings)
+    tokens = study.tokens(0, settings.score_tokens, "score")
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
+                              settings=study._match_settings(), inputs=study._inputs("gdn", 0, tokens))
+    sent = pickle.dumps(measure)
+    assert len(sent) < 10_000  # names, no weights
+    assert -pickle.loads(sent)((1,)) == whole.values[1]
+
+
+def test_states_travel_without_what_they_remember(aligned, tiny_tokens):
+    states = hl.TeacherStates(aligned[1], 2**20)
+    expected = states(tiny_tokens.heldout)
+    other = pickle.loads(pickle.dumps(states))
+    assert (states.used, other.used, other.memory) == (expected.nbytes, 0, 2**20)
+    assert torch.equal(other(tiny_tokens.heldout), expected)
 
 
 def test_two_dask_workers_give_the_same_scores(settings, whole, tmp_path):
