@@ -191,8 +191,9 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
           states: TeacherStates | None = None) -> History:
     """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
 
-    Parameters as for `align`, and
-
+    Parameters
+    ----------
+    hybrid, teacher, tokens, num_tokens, settings, checkpoint : as for `align`.
     until : stop after so many tokens of the run, as if it were killed right after a checkpoint; the same call with a
         later `until` goes on from `checkpoint`.
     states : the teacher's hidden states, shared with other runs over the same rows; None computes them here.

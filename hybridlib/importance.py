@@ -73,10 +73,8 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     heldout_tokens : held-out tokens to measure on, None for all.
     settings : of stage 2. Every candidate sees the same rows in the same order.
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
-
-    For ``"kl"`` only, see `scoring`:
-
-    early_stop : measure candidates along their training and stop once the top-K set has settled.
+    early_stop : this and what follows is for ``"kl"``. Measure candidates along their training and stop once the top-K
+        set has settled.
     executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
         or one of submitit. None runs them here, one after the other.
     inputs : where workers find what is scored, which must be `student`, `teacher` and `tokens`. Without them a task
