@@ -13,24 +13,26 @@ from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import GatedDeltaNet, GatedLinearAttention
 from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
+from .passes import TeacherStates
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
+from .scoring import EarlyStop, ScoringFailed, ScoringInputs
 from .selection import budget_layers, select
 from .speculative import SkipSearch, score_acceptance, search_skips
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet", "GatedLinearAttention",
-    "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample", "RecallScore", "RecallTask",
-    "Record", "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align",
-    "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl",
-    "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient", "gated_model",
-    "generate_recall", "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard",
-    "kendall", "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid", "load_recall",
-    "load_teacher", "load_tokens", "match", "match_sets", "notebook_settings", "paired_difference", "rank_of",
-    "regret", "restore", "results_folder", "score_acceptance", "score_associative_recall", "score_halo",
-    "score_layers", "score_perplexity", "score_recall", "search_skips", "select", "set_gates", "softmax_layers",
-    "spearman", "top_k_jaccard",
+    "AlignSettings", "DistillationDiverged", "EarlyStop", "Evaluation", "GateSettings", "GatedDeltaNet",
+    "GatedLinearAttention", "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample",
+    "RecallScore", "RecallTask", "Record", "ScoringFailed", "ScoringInputs", "SearchResult", "SkipSearch", "Study",
+    "StudySettings", "Teacher", "TeacherStates", "Tokens", "ablate", "align", "alignment_loss", "beam",
+    "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl", "divergence",
+    "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient", "gated_model", "generate_recall",
+    "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall",
+    "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
+    "load_tokens", "match", "match_sets", "notebook_settings", "paired_difference", "rank_of", "regret", "restore",
+    "results_folder", "score_acceptance", "score_associative_recall", "score_halo", "score_layers", "score_perplexity",
+    "score_recall", "search_skips", "select", "set_gates", "softmax_layers", "spearman", "top_k_jaccard",
 ]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-__all__ = ["check_choice", "check_device", "check_int", "check_number"]
+__all__ = ["check_choice", "check_device", "check_executor", "check_int", "check_number"]
 
 
 def check_choice(name: str, value, allowed) -> None:
@@ -44,3 +44,9 @@ def check_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} asks for a GPU, but this machine has none; use device='cpu'")
     return found
+
+
+def check_executor(executor) -> None:
+    """Raise ValueError unless `executor` is None or has the `submit` of a `concurrent.futures.Executor`."""
+    if executor is not None and not hasattr(executor, "submit"):
+        raise ValueError(f"executor={executor!r} has no submit; give a concurrent.futures.Executor or None")

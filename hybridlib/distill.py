@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from .checks import check_choice, check_int, check_number
 from .graphs import Graphed
 from .hybrid import linear_layers
 from .objectives import check_divergence, divergence_from_hidden
-from .passes import attention_io, compiled_if, last_hidden, mixer_loss
+from .passes import TeacherStates, attention_io, compiled_if, last_hidden, mixer_loss
 
 __all__ = ["AlignSettings", "DistillationDiverged", "History", "MatchSettings", "align", "match"]
 
@@ -83,6 +84,9 @@ class _Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
         check_number("divergence_factor", self.divergence_factor, 1, open_low=True)
 
+    def step_rows(self, context: int) -> int:
+        """Rows of `context` tokens in a step."""
+        return max(1, self.batch_tokens // context)
 
     def numbers(self) -> dict:
         """The settings that a run's figures depend on, as JSON has them: all but `compile` and `cuda_graph`."""
@@ -171,7 +175,7 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
     compiled = settings.compile and next(student.parameters()).is_cuda
     loss_of = compiled_if(compiled, mixer_loss)
 
-    def step_loss(rows, share):
+    def step_loss(share, rows):
         with torch.no_grad():
             seen = list(attention_io(teacher, rows, compiled=compiled))
         losses = {}
@@ -185,21 +189,32 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
 
 
 def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
-          checkpoint: str | Path | None = None) -> History:
+          checkpoint: str | Path | None = None, until: int | None = None,
+          states: TeacherStates | None = None) -> History:
     """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
 
-    Parameters as for `align`. Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if
-    the loss does. Source: paper section 3, stage 2.
+    Parameters
+    ----------
+    hybrid, teacher, tokens, num_tokens, settings, checkpoint : as for `align`.
+    until : stop after so many tokens of the run, as if it were killed right after a checkpoint; the same call with a
+        later `until` goes on from `checkpoint`.
+    states : the teacher's hidden states, shared with other runs over the same rows; None computes them here.
+
+    Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if the loss does. Source: paper
+    section 3, stage 2.
     """
     settings = settings or MatchSettings()
+    if states is not None and states.teacher is not teacher:
+        raise ValueError("states are of another teacher; make them with TeacherStates(teacher)")
     prefixes = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(hybrid.config))
     mixers = [(n, p) for n, p in hybrid.named_parameters() if n.startswith(prefixes)]
     others = [(n, p) for n, p in hybrid.named_parameters() if not n.startswith(prefixes)]
     compiled = settings.compile and next(hybrid.parameters()).is_cuda
 
-    def step_loss(rows, share):
-        with torch.no_grad():
-            target = last_hidden(teacher, rows, compiled=compiled)
+    def step_loss(share, rows, target=None):
+        if target is None:
+            with torch.no_grad():
+                target = last_hidden(teacher, rows, compiled=compiled)
         loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows, compiled=compiled),
                                       hybrid.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
                                       beta=settings.beta, temperature=settings.temperature)
@@ -207,19 +222,25 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
         return {None: loss.detach()}
 
     groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
-    return _train("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint)
+    targets = None if states is None else partial(states, compiled=compiled)
+    return _train("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint, until, targets)
 
 
-def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint) -> History:
+def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint, until=None,
+           targets: Callable | None = None) -> History:
+    """The loop. `step_loss` takes a share of the step, its rows and, if there are `targets`, what they make of them."""
     check_int("num_tokens", num_tokens, tokens.context)
+    if until is not None:
+        check_int("until", until, tokens.context)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens.context > limit:
         raise ValueError(f"context={tokens.context} is beyond the teacher's {limit}; load tokens with a shorter one")
     device = next(model.parameters()).device
-    rows = max(1, settings.batch_tokens // tokens.context)
+    rows = settings.step_rows(tokens.context)
     micro = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
     steps = max(1, num_tokens // (rows * tokens.context))
     every = max(1, settings.checkpoint_every // (rows * tokens.context))
+    end = steps if until is None else min(steps, max(1, until // (rows * tokens.context)))
     named = [pair for params, _ in groups for pair in params]
     if not named:
         raise ValueError(f"the model has no linear layer, so there is nothing to {stage}; restore fewer layers")
@@ -236,14 +257,17 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
            "tokens": tokens.fingerprint, "weights": {n: list(p.shape) for n, p in named}}
     if checkpoint is not None and Path(checkpoint).exists():
         history, begun = _load_checkpoint(Path(checkpoint), run, named, optimizer)
+        if begun > end:
+            raise ValueError(f"checkpoint={str(checkpoint)!r} is {history.tokens[-1]} tokens into the run, beyond "
+                             f"until={until}; delete it to start anew")
 
-    def gradients(batch):
+    def gradients(*batch):
         optimizer.zero_grad(set_to_none=True)
         losses: dict = {}
-        for part in batch.split(micro):
-            share = len(part) / rows
+        for part in zip(*(tensor.split(micro) for tensor in batch), strict=True):
+            share = len(part[0]) / rows
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                for key, loss in step_loss(part, share).items():
+                for key, loss in step_loss(share, *part).items():
                     losses[key] = losses.get(key, 0) + loss * share
         return losses, torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
 
@@ -253,11 +277,14 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
     started = time.perf_counter() - history.seconds
     with tqdm(total=steps * rows * tokens.context, initial=begun * rows * tokens.context, unit="tok", unit_scale=True,
               desc=stage, leave=False) as bar:
-        for step in range(begun, steps):
-            batch = tokens.rows(step * rows, rows).to(device, non_blocking=True)
+        for step in range(begun, end):
+            ids = tokens.rows(step * rows, rows)
+            batch = [ids.to(device, non_blocking=True)]
+            if targets is not None:
+                batch.append(torch.cat([targets(part) for part in ids.split(micro)]))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, steps, settings)
-            losses, norm = gradients(batch)
+            losses, norm = gradients(*batch)
             values = {key: float(loss) for key, loss in losses.items()}
             loss = sum(values.values()) / len(values)
             check_finite(stage, step, values, float(norm), named, history, settings)
@@ -269,7 +296,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             history.layer_losses = {key: value for key, value in values.items() if key is not None}
             bar.update(rows * tokens.context)
             bar.set_postfix(loss=f"{loss:.4f}")
-            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
                 _save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
     optimizer.zero_grad(set_to_none=True)
     if graphed:

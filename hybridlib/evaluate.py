@@ -9,7 +9,7 @@ import torch
 
 from .checks import check_int
 from .objectives import kl_divergence
-from .passes import last_hidden
+from .passes import TeacherStates, last_hidden
 from .recall import RecallTask, generate_recall, score_recall
 
 __all__ = ["Evaluation", "evaluate", "heldout_kl"]
@@ -60,14 +60,18 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
                       score and score.exact_match, score and score.stderr)
 
 
-def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192):
-    """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows."""
-    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens)
+def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192,
+               states: TeacherStates | None = None):
+    """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows.
+
+    `states`, of this teacher, spare its pass where another model was measured on the same rows.
+    """
+    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states)
     return mean_stderr([value for batch in rows for value in batch[0]])
 
 
 @torch.no_grad()
-def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
+def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None):
     """A batch at a time: KL of each row, and sums over rows of the model's nats, the agreement, the teacher's nats."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
@@ -78,7 +82,8 @@ def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
     for ids in tokens.heldout[:count].split(max(1, batch_tokens // tokens.context)):
         ids = ids.to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            theirs = teacher.lm_head(last_hidden(teacher, ids)).float()  # (rows, context, vocab)
+            hidden = last_hidden(teacher, ids) if states is None else states(ids)
+            theirs = teacher.lm_head(hidden).float()  # (rows, context, vocab)
             mine = model.lm_head(last_hidden(model, ids)).float()
         yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
     model.train(was_training)

@@ -10,40 +10,42 @@ __all__ = ["Graphed"]
 
 
 class Graphed:
-    """`compute(batch)`, recorded on a GPU at its third call and replayed from then on.
+    """`compute(*batch)`, recorded on a GPU at its third call and replayed from then on.
 
     Parameters
     ----------
-    compute : takes a tensor and returns tensors, in any nesting. It must do the same work in the same shapes at every
-        call and never wait for the GPU. What it returns, and the gradients it leaves, lie in the graph's own memory and
-        are overwritten by the next call.
+    compute : takes one or more tensors and returns tensors, in any nesting. It must do the same work in the same
+        shapes at every call and never wait for the GPU. What it returns, and the gradients it leaves, lie in the
+        graph's own memory and are overwritten by the next call.
 
-    The first two calls run as they are: kernels are compiled and memory is found. A batch must have
-    the shape and dtype of the first; ValueError otherwise.
+    The first two calls run as they are: kernels are compiled and memory is found. The tensors of a call must have
+    the shapes and dtypes of the first call's; ValueError otherwise.
     """
 
     def __init__(self, compute: Callable):
         self.compute, self.calls, self.graph = compute, 0, None
         self.stream = torch.cuda.Stream()  # gradients must be first summed on the stream that records
 
-    def __call__(self, batch: torch.Tensor):
+    def __call__(self, *batch: torch.Tensor):
         self.calls += 1
         if self.calls == 1:
-            self.batch = batch.clone()
-        if batch.shape != self.batch.shape or batch.dtype != self.batch.dtype:
-            raise ValueError(f"batch has shape {tuple(batch.shape)} and dtype {batch.dtype}; it must be that of the "
-                             f"first call, {tuple(self.batch.shape)} and {self.batch.dtype}")
+            self.batch = [tensor.clone() for tensor in batch]
+        for given, first in zip(batch, self.batch, strict=True):
+            if given.shape != first.shape or given.dtype != first.dtype:
+                raise ValueError(f"batch has shape {tuple(given.shape)} and dtype {given.dtype}; it must be that of "
+                                 f"the first call, {tuple(first.shape)} and {first.dtype}")
         if self.calls <= 2:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.compute(batch)
+                result = self.compute(*batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.compute(self.batch)
-        self.batch.copy_(batch)
+                self.result = self.compute(*self.batch)
+        for held, given in zip(self.batch, batch, strict=True):
+            held.copy_(given)
         self.graph.replay()
         return self.result
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from .checks import check_choice, check_int
-from .distill import MatchSettings, match
-from .evaluate import heldout_kl
-from .hybrid import linear_layers, restore
+from .checks import check_choice, check_executor, check_int
+from .distill import MatchSettings
+from .hybrid import linear_layers
 from .objectives import alignment_loss
-from .passes import attention_io
+from .passes import TeacherStates, attention_io
+from .scoring import CandidateRecords, EarlyStop, LoadedInputs, ScoringInputs, ScoringJob, score_candidates
 
 __all__ = ["LayerScores", "score_layers"]
 
@@ -26,7 +24,8 @@ class LayerScores:
 
     `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
     nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
-    and `seconds` are what scoring cost.
+    and `seconds` are what scoring cost, summed over candidates. `history` has the values of every measurement along
+    training, the last one's among them, and `history_tokens` how far each candidate then was.
     """
 
     direction: str
@@ -36,6 +35,8 @@ class LayerScores:
     stderr: tuple[float, ...]
     tokens: int
     seconds: float
+    history: tuple[tuple[float, ...], ...] = ()
+    history_tokens: tuple[int, ...] = ()
 
     @property
     def ranking(self) -> tuple[int, ...]:
@@ -47,12 +48,18 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, fields: dict) -> LayerScores:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return cls(**{k: _tuples(v) for k, v in fields.items()})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
                  heldout_tokens: int | None = None, settings: MatchSettings | None = None, normalize: bool = True,
-                 run: Callable[[int, Callable[[], dict]], dict] = lambda layer, compute: compute()) -> LayerScores:
+                 early_stop: EarlyStop | None = None, executor=None, inputs: ScoringInputs | None = None,
+                 records: CandidateRecords | None = None, checkpoints: str | Path | None = None,
+                 memory: int = 4 * 2**30) -> LayerScores:
     """Score every layer of an aligned all-linear student.
 
     Parameters
@@ -66,15 +73,27 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     heldout_tokens : held-out tokens to measure on, None for all.
     settings : of stage 2. Every candidate sees the same rows in the same order.
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
-    run : called with each layer and the function that trains and measures its candidate (``"kl"`` only), returns what
-        that function does: a dict of numbers. For remembering candidates, so that a killed scoring goes on.
+    early_stop : this and what follows is for ``"kl"``. Measure candidates along their training and stop once the top-K
+        set has settled.
+    executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
+        or one of submitit. None runs them here, one after the other.
+    inputs : where workers find what is scored, which must be `student`, `teacher` and `tokens`. Without them a task
+        carries both models with it.
+    records : keeps candidates, so that a killed scoring goes on.
+    checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
+        for the time of the call. A candidate needs three times its weights in it. Without `early_stop` it is used
+        where `num_tokens` is more than ``settings.checkpoint_every``.
+    memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
 
-    Cost: L times `num_tokens` of training for ``"kl"``; one pass over the held-out rows for ``"mse"``. Source: paper
-    section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
+
+    Cost: L times `num_tokens` of training for ``"kl"``, less if stopped early, and one pass of the teacher; one pass
+    over the held-out rows for ``"mse"``. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
     """
     check_choice("direction", direction, ("add", "remove"))
     check_choice("metric", metric, ("kl", "mse"))
-    check_int("num_tokens", num_tokens, 0)
+    check_int("num_tokens", num_tokens, 0 if num_tokens == 0 else tokens.context)
+    check_executor(executor)
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
@@ -83,22 +102,22 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
         started = time.perf_counter()
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
-        values, spent, seconds = measured, 0, time.perf_counter() - started
-    else:
-        def candidate(l):
-            begun = time.perf_counter()
-            kept = [l] if direction == "add" else [m for m in range(num_layers) if m != l]
-            model = restore(student, teacher, kept)
-            spent = match(model, teacher, tokens, num_tokens, settings=settings).tokens[-1] if num_tokens else 0
-            kl, error = heldout_kl(model, teacher, tokens, heldout_tokens=heldout_tokens)
-            return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun}
-
-        found = [run(l, partial(candidate, l))
-                 for l in tqdm(range(num_layers), desc=f"score ({direction})", unit="layer", leave=False)]
-        measured, stderr = [c["kl"] for c in found], [c["kl_stderr"] for c in found]
-        values = [-kl for kl in measured] if direction == "add" else measured
-        spent, seconds = sum(c["tokens"] for c in found), sum(c["seconds"] for c in found)
-    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent, seconds)
+        return LayerScores(direction, metric, tuple(measured), tuple(measured), tuple(stderr), 0,
+                           time.perf_counter() - started)
+    if early_stop is not None:
+        early_stop.count(num_layers)
+    settings = settings or MatchSettings()
+    in_parts = early_stop is not None or num_tokens > settings.checkpoint_every
+    inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher, memory))
+    job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings,
+                     str(Path(checkpoints).resolve()) if checkpoints and in_parts else None)
+    rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records)
+    sign, found = -1 if direction == "add" else 1, list(rounds.values())
+    history = tuple(tuple(sign * c["kl"] for c in one) for one in found)
+    return LayerScores(direction, metric, history[-1], tuple(c["kl"] for c in found[-1]),
+                       tuple(c["kl_stderr"] for c in found[-1]), sum(c["tokens"] for c in found[-1]),
+                       sum(c["seconds"] for one in found for c in one), history,
+                       tuple(one[0]["tokens"] for one in found))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -137,13 +137,33 @@ class Ledger:
         commit = code_commit(self.folder) if self.commit is None else self.commit
         started, clock = datetime.now(timezone.utc), time.perf_counter()
         metrics = compute()
-        seconds = round(time.perf_counter() - clock, 3)
+        seconds = time.perf_counter() - clock
         if not isinstance(metrics, dict):
             raise ValueError(f"compute returned a {type(metrics).__name__} for {kind!r}; it must return a dict")
-        metrics = _plain(metrics, "metrics")
+        return self._keep(kind, parameters, metrics, started, seconds, describe_device(self.device), commit)
+
+    def add(self, kind: str, parameters: dict, metrics: dict, *, seconds: float, device: str | None = None) -> Record:
+        """Write the record of what was computed elsewhere and has just ended; one that is there is replaced.
+
+        Parameters
+        ----------
+        kind, parameters, metrics : as for `run`.
+        seconds : how long it took.
+        device : that it ran on, as `describe_device` names it there; the ledger's if None.
+
+        Raises as `run` does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        commit = code_commit(self.folder) if self.commit is None else self.commit
+        started = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+        return self._keep(kind, _plain(parameters, "parameters", finite=True), metrics, started, seconds,
+                          device or describe_device(self.device), commit)
+
+    def _keep(self, kind, parameters, metrics, started, seconds, device, commit) -> Record:
+        path, metrics = self.path(kind, parameters), _plain(metrics, "metrics")
         record = Record(kind=kind, parameters=parameters, metrics=metrics, seed=_whole(parameters.get("seed")),
-                        versions=software_versions(), device=describe_device(self.device), commit=commit,
-                        started=started.isoformat(timespec="milliseconds"), seconds=seconds,
+                        versions=software_versions(), device=device, commit=commit,
+                        started=started.isoformat(timespec="milliseconds"), seconds=round(seconds, 3),
                         tokens=_whole(metrics.get("tokens")), key=record_key(kind, parameters))
         _write(path, json.dumps(_tagged(asdict(record)), sort_keys=True, indent=1, allow_nan=False) + "\n")
         logger.info("wrote %s", path.name)

@@ -1,7 +1,7 @@
 """A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled.
 
 All families that hybridlib takes build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)). Compiled, each
-kind of layer becomes a few kernels, once for all layers of the kind.
+kind of layer becomes a few kernels, once for all layers of the kind. `TeacherStates` remembers what a pass gave.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
+from .checks import check_int
 from .objectives import alignment_loss
 
-__all__ = ["attention_io", "compiled_if", "last_hidden", "mixer_loss"]
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "mixer_loss"]
 
 _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal where no mask is given
 
@@ -46,6 +47,42 @@ def attention_io(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = 
     for module in model.model.layers:
         x, given, returned = layer(module, x, **context)
         yield given, returned
+
+
+class TeacherStates:
+    """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
+
+    Called with rows of token ids, (rows, time), it gives what `last_hidden` of the teacher gives for them, on the
+    teacher's device. Rows are told apart by their ids, so any order and any batch will do.
+
+    Parameters
+    ----------
+    teacher : a causal LM whose weights do not change meanwhile.
+    memory : bytes to remember in, on the teacher's device. Rows beyond them are computed at every call. A token takes
+        2 x width bytes on a GPU (bfloat16, which output heads compute in there) and 4 x width in float32 elsewhere.
+    """
+
+    def __init__(self, teacher: nn.Module, memory: int = 4 * 2**30):
+        check_int("memory", memory, 0)
+        self.teacher, self.memory, self.used = teacher, memory, 0
+        self._rows: dict[bytes, torch.Tensor] = {}
+
+    def __reduce__(self):
+        return TeacherStates, (self.teacher, self.memory)  # what it remembers stays here
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+        keys = [row.tobytes() for row in ids.cpu().to(torch.int32).numpy()]
+        if all(key in self._rows for key in keys):
+            return torch.stack([self._rows[key] for key in keys])
+        device = next(self.teacher.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            states = last_hidden(self.teacher, ids.to(device).long(), compiled=compiled)
+        states = states.to(torch.bfloat16) if device.type == "cuda" else states
+        if self.used + states.nbytes <= self.memory:
+            self.used += states.nbytes
+            self._rows |= zip(keys, states, strict=True)
+        return states
 
 
 def mixer_loss(mixer: nn.Module, given: torch.Tensor, returned: torch.Tensor, normalize: bool) -> torch.Tensor:

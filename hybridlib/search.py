@@ -17,10 +17,12 @@ from itertools import combinations
 import numpy as np
 from tqdm.auto import tqdm
 
-from .checks import check_choice, check_int
+from .checks import check_choice, check_executor, check_int
 from .distill import MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import check_layers, linear_layers, restore
+from .passes import TeacherStates
+from .scoring import LoadedInputs, ScoringInputs
 from .selection import budget_layers
 
 __all__ = ["SearchResult", "beam", "distilled_kl", "exhaustive", "greedy_backward", "greedy_forward", "interactions",
@@ -129,7 +131,7 @@ def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = N
 
 
 def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, settings: MatchSettings | None = None,
-                 heldout_tokens: int | None = None) -> Measure:
+                 heldout_tokens: int | None = None, inputs: ScoringInputs | None = None) -> Measure:
     """A measure: the held-out KL, in nats a token, of the hybrid with these layers after a short stage 2.
 
     With it, `greedy_forward` is greedy addition that scores the remaining layers anew given the chosen ones, where
@@ -141,9 +143,11 @@ def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, setting
     num_tokens : tokens of stage 2 for each set; 0 measures it untrained.
     settings : of stage 2. Every set sees the same rows in the same order.
     heldout_tokens : held-out tokens to measure on, None for all.
+    inputs : where the workers of an executor find student, teacher and tokens; without them the measure takes both
+        models with it at every call.
 
     Cost of an evaluation: a copy of the student, stage 2 over `num_tokens`, and a pass over the held-out rows. The
-    measure can be pickled for an executor of processes, but takes both models with it at every call.
+    teacher's pass is computed once and shared, see `TeacherStates`.
 
     Assumes that sets can be told apart after `num_tokens`: a short stage 2 may rank them otherwise than a long one.
     """
@@ -153,7 +157,8 @@ def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, setting
             check_int(name, value, tokens.context)
     if len(linear_layers(student.config)) != student.config.num_hidden_layers:
         raise ValueError("student has softmax layers; distilled_kl takes the all-linear student that linearize gave")
-    return partial(_distilled_kl, student, teacher, tokens, num_tokens, settings, heldout_tokens)
+    inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
+    return partial(_distilled_kl, inputs, num_tokens, settings, heldout_tokens)
 
 
 def interactions(values: Mapping[Layers, float], num_layers: int) -> np.ndarray:
@@ -211,8 +216,7 @@ def _checked(measure, num_layers, budget, executor):
     if not callable(measure):
         raise ValueError(f"measure={measure!r} cannot be called; give a function of layers, such as distilled_kl makes")
     check_int("num_layers", num_layers, 1)
-    if executor is not None and not hasattr(executor, "submit"):
-        raise ValueError(f"executor={executor!r} has no submit; give a concurrent.futures.Executor or None")
+    check_executor(executor)
     return budget_layers(budget, num_layers)
 
 
@@ -243,8 +247,9 @@ def _number(value):
     return number
 
 
-def _distilled_kl(student, teacher, tokens, num_tokens, settings, heldout_tokens, layers):
-    hybrid = restore(student, teacher, layers)
+def _distilled_kl(inputs, num_tokens, settings, heldout_tokens, layers):
+    given = inputs.load()
+    hybrid = restore(given.student, given.teacher, layers)
     if num_tokens:
-        match(hybrid, teacher, tokens, num_tokens, settings=settings)
-    return heldout_kl(hybrid, teacher, tokens, heldout_tokens=heldout_tokens)[0]
+        match(hybrid, given.teacher, given.tokens, num_tokens, settings=settings, states=given.states)
+    return heldout_kl(hybrid, given.teacher, given.tokens, heldout_tokens=heldout_tokens, states=given.states)[0]

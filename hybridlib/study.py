@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .checks import check_choice, check_device, check_int, check_number
+from .checks import check_choice, check_device, check_executor, check_int, check_number
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, MatchSettings, align, match
 from .evaluate import evaluate
@@ -26,8 +26,9 @@ from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import MIXERS
 from .recall import RecallTask
+from .scoring import EarlyStop, ScoringInputs, weights_sha256
 from .selection import SCORES_NEEDED, budget_layers, select
-from .teachers import Teacher, load_teacher
+from .teachers import SMOLLM2, Teacher, load_teacher
 
 __all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
 
@@ -126,10 +127,16 @@ class Study:
     Asking twice for the same step, in this notebook or another, computes it once. With ``recompute=True`` each step is
     computed once again in this object's life. Aligned students are kept beside the records, in ``models/``, and so is
     the checkpoint of a run that is longer than `checkpoint_every` tokens: asked for again, a killed run goes on there.
+
+    Parameters
+    ----------
+    executor : scores layers by tasks, as in `score_layers`. Workers load teacher, corpus and aligned student by the
+        names in `settings`, on its device, and must see the folder of records.
     """
 
-    def __init__(self, settings: StudySettings | None = None):
-        self.settings = settings or StudySettings()
+    def __init__(self, settings: StudySettings | None = None, executor=None):
+        check_executor(executor)
+        self.settings, self.executor = settings or StudySettings(), executor
         folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
         self.ledger = Ledger(folder, device=str(check_device(self.settings.device)))
         self._tokens: dict[tuple[int, int], Tokens] = {}
@@ -173,7 +180,7 @@ class Study:
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
         parameters, settings = self._align_parameters(mixer, seed)
-        folder = self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
+        folder = self._model_folder(parameters)
 
         def compute():
             teacher, tokens = self.teacher.model, self.tokens(seed, self.settings.align_tokens, "score")
@@ -195,10 +202,11 @@ class Study:
         return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
-               normalize: bool = True) -> LayerScores:
+               normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:
         """Scores of all layers of the aligned student. Record kind ``"score"``.
 
-        With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``.
+        With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``; with
+        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens.
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
@@ -209,12 +217,19 @@ class Study:
             parameters |= {"num_tokens": s.score_tokens, "settings": settings.numbers()}
         else:
             parameters |= {"normalize": normalize}
+        records = _Candidates(self, parameters)
+        if early_stop is not None:
+            if metric != "kl":
+                raise ValueError(f"early_stop={early_stop!r} is for metric 'kl'; metric={metric!r} trains nothing")
+            parameters = parameters | {"early_stop": asdict(early_stop)}
 
         def compute():
-            return score_layers(self.aligned(mixer, seed), self.teacher.model,
-                                self.tokens(seed, s.score_tokens, "score"), direction=direction, metric=metric,
+            student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
+            inputs = self._inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
+            return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
-                                run=lambda l, run: self._run("candidate", parameters | {"layer": l}, run).metrics
+                                early_stop=early_stop, executor=self.executor, inputs=inputs, records=records,
+                                checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem
                                 ).to_dict()
 
         return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
@@ -270,6 +285,17 @@ class Study:
     def _recall(self) -> RecallTask:
         return RecallTask("key_value", pairs=self.settings.recall_pairs)
 
+    def _inputs(self, mixer, seed, tokens):
+        """Where workers find the aligned student and the `tokens` that layers are scored on."""
+        s = self.settings
+        folder = self._model_folder(self._align_parameters(mixer, seed)[0])
+        return ScoringInputs(str(folder.resolve()), weights_sha256(folder), _absolute(s.teacher), _absolute(s.corpus),
+                             s.context, seed, max(s.score_tokens, s.context), 2 * s.heldout_tokens,
+                             (0, len(tokens.heldout)), tokens.fingerprint, s.device)
+
+    def _model_folder(self, parameters):
+        return self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
+
     def _match_settings(self) -> MatchSettings:
         s = self.settings
         return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
@@ -295,3 +321,33 @@ class Study:
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
         return self.ledger.run(kind, parameters, compute, recompute=again)
+
+
+def _absolute(name):
+    """A path as a worker finds it that began in another folder; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
+
+
+class _Candidates:
+    """The records of a scoring's candidates, for `score_layers`."""
+
+    def __init__(self, study, parameters):
+        self.study, self.parameters = study, parameters
+
+    def find(self, layer, tokens):
+        parameters = self._of(layer, tokens)
+        path = self.study.ledger.path("candidate", parameters)
+        if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
+            return None
+        return self.study.ledger.run("candidate", parameters, dict).metrics
+
+    def keep(self, layer, tokens, found):
+        parameters = self._of(layer, tokens)
+        self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
+        metrics = {name: value for name, value in found.items() if name != "device"}
+        self.study.ledger.add("candidate", parameters, metrics, seconds=found["seconds"], device=found["device"])
+
+    def _of(self, layer, tokens):
+        until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
+        return self.parameters | {"layer": layer} | until

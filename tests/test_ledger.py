@@ -45,6 +45,18 @@ def test_recompute_replaces(ledger):
     assert ledger.run("hybrid", PARAMETERS, never).metrics == {"kl": 0.2}
 
 
+def test_what_was_computed_elsewhere_is_added(ledger):
+    before = datetime.now(timezone.utc)
+    added = ledger.add("candidate", PARAMETERS, {"kl": 0.1, "tokens": 64}, seconds=3600.0, device="another machine")
+    assert ledger.run("candidate", PARAMETERS, never) == added and added.metrics == {"kl": 0.1, "tokens": 64}
+    assert (added.seconds, added.device, added.tokens, added.commit) == (3600.0, "another machine", 64, "abc")
+    assert abs((before - datetime.fromisoformat(added.started)).total_seconds() - 3600) < 60
+    assert ledger.add("candidate", PARAMETERS, {"kl": 0.2}, seconds=1.0).device == describe_device()
+    assert ledger.run("candidate", PARAMETERS, never).metrics == {"kl": 0.2}
+    with pytest.raises(ValueError, match="metrics\\['kl'\\] is a set"):
+        ledger.add("candidate", PARAMETERS, {"kl": {1}}, seconds=1.0)
+
+
 def test_time_and_surroundings_are_recorded(ledger, monkeypatch):
     clock = iter([100.0, 112.5])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
