@@ -4,6 +4,7 @@ from .ablation import ablate, score_associative_recall, score_halo, score_perple
 from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
                         top_k_jaccard)
 from .corpus import Tokens, load_tokens
+from .cost import Cost, Meter, forward_flops, training_flops
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
 from .gates import GateSettings, LearnedGates, gate_gradient, gated_model, learned_gates, set_gates
@@ -16,20 +17,22 @@ from .recall import RecallExample, RecallScore, RecallTask, generate_recall, loa
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
 from .selection import budget_layers, select
+from .selectors import SELECTORS, Selection, Selector, find_selector
 from .speculative import SkipSearch, score_acceptance, search_skips
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher
 
 __all__ = [
-    "AlignSettings", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet", "GatedLinearAttention",
-    "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample", "RecallScore",
-    "RecallTask", "Record", "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate",
-    "align", "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard",
-    "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient",
+    "AlignSettings", "Cost", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet",
+    "GatedLinearAttention", "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "Meter",
+    "RecallExample", "RecallScore", "RecallTask", "Record", "SELECTORS", "SearchResult", "Selection", "Selector",
+    "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align", "alignment_loss", "beam",
+    "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl", "divergence",
+    "divergence_from_hidden", "evaluate", "exhaustive", "find_selector", "forward_flops", "gate_gradient",
     "gated_model", "generate_recall", "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval",
     "jaccard", "kendall", "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid",
     "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings", "paired_difference", "rank_of",
     "regret", "restore", "results_folder", "score_acceptance", "score_associative_recall", "score_halo",
     "score_layers", "score_perplexity", "score_recall", "search_skips", "select", "set_gates", "softmax_layers",
-    "spearman", "top_k_jaccard",
+    "spearman", "top_k_jaccard", "training_flops",
 ]

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checks import check_choice, check_int
+from .cost import Cost, Meter
 from .distill import MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import linear_layers, restore
@@ -26,7 +27,8 @@ class LayerScores:
 
     `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
     nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
-    and `seconds` are what scoring cost.
+    are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
+    `cost` says all that it cost, None in records that are older than it.
     """
 
     direction: str
@@ -36,6 +38,7 @@ class LayerScores:
     stderr: tuple[float, ...]
     tokens: int
     seconds: float
+    cost: Cost | None = None
 
     @property
     def ranking(self) -> tuple[int, ...]:
@@ -47,7 +50,9 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, fields: dict) -> LayerScores:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        cost = fields.get("cost")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**fields | {"cost": cost and Cost.from_dict(cost)})
 
 
 def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
@@ -81,24 +86,47 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
-        started = time.perf_counter()
+        meter, read = Meter(teacher), heldout_size(tokens, heldout_tokens)
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
-        values, spent, seconds = measured, 0, time.perf_counter() - started
+        meter.forward(teacher, read, tokens.context, head=False)
+        meter.parts([layer.self_attn for layer in student.model.layers], read, tokens.context)
+        values, spent, cost = measured, 0, meter.cost()
+        seconds = cost.seconds
     else:
         def candidate(l):
-            begun = time.perf_counter()
+            begun, meter = time.perf_counter(), Meter(teacher)
             kept = [l] if direction == "add" else [m for m in range(num_layers) if m != l]
             model = restore(student, teacher, kept)
             spent = match(model, teacher, tokens, num_tokens, settings=settings).tokens[-1] if num_tokens else 0
             kl, error = heldout_kl(model, teacher, tokens, heldout_tokens=heldout_tokens)
-            return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun}
+            meter_hybrid(meter, model, teacher, spent, heldout_size(tokens, heldout_tokens), tokens.context)
+            return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun,
+                    "cost": meter.cost().to_dict()}
 
         found = [run(l, partial(candidate, l))
                  for l in tqdm(range(num_layers), desc=f"score ({direction})", unit="layer", leave=False)]
         measured, stderr = [c["kl"] for c in found], [c["kl_stderr"] for c in found]
         values = [-kl for kl in measured] if direction == "add" else measured
         spent, seconds = sum(c["tokens"] for c in found), sum(c["seconds"] for c in found)
-    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent, seconds)
+        known = all("cost" in c for c in found)  # candidates recorded before costs were have none
+        cost = Cost.total(Cost.from_dict(c["cost"]) for c in found) if known else None
+    return LayerScores(direction, metric, tuple(values), tuple(measured), tuple(stderr), spent, seconds, cost)
+
+
+def heldout_size(tokens, heldout_tokens: int | None) -> int:
+    """Tokens in the held-out rows of `tokens` that a scorer reads, given at most how many it may."""
+    rows = len(tokens.heldout)
+    rows = rows if heldout_tokens is None else min(rows, max(1, heldout_tokens // tokens.context))
+    return rows * tokens.context
+
+
+def meter_hybrid(meter: Meter, hybrid, teacher, trained: int, measured: int, context: int) -> None:
+    """Tell `meter` of a stage 2 of `trained` tokens (0: none) and of a held-out KL over `measured` tokens."""
+    if trained:
+        meter.forward(teacher, trained, context)
+        meter.train(hybrid, trained, context)
+    meter.forward(teacher, measured, context)
+    meter.forward(hybrid, measured, context)
 
 
 @torch.no_grad()
