@@ -23,10 +23,15 @@ from .passes import last_hidden
 from .recall import RecallTask, encode_recall, generate_recall
 from .teachers import check_family
 
-__all__ = ["HALO_CAP", "ablate", "halo_values", "score_associative_recall", "score_halo", "score_perplexity"]
+__all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
+           "score_perplexity"]
 
 HALO_CAP = 50.0
 _EXAMPLES_A_PASS = 32
+
+
+class TaskTooHard(ValueError):
+    """A recall task is beyond the teacher, so that it can score no layer."""
 
 
 @contextmanager
@@ -274,7 +279,7 @@ def _refuse_chance(task, accuracy, answers):
     chance = 1 / task.pairs
     threshold = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
     if accuracy <= threshold:
-        raise ValueError(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
+        raise TaskTooHard(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
                          f"guessing gives up to {threshold:.3f}, so no layer has recall to lose; "
                          "give an easier task or another teacher")
 

@@ -119,7 +119,7 @@ def _heldout(study, seed):
 
 def _perplexity(study, mixer, seed):
     return _best(study, LayerScores.from_dict(study.remember(
-        {"selector": "ppl"}, lambda: score_perplexity(study.teacher.model, _heldout(study, 0)).to_dict())))
+        {"selector": "ppl"}, lambda: score_perplexity(study.teacher.model, _heldout(study, 0)).to_dict()).metrics))
 
 
 def _recall(hops, study, mixer, seed, pairs, num_examples):
@@ -128,7 +128,7 @@ def _recall(hops, study, mixer, seed, pairs, num_examples):
     return _best(study, LayerScores.from_dict(study.remember(
         {"selector": "ar", "task": asdict(task), "num_examples": num_examples},
         lambda: score_associative_recall(study.teacher.model, study.teacher.tokenizer, task,
-                                         num_examples=num_examples).to_dict())))
+                                         num_examples=num_examples).to_dict()).metrics))
 
 
 def _halo(study, mixer, seed, pairs, num_examples):
@@ -136,7 +136,7 @@ def _halo(study, mixer, seed, pairs, num_examples):
     return _best(study, LayerScores.from_dict(study.remember(
         {"selector": "halo", "task": asdict(task), "num_examples": num_examples},
         lambda: score_halo(study.aligned(mixer, seed), study.teacher.model, _heldout(study, seed), task,
-                           num_examples=num_examples).to_dict(), mixer, seed)))
+                           num_examples=num_examples).to_dict(), mixer, seed).metrics))
 
 
 def _rad(study, mixer, seed, evaluations, gamma):
@@ -147,7 +147,7 @@ def _rad(study, mixer, seed, evaluations, gamma):
                 "evaluations": found.evaluations, "values": list(found.scores.values), "cost": found.cost.to_dict()}
 
     found = study.remember({"selector": "rad", "budget": _count(study), "evaluations": evaluations, "gamma": gamma,
-                            "seed": seed}, compute)
+                            "seed": seed}, compute).metrics
     return Selection("", tuple(found["layers"]), Cost.from_dict(found["cost"]), tuple(found["values"]))
 
 
@@ -155,7 +155,7 @@ def _gate_gradient(study, mixer, seed, at, order, steps):
     return _best(study, LayerScores.from_dict(study.remember(
         {"selector": "gate-gradient", "at": float(at), "order": order, "steps": steps},
         lambda: gate_gradient(study.aligned(mixer, seed), study.teacher.model, _heldout(study, seed), at=at,
-                              order=order, steps=steps).to_dict(), mixer, seed)))
+                              order=order, steps=steps).to_dict(), mixer, seed).metrics))
 
 
 def _learned_gates(study, mixer, seed, num_tokens):
@@ -165,7 +165,8 @@ def _learned_gates(study, mixer, seed, num_tokens):
     return _best(study, LayerScores.from_dict(study.remember(
         {"selector": "learned-gates", "budget": _count(study), "num_tokens": num_tokens, "settings": asdict(settings)},
         lambda: learned_gates(study.aligned(mixer, seed), study.teacher.model, study.tokens(seed, num_tokens, "score"),
-                              _count(study), num_tokens=num_tokens, settings=settings).scores.to_dict(), mixer, seed)))
+                              _count(study), num_tokens=num_tokens, settings=settings).scores.to_dict(), mixer, seed
+    ).metrics))
 
 
 class _Distilled:
@@ -187,7 +188,8 @@ class _Distilled:
             return scores.measured[l]
         parameters = {"layers": list(layers), "num_tokens": study.settings.score_tokens,
                       "settings": study.match_settings.numbers()}
-        found = study.remember(parameters, partial(self._measure, layers), self.mixer, self.seed, kind="candidate")
+        found = study.remember(parameters, partial(self._measure, layers), self.mixer, self.seed,
+                               kind="candidate").metrics
         self.costs[layers] = Cost.from_dict(found["cost"])
         return found["kl"]
 
@@ -216,7 +218,7 @@ def _search(find: Callable[..., SearchResult], study, mixer, seed, **options):
 
     found = study.remember({"selector": find.__name__, "budget": _count(study), "options": options,
                             "num_tokens": study.settings.score_tokens, "settings": study.match_settings.numbers()},
-                           compute, mixer, seed)
+                           compute, mixer, seed).metrics
     return Selection("", tuple(found["layers"]), found["cost"] and Cost.from_dict(found["cost"]))
 
 

@@ -96,13 +96,14 @@ class StudySettings:
             raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
 
 
-def notebook_settings(namespace: Mapping) -> StudySettings:
+def notebook_settings(namespace: Mapping, form: type[StudySettings] = StudySettings) -> StudySettings:
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
-    Every plain variable (number, text, list, truth value) must be a parameter: papermill only warns of an unknown one,
-    here it is refused, with the name that was likely meant. Raises ValueError for that and for a value out of range.
+    `form` is the kind of settings that the notebook takes. Every plain variable (number, text, list, truth value) must
+    be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely meant.
+    Raises ValueError for that and for a value out of range.
     """
-    known = {f.name for f in fields(StudySettings)}
+    known = {f.name for f in fields(form)}
     plain = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
              and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
@@ -111,7 +112,7 @@ def notebook_settings(namespace: Mapping) -> StudySettings:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
             raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
-    return StudySettings(**plain)
+    return form(**plain)
 
 
 def results_folder(name: str = "local") -> Path:
@@ -233,8 +234,8 @@ class Study:
         return run_selector(selector, self, mixer or self.settings.mixer, seed, options)
 
     def remember(self, parameters: Mapping, compute: Callable[[], dict], mixer: str | None = None, seed: int = 0, *,
-                 kind: str = "score") -> dict:
-        """The metrics of a record of `kind`, computed once: what selectors keep what they measure with.
+                 kind: str = "score") -> Record:
+        """A record of `kind`, computed once: what selectors keep what they measure with.
 
         Besides `parameters` it depends on the student aligned with `mixer` and `seed` or, without a mixer, on the
         teacher, and on the held-out rows that layers are scored on.
@@ -247,7 +248,7 @@ class Study:
             rows = self.tokens(0, s.score_tokens, "score").heldout
             known |= {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
                       "data": Tokens(rows, rows).fingerprint, "context": s.context}
-        return self._run(kind, known | dict(parameters), compute).metrics
+        return self._run(kind, known | dict(parameters), compute)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
         """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``: `evaluate`'s figures, loss, cost."""
