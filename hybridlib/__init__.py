@@ -13,6 +13,7 @@ from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import GatedDeltaNet, GatedLinearAttention
 from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
+from .postnas import PostNAS, search_once_for_all, train_once_for_all
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
@@ -24,7 +25,7 @@ from .teachers import Teacher, load_teacher
 
 __all__ = [
     "AlignSettings", "Cost", "DistillationDiverged", "Evaluation", "GateSettings", "GatedDeltaNet",
-    "GatedLinearAttention", "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "Meter",
+    "GatedLinearAttention", "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "Meter", "PostNAS",
     "RecallExample", "RecallScore", "RecallTask", "Record", "SELECTORS", "SearchResult", "Selection", "Selector",
     "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate", "align", "alignment_loss", "beam",
     "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard", "distilled_kl", "divergence",
@@ -33,6 +34,6 @@ __all__ = [
     "jaccard", "kendall", "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid",
     "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings", "paired_difference", "rank_of",
     "regret", "restore", "results_folder", "score_acceptance", "score_associative_recall", "score_halo",
-    "score_layers", "score_perplexity", "score_recall", "search_skips", "select", "set_gates", "softmax_layers",
-    "spearman", "top_k_jaccard", "training_flops",
+    "score_layers", "score_perplexity", "score_recall", "search_once_for_all", "search_skips", "select",
+    "set_gates", "softmax_layers", "spearman", "top_k_jaccard", "train_once_for_all", "training_flops",
 ]

@@ -22,6 +22,7 @@ from .evaluate import heldout_kl
 from .gates import GateSettings, gate_gradient, learned_gates
 from .hybrid import restore
 from .importance import LayerScores, heldout_size, meter_hybrid
+from .postnas import search_once_for_all
 from .recall import RecallTask
 from .search import SearchResult, beam, exhaustive
 from .selection import SCORES_NEEDED, budget_layers, select
@@ -169,6 +170,24 @@ def _learned_gates(study, mixer, seed, num_tokens):
     ).metrics))
 
 
+def _postnas(study, mixer, seed, num_tokens, width):
+    s, settings = study.settings, study.match_settings
+    num_tokens = max(s.context, study.num_layers * s.score_tokens) if num_tokens is None else num_tokens
+
+    def compute():
+        found = search_once_for_all(study.aligned(mixer, seed), study.teacher.model,
+                                    study.tokens(seed, num_tokens, "score"), _count(study), num_tokens, width=width,
+                                    settings=settings, seed=seed)
+        return {"layers": list(found.layers), "path": [[list(layers), value] for layers, value in found.search.path],
+                "loss": list(found.losses), "loss_tokens": list(found.history_tokens),
+                "evaluations": found.search.evaluations, "tokens": found.cost.training_tokens,
+                "cost": found.cost.to_dict()}
+
+    found = study.remember({"selector": "postnas", "budget": _count(study), "num_tokens": num_tokens, "width": width,
+                            "settings": settings.numbers()}, compute, mixer, seed).metrics
+    return Selection("", tuple(found["layers"]), Cost.from_dict(found["cost"]))
+
+
 class _Distilled:
     """A measure for searches: held-out KL of a set after the stage 2 that GA-S2 gives a candidate; keeps the costs.
 
@@ -269,6 +288,9 @@ SELECTORS: dict[str, Selector] = {
     "learned-gates": Selector("learned gates", "FlashMorph (arXiv 2606.30562)", "student",
                               "gates between 0 and 1 order layers as whole ones would", _learned_gates,
                               {"num_tokens": None}),
+    "postnas": Selector("PostNAS", "Jet-Nemotron (arXiv 2508.15884)", "stage 2",
+                        "weights shared by all sets rank them as weights trained for each would", _postnas,
+                        {"num_tokens": None, "width": 4}),
     "smart": Selector("SMART", "Zebra-Llama (arXiv 2505.17272)", "stage 2", "ends matter, and kept layers lie apart",
                       partial(_ranked, "smart")),
     "ga-s2": Selector("GA-S2", _PAPER, "stage 2", _ALONE + "; " + _SHORT, partial(_ranked, "ga-s2")),
