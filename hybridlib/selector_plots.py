@@ -17,7 +17,7 @@ from .style import COLOURS, INK, MUTED, Limits, finish, house_style, layer_ticks
 
 __all__ = ["choice_map", "quality_and_cost"]
 
-_NEAR = 0.022  # of an axis: points closer than this share a label
+_NEAR = 0.03  # of an axis: points closer than this share a label
 
 
 def choice_map(choices: Mapping[str, Sequence[Iterable[int]]], num_layers: int) -> Figure:
@@ -122,5 +122,5 @@ def _label(axes, points):
     while left:
         near = [i for i in left if np.abs(places[i] - places[left[0]]).max() < _NEAR]
         left = [i for i in left if i not in near]
-        axes.annotate(",".join(str(i + 1) for i in near), points[near[0]][:2], (0, 6), textcoords="offset points",
-                      ha="center", fontsize=7, color=INK if any(points[i][2] for i in near) else MUTED, zorder=6)
+        axes.annotate(",".join(str(i + 1) for i in near), points[near[0]][:2], (6, 4), textcoords="offset points",
+                      fontsize=7, color=INK if any(points[i][2] for i in near) else MUTED, zorder=6)
