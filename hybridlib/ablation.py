@@ -1,12 +1,12 @@
 """Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced.
 
-Nothing here trains. Each score counts in `tokens` what its forward passes read, and leaves the models as they were.
+Nothing here trains, so `tokens`, those of training, are 0; `cost` counts what the forward passes read. The models are
+left as they were.
 `hybridlib.speculative` silences sets of layers.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,16 +16,22 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .checks import check_int
+from .cost import Meter
 from .hybrid import check_layers, linear_layers, restore
 from .importance import LayerScores
 from .passes import last_hidden
 from .recall import RecallTask, encode_recall, generate_recall
 from .teachers import check_family
 
-__all__ = ["HALO_CAP", "ablate", "halo_values", "score_associative_recall", "score_halo", "score_perplexity"]
+__all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
+           "score_perplexity"]
 
 HALO_CAP = 50.0
 _EXAMPLES_A_PASS = 32
+
+
+class TaskTooHard(ValueError):
+    """A recall task is beyond the teacher, so that it can score no layer."""
 
 
 @contextmanager
@@ -68,7 +74,7 @@ def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batc
         as the rise of perplexity does; its standard error is over rows, each row against itself.
     """
     check_family(teacher.config)
-    started, batches = time.perf_counter(), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
     with measuring(teacher):
         intact, rises = _row_nats(teacher, batches), []
         for l in tqdm(range(teacher.config.num_hidden_layers), desc="score (ppl)", unit="layer", leave=False):
@@ -76,8 +82,10 @@ def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batc
                 rises.append(_row_nats(teacher, batches) - intact)
     rises = torch.stack(rises)  # (layers, rows)
     mean, stderr = rises.mean(-1).tolist(), (rises.std(-1) / rises.shape[1] ** 0.5).tolist()
-    read = (len(rises) + 1) * sum(ids.numel() for ids in batches)
-    return LayerScores("remove", "ppl", tuple(mean), tuple(mean), tuple(stderr), read, time.perf_counter() - started)
+    passes = len(rises) + 1
+    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
+    cost = meter.cost()
+    return LayerScores("remove", "ppl", tuple(mean), tuple(mean), tuple(stderr), 0, cost.seconds, cost)
 
 
 def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None, *, num_examples: int = 200,
@@ -115,7 +123,7 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
     """
     check_family(teacher.config)
     task = task or RecallTask("key_value")
-    started, encoded = time.perf_counter(), _encode(teacher, tokenizer, task, num_examples, seed)
+    meter, encoded = Meter(teacher), _encode(teacher, tokenizer, task, num_examples, seed)
     with measuring(teacher):
         right, likelihood = _answers(teacher, encoded)
         intact, answers = right.mean(), len(right)
@@ -127,9 +135,11 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
             lost = (likelihood - ablated).mean()
             values.append((intact - right.mean() + lost / (2 + 2 * lost.abs()) / answers).item())
             measured.append(right.mean().item())
-    read = (len(values) + 1) * sum(len(ids) for ids, _ in encoded)
+    passes, (size, context) = len(values) + 1, _prompts(encoded)
+    meter.forward(teacher, passes * size, context, head=False, passes=passes)  # the head reads the answers alone
+    cost = meter.cost()
     return LayerScores("remove", "ar" if task.hops == 1 else "ar-mh", tuple(values), tuple(measured),
-                       _binomial_stderr(measured, answers), read, time.perf_counter() - started)
+                       _binomial_stderr(measured, answers), 0, cost.seconds, cost)
 
 
 def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_examples: int = 200, seed: int = 0,
@@ -171,21 +181,24 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
     task = task or RecallTask("key_value")
-    started, batches = time.perf_counter(), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
     encoded = _encode(teacher, tokens.tokenizer, task, num_examples, seed)
     with measuring(teacher):
         right, _ = _answers(teacher, encoded)
     _refuse_chance(task, right.mean().item(), len(right))
+    text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
+    meter.forward(teacher, prompts, prompt, head=False)
     recall, sense = [], []
     for l in tqdm(range(num_layers), desc="score (halo)", unit="layer", leave=False):
         replaced = restore(student, teacher, [m for m in range(num_layers) if m != l])
         with measuring(replaced):
             recall.append(_answers(replaced, encoded)[0].mean().item())
             sense.append(_next_token_accuracy(replaced, batches))
-    prompts, text = sum(len(ids) for ids, _ in encoded), sum(ids.numel() for ids in batches)
+        meter.forward(replaced, prompts, prompt, head=False)
+        meter.forward(replaced, text, tokens.context)
+    cost = meter.cost()
     return LayerScores("remove", "halo", halo_values(recall, sense), tuple(recall),
-                       _binomial_stderr(recall, len(right)), (num_layers + 1) * prompts + num_layers * text,
-                       time.perf_counter() - started)
+                       _binomial_stderr(recall, len(right)), 0, cost.seconds, cost)
 
 
 def halo_values(recall, sense) -> tuple[float, ...]:
@@ -241,6 +254,12 @@ def _encode(teacher, tokenizer, task, num_examples, seed):
     return encoded
 
 
+def _prompts(encoded):
+    """(tokens of all prompts, tokens in the context of a token's own prompt on average)."""
+    sizes = [len(ids) for ids, _ in encoded]
+    return sum(sizes), sum(n * n for n in sizes) / sum(sizes)
+
+
 def _answers(model, encoded):
     """Of each answer, given the true text before it: whether every token is the arg max, and log likelihood a token."""
     device, right, likelihood = next(model.parameters()).device, [], []
@@ -260,7 +279,7 @@ def _refuse_chance(task, accuracy, answers):
     chance = 1 / task.pairs
     threshold = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
     if accuracy <= threshold:
-        raise ValueError(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
+        raise TaskTooHard(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
                          f"guessing gives up to {threshold:.3f}, so no layer has recall to lose; "
                          "give an easier task or another teacher")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
+from .cost import Meter
 from .distill import DistillationDiverged
 from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
@@ -144,8 +144,7 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     rows = _rows(tokens, num_tokens)
     check_int("batch_tokens", batch_tokens, rows.shape[1])
     check_int("skip", skip, 0, rows.shape[1] - 1)
-    started = time.perf_counter()
-    model = gated_model(student, teacher)
+    meter, model = Meter(teacher), gated_model(student, teacher)
     num_layers, device = len(model.model.layers), next(student.parameters()).device
     slope_at = partial(_slope, model, teacher, skip)
     corner = torch.full((num_layers,), float(at), dtype=torch.float64)
@@ -167,8 +166,11 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     slopes = torch.cat(table, 1)
     measured, stderr = slopes.mean(1), slopes.std(1) / slopes.shape[1] ** 0.5  # nan for a single row
     passes = steps if order == 1 else 1 + 2 * num_layers
+    meter.forward(teacher, rows.numel(), rows.shape[1])
+    meter.train(model, passes * rows.numel(), rows.shape[1], frozen=True, passes=passes)
+    cost = meter.cost()
     return LayerScores("remove" if at == 1 else "add", "gate", tuple((-measured).tolist()), tuple(measured.tolist()),
-                       tuple(stderr.tolist()), passes * rows.numel(), time.perf_counter() - started)
+                       tuple(stderr.tolist()), cost.training_tokens, cost.seconds, cost)
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,7 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     context = take(0, 1).shape[1]
     check_int("num_tokens", num_tokens, context)
     check_int("skip", skip, 0, context - 1)
-    started = time.perf_counter()
-    model = gated_model(student, teacher)
+    meter, model = Meter(teacher), gated_model(student, teacher)
     device = next(student.parameters()).device
     rows = max(1, settings.batch_tokens // context)
     start = min(0.9, count / num_layers) if settings.start is None else settings.start
@@ -278,8 +279,11 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
             total.append(g.sum().item())
             bar.set_postfix(kl=f"{kl[-1]:.4f}", total=f"{total[-1]:.2f}")
     gates = tuple(a.detach().sigmoid().tolist())
-    scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, seen[-1],
-                         time.perf_counter() - started)
+    meter.forward(teacher, seen[-1], context)
+    meter.train(model, seen[-1], context, frozen=True)
+    cost = meter.cost()
+    scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, cost.training_tokens,
+                         cost.seconds, cost)
     return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(seen), tuple(kl), tuple(total))
 
 

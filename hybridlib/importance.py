@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from .checks import check_choice, check_executor, check_int
+from .cost import Cost, Meter, heldout_size
 from .distill import MatchSettings
 from .hybrid import linear_layers
 from .objectives import alignment_loss
@@ -24,8 +24,9 @@ class LayerScores:
 
     `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
     nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
-    and `seconds` are what scoring cost, summed over candidates. `history` has the values of every measurement along
-    training, the last one's among them, and `history_tokens` how far each candidate then was.
+    are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
+    `cost` says all that it cost, None in records that are older than it. `history` has the values of every measurement
+    along training, the last one's among them, and `history_tokens` how far each candidate then was.
     """
 
     direction: str
@@ -35,6 +36,7 @@ class LayerScores:
     stderr: tuple[float, ...]
     tokens: int
     seconds: float
+    cost: Cost | None = None
     history: tuple[tuple[float, ...], ...] = ()
     history_tokens: tuple[int, ...] = ()
 
@@ -48,7 +50,8 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, fields: dict) -> LayerScores:
-        return cls(**{k: _tuples(v) for k, v in fields.items()})
+        cost = fields.get("cost")
+        return cls(**{k: _tuples(v) for k, v in fields.items()} | {"cost": cost and Cost.from_dict(cost)})
 
 
 def _tuples(value):
@@ -100,10 +103,12 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
-        started = time.perf_counter()
+        meter, read = Meter(teacher), heldout_size(tokens, heldout_tokens)
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
-        return LayerScores(direction, metric, tuple(measured), tuple(measured), tuple(stderr), 0,
-                           time.perf_counter() - started)
+        meter.forward(teacher, read, tokens.context, head=False)
+        meter.parts([layer.self_attn for layer in student.model.layers], read, tokens.context)
+        cost = meter.cost()
+        return LayerScores(direction, metric, tuple(measured), tuple(measured), tuple(stderr), 0, cost.seconds, cost)
     if early_stop is not None:
         early_stop.count(num_layers)
     settings = settings or MatchSettings()
@@ -114,9 +119,12 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records)
     sign, found = -1 if direction == "add" else 1, list(rounds.values())
     history = tuple(tuple(sign * c["kl"] for c in one) for one in found)
+    every = [c for one in found for c in one]
+    known = all("cost" in c for c in every)  # candidates recorded before costs were have none
     return LayerScores(direction, metric, history[-1], tuple(c["kl"] for c in found[-1]),
                        tuple(c["kl_stderr"] for c in found[-1]), sum(c["tokens"] for c in found[-1]),
-                       sum(c["seconds"] for one in found for c in one), history,
+                       sum(c["seconds"] for c in every),
+                       Cost.total(Cost.from_dict(c["cost"]) for c in every) if known else None, history,
                        tuple(one[0]["tokens"] for one in found))
 
 

@@ -60,11 +60,13 @@ class TeacherStates:
     teacher : a causal LM whose weights do not change meanwhile.
     memory : bytes to remember in, on the teacher's device. Rows beyond them are computed at every call. A token takes
         2 x width bytes on a GPU (bfloat16, which output heads compute in there) and 4 x width in float32 elsewhere.
+
+    `computed` counts the tokens that the teacher read.
     """
 
     def __init__(self, teacher: nn.Module, memory: int = 4 * 2**30):
         check_int("memory", memory, 0)
-        self.teacher, self.memory, self.used = teacher, memory, 0
+        self.teacher, self.memory, self.used, self.computed = teacher, memory, 0, 0
         self._rows: dict[bytes, torch.Tensor] = {}
 
     def __reduce__(self):
@@ -79,6 +81,7 @@ class TeacherStates:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             states = last_hidden(self.teacher, ids.to(device).long(), compiled=compiled)
         states = states.to(torch.bfloat16) if device.type == "cuda" else states
+        self.computed += ids.numel()
         if self.used + states.nbytes <= self.memory:
             self.used += states.nbytes
             self._rows |= zip(keys, states, strict=True)

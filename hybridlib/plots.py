@@ -272,7 +272,7 @@ def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Ja
                 continue
             dark = np.dot(colours((number - low) / (1 - low))[:3], (0.3, 0.59, 0.11)) < 0.55
             axes.text(column + 0.5, row + 0.5, format_number(number, digits), ha="center", va="center_baseline",
-                      fontsize=8.5, color="white" if dark else INK)
+                      fontsize=8.5 if len(names) <= 9 else 6.5, color="white" if dark else INK)
         axes.set_aspect("equal")
         axes.set_ylim(len(names), 0)
         slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 7 else {}

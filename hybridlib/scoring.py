@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .agreement import top_k_jaccard
 from .checks import check_int, check_number
+from .cost import Meter, heldout_size
 from .corpus import Tokens, load_tokens
 from .distill import DistillationDiverged, MatchSettings, match
 from .evaluate import heldout_kl
@@ -203,25 +204,25 @@ class CandidateRecords(Protocol):
         """Keep what was measured, on disk before this returns."""
 
 
-def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int) -> dict[int, dict | str]:
-    """The task: train the candidates of `layers` to `until` tokens and measure each.
+def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since: int = 0) -> dict[int, dict | str]:
+    """The task: train the candidates of `layers` from `since` tokens to `until` and measure each.
 
     Returns, a layer each, ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` (of this
-    call) and ``device``; or, if the candidate failed, why. Candidates that train together in one model would do so
-    here: the layers of a call belong to one job and may share all they like.
+    call), ``cost`` (of this call, a dict) and ``device``; or, if the candidate failed, why. Candidates that train
+    together in one model would do so here: the layers of a call belong to one job and may share all they like.
     """
     found: dict[int, dict | str] = {}
     for layer in layers:
         try:
-            found[layer] = _measure(job, job.inputs.load(), layer, until)
+            found[layer] = _measure(job, job.inputs.load(), layer, until, since)
         except Exception as error:  # whatever it is, other candidates go on
             logger.warning("the candidate of layer %d failed", layer, exc_info=True)
             found[layer] = _reason(error)
     return found
 
 
-def _measure(job, inputs, layer, until):
-    begun = time.perf_counter()
+def _measure(job, inputs, layer, until, since):
+    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher), inputs.states.computed
     layers = range(inputs.student.config.num_hidden_layers)
     kept = [layer] if job.direction == "add" else [m for m in layers if m != layer]
     model, spent = restore(inputs.student, inputs.teacher, kept), 0
@@ -232,9 +233,10 @@ def _measure(job, inputs, layer, until):
                            states=inputs.states)
     if not math.isfinite(kl):
         raise DistillationDiverged(f"its held-out KL after {spent} tokens is {kl}; try a lower learning rate")
-    device = str(next(model.parameters()).device)
+    meter.stage_2(model, inputs.teacher, spent - since, heldout_size(inputs.tokens, job.heldout_tokens),
+                  inputs.context, inputs.states.computed - taught)
     return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun,
-            "device": describe_device(device)}
+            "cost": meter.cost().to_dict(), "device": describe_device(str(next(model.parameters()).device))}
 
 
 def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_stop: EarlyStop | None = None,
@@ -259,7 +261,8 @@ def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_s
             job = replace(job, checkpoints=folder)
         sign = -1 if job.direction == "add" else 1
         for until in _rounds(job, early_stop):
-            rounds[until] = _round(job, num_layers, until, executor, records, group)
+            since = list(rounds.values())[-1][0]["tokens"] if rounds else 0
+            rounds[until] = _round(job, num_layers, until, since, executor, records, group)
             history = [[sign * c["kl"] for c in found] for found in rounds.values()]
             if early_stop is not None and early_stop.settled(history):
                 break
@@ -280,12 +283,12 @@ def _rounds(job, early_stop):
     return [n * step for n in range(every, steps, every)] + [job.num_tokens]
 
 
-def _round(job, num_layers, until, executor, records, group):
+def _round(job, num_layers, until, since, executor, records, group):
     found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until))}
     missing = [l for l in range(num_layers) if l not in found]
     failed: dict[int, str] = {}
     tasks = [tuple(missing[i:i + group]) for i in range(0, len(missing), group)]
-    calls = {layers: partial(measure_candidates, job, layers, until) for layers in tasks}
+    calls = {layers: partial(measure_candidates, job, layers, until, since) for layers in tasks}
     with tqdm(total=num_layers, initial=len(found), desc=f"score ({job.direction}, {until} tokens)", unit="layer",
               leave=False) as bar:
         for layers, result in _completed(calls, executor):

@@ -9,9 +9,9 @@ from .checks import check_choice, check_int, check_number
 from .hybrid import check_layers
 from .importance import LayerScores
 
-__all__ = ["SCORES_NEEDED", "SELECTORS", "budget_layers", "select"]
+__all__ = ["RULES", "SCORES_NEEDED", "budget_layers", "select"]
 
-SELECTORS = ("ga-s2", "ga-s2-spaced", "gr-s2", "ga-s1", "avg", "smart", "uniform", "random", "first", "last", "manual")
+RULES = ("ga-s2", "ga-s2-spaced", "gr-s2", "ga-s1", "avg", "smart", "uniform", "random", "first", "last", "manual")
 SCORES_NEEDED = {"ga-s2": (("add", "kl"),), "ga-s2-spaced": (("add", "kl"),), "gr-s2": (("remove", "kl"),),
                  "ga-s1": (("add", "mse"),), "avg": (("add", "kl"), ("remove", "kl")),
                  "smart": (("add", "kl"),)}  # direction and metric, as `score_layers` takes them
@@ -79,7 +79,7 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
 
     None of these rules trains or measures: the cost is that of the scores.
     """
-    check_choice("name", name, SELECTORS)
+    check_choice("name", name, RULES)
     given = [scores] if isinstance(scores, LayerScores) else list(scores or ())
     if num_layers is None and given:
         num_layers = len(given[0].values)

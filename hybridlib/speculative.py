@@ -7,7 +7,6 @@ probability sum(min(p, q)) over the vocabulary, p the teacher's distribution and
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .ablation import ablate, heldout_batches, measuring
 from .checks import check_int, check_number
+from .cost import Cost, Meter
 from .hybrid import check_layers
 from .importance import LayerScores
 from .passes import last_hidden
@@ -34,8 +34,8 @@ class SkipSearch:
     """What `search_skips` found.
 
     `layers` are those to keep softmax. The draft that skips the others' attention has this `acceptance` and this
-    `throughput`, in tokens for the time that the teacher takes for one. `scores` are of single layers; `tokens` and
-    `seconds` are the cost of scores and search together; `evaluations` counts the sets that were tried.
+    `throughput`, in tokens for the time that the teacher takes for one. `scores` are of single layers; `cost` is that
+    of scores and search together; `evaluations` counts the sets that were tried.
     """
 
     layers: tuple[int, ...]
@@ -43,8 +43,7 @@ class SkipSearch:
     throughput: float
     scores: LayerScores
     evaluations: int
-    tokens: int
-    seconds: float
+    cost: Cost
 
 
 def acceptance(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
@@ -103,15 +102,17 @@ def score_acceptance(teacher, tokens, *, heldout_tokens: int | None = None, batc
         Metric ``"rad"``. `values` is 1 - acceptance, `measured` the acceptance with its standard error over rows.
     """
     check_family(teacher.config)
-    started, batches = time.perf_counter(), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
     with measuring(teacher):
         states = [last_hidden(teacher, ids) for ids in batches]
         found = torch.stack([_row_acceptance(teacher, [l], batches, states) for l in tqdm(
             range(teacher.config.num_hidden_layers), desc="score (rad)", unit="layer", leave=False)])  # (layers, rows)
     mean, stderr = found.mean(-1), found.std(-1) / found.shape[1] ** 0.5
-    read = (len(found) + 1) * sum(ids.numel() for ids in batches)
-    return LayerScores("remove", "rad", tuple((1 - mean).tolist()), tuple(mean.tolist()), tuple(stderr.tolist()), read,
-                       time.perf_counter() - started)
+    passes = len(found) + 1
+    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
+    cost = meter.cost()
+    return LayerScores("remove", "rad", tuple((1 - mean).tolist()), tuple(mean.tolist()), tuple(stderr.tolist()), 0,
+                       cost.seconds, cost)
 
 
 def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evaluations: int = 64, seed: int = 0,
@@ -140,9 +141,9 @@ def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evalua
     check_int("evaluations", evaluations, 1)
     num_layers = teacher.config.num_hidden_layers
     size = num_layers - budget_layers(budget, num_layers)
-    started, batches = time.perf_counter(), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    batches = heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
     scores = score_acceptance(teacher, tokens, heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)
-    accepted = {}
+    meter, accepted = Meter(teacher), {}
 
     def value(skipped):
         accepted[skipped] = min(1.0, _row_acceptance(teacher, skipped, batches, states).mean().item())
@@ -152,9 +153,10 @@ def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evalua
         states = [last_hidden(teacher, ids) for ids in batches]
         skipped, best = maximize_over_sets(value, num_layers, size, evaluations=evaluations, seed=seed,
                                            first=scores.ranking[num_layers - size:])
-    read = scores.tokens + (len(accepted) + 1) * sum(ids.numel() for ids in batches)
+    passes = len(accepted) + 1
+    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
     return SkipSearch(tuple(l for l in range(num_layers) if l not in skipped), accepted[skipped], best, scores,
-                      len(accepted), read, time.perf_counter() - started)
+                      len(accepted), scores.cost + meter.cost())
 
 
 def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: int, size: int, *, evaluations: int = 64,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -27,7 +27,8 @@ from .ledger import Ledger, Record
 from .mixers import MIXERS
 from .recall import RecallTask
 from .scoring import EarlyStop, ScoringInputs, weights_sha256
-from .selection import SCORES_NEEDED, budget_layers, select
+from .selection import budget_layers, select
+from .selectors import Selection, run_selector
 from .teachers import SMOLLM2, Teacher, load_teacher
 
 __all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
@@ -96,13 +97,14 @@ class StudySettings:
             raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
 
 
-def notebook_settings(namespace: Mapping) -> StudySettings:
+def notebook_settings(namespace: Mapping, form: type[StudySettings] = StudySettings) -> StudySettings:
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
-    Every plain variable (number, text, list, truth value) must be a parameter: papermill only warns of an unknown one,
-    here it is refused, with the name that was likely meant. Raises ValueError for that and for a value out of range.
+    `form` is the kind of settings that the notebook takes. Every plain variable (number, text, list, truth value) must
+    be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely meant.
+    Raises ValueError for that and for a value out of range.
     """
-    known = {f.name for f in fields(StudySettings)}
+    known = {f.name for f in fields(form)}
     plain = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
              and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
@@ -111,7 +113,7 @@ def notebook_settings(namespace: Mapping) -> StudySettings:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
             raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
-    return StudySettings(**plain)
+    return form(**plain)
 
 
 def results_folder(name: str = "local") -> Path:
@@ -210,7 +212,7 @@ class Study:
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
-        s, settings = self.settings, self._match_settings()
+        s, settings = self.settings, self.match_settings
         parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
                       "direction": direction, "metric": metric, "heldout_tokens": s.heldout_tokens}
         if metric == "kl":
@@ -234,15 +236,38 @@ class Study:
 
         return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
 
-    def select(self, selector: str, mixer: str | None = None, seed: int = 0, normalize: bool = True) -> tuple[int, ...]:
-        """The layers that `selector` keeps under the study's budget, scored with `mixer` (the study's, if None)."""
-        mixer = mixer or self.settings.mixer
-        scores = [self.scores(mixer, seed, *kind, normalize=normalize) for kind in SCORES_NEEDED.get(selector, ())]
-        return select(selector, self.settings.budget, scores=scores, num_layers=self.num_layers, seed=seed)
+    def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
+        """The layers that `selector`, a name of `selectors.SELECTORS`, keeps under the study's budget.
+
+        Scored with `mixer` (the study's, if None); `options` are the selector's own. Raises ValueError for an unknown
+        selector or option, and what the selector raises.
+        """
+        return self.selection(selector, mixer, seed, **options).layers
+
+    def selection(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> Selection:
+        """As `select`, with what it cost and, where there are such, one number a layer."""
+        return run_selector(selector, self, mixer or self.settings.mixer, seed, options)
+
+    def remember(self, parameters: Mapping, compute: Callable[[], dict], mixer: str | None = None, seed: int = 0, *,
+                 kind: str = "score") -> Record:
+        """A record of `kind`, computed once: what selectors keep what they measure with.
+
+        Besides `parameters` it depends on the student aligned with `mixer` and `seed` or, without a mixer, on the
+        teacher, and on the held-out rows that layers are scored on.
+        """
+        s = self.settings
+        known = {"heldout_tokens": s.heldout_tokens}
+        if mixer is not None:
+            known |= {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed}
+        else:
+            rows = self.tokens(0, s.score_tokens, "score").heldout
+            known |= {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
+                      "data": Tokens(rows, rows).fingerprint, "context": s.context}
+        return self._run(kind, known | dict(parameters), compute)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
         """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``: `evaluate`'s figures, loss, cost."""
-        s, settings, mixer = self.settings, self._match_settings(), mixer or self.settings.mixer
+        s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
                       "layers": list(layers), "num_tokens": s.match_tokens, "settings": settings.numbers(),
@@ -296,7 +321,9 @@ class Study:
     def _model_folder(self, parameters):
         return self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
 
-    def _match_settings(self) -> MatchSettings:
+    @property
+    def match_settings(self) -> MatchSettings:
+        """The settings of stage 2, for candidates and hybrids alike."""
         s = self.settings
         return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
                              mixer_learning_rate=s.mixer_learning_rate, compile=True, cuda_graph=True)

@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
+CONTESTS = ("selectors", "cost_of_selection")  # notebooks with one parameter more, and profiles of their own
 SPEED = "mixers_and_speed"  # a notebook with parameters and profiles of its own
 
 
@@ -30,10 +31,10 @@ def executed_notebooks(tmp_path_factory, smoke_profile, smoke_results) -> dict[s
     """Each notebook run by papermill under the smoke profile: its name and where the executed copy is."""
     folder = tmp_path_factory.mktemp("executed")
     executed = {}
-    own = yaml.safe_load((ROOT / "notebooks" / "profiles" / SPEED / "smoke.yaml").read_text(encoding="utf-8"))
-    for name in (*NOTEBOOKS, SPEED):
+    for name in (*NOTEBOOKS, *CONTESTS, SPEED):
         executed[name] = folder / f"{name}.ipynb"
-        profile = own if name == SPEED else smoke_profile
+        own = ROOT / "notebooks" / "profiles" / name / "smoke.yaml"
+        profile = yaml.safe_load(own.read_text(encoding="utf-8")) if own.is_file() else smoke_profile
         papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed[name],
                                    parameters={**profile, "results": str(smoke_results)},
                                    kernel_name="python3", cwd=ROOT, progress_bar=False, start_timeout=180)

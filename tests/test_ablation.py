@@ -87,7 +87,8 @@ def test_perplexity_score_is_the_plain_rise_in_float64(tiny_teacher, tiny_tokens
     assert scores.values == pytest.approx(rises, rel=1e-4, abs=1e-5)
     by_row = [plain_nats(silenced(teacher, [0]), r[None]) - plain_nats(silenced(teacher, ()), r[None]) for r in rows]
     assert scores.stderr[0] == pytest.approx(torch.tensor(by_row).std().item() / len(rows) ** 0.5, rel=1e-3)
-    assert (scores.direction, scores.metric, scores.tokens) == ("remove", "ppl", 4 * rows.numel())
+    assert (scores.direction, scores.metric, scores.tokens) == ("remove", "ppl", 0)
+    assert (scores.cost.forward_tokens, scores.cost.passes) == (4 * rows.numel(), 4)
 
 
 def test_a_layer_that_carries_nothing_scores_nothing(idle, tiny_tokens):
@@ -135,7 +136,7 @@ def test_acceptance_score_is_the_plain_overlap(tiny_teacher, tiny_tokens):
         overlap = torch.minimum(p, log_probs(silenced(teacher, [l]), rows[:4]).exp()).sum(-1).mean().item()
         assert scores.measured[l] == pytest.approx(overlap, rel=1e-4)
         assert scores.values[l] == pytest.approx(1 - overlap, rel=1e-3)
-    assert scores.metric == "rad" and scores.tokens == 4 * 64
+    assert scores.metric == "rad" and scores.tokens == 0 and scores.cost.forward_tokens == 4 * 64
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -173,8 +174,8 @@ def test_skips_found_are_those_of_an_exhaustive_search(tiny_teacher, tiny_tokens
     assert found.layers == tuple(l for l in range(5) if l not in skipped) and found.evaluations == 10
     assert found.acceptance == pytest.approx(overlap[skipped], rel=1e-4)
     assert found.throughput == pytest.approx(throughput(overlap[skipped], draft_cost(teacher, skipped), 3), rel=1e-4)
-    assert found.tokens == (2 + 5 + 10) * rows.numel() and found.scores == hl.LayerScores.from_dict(
-        {**hl.score_acceptance(teacher, tiny_tokens).to_dict(), "seconds": found.scores.seconds})
+    assert found.cost.forward_tokens == (2 + 5 + 10) * rows.numel() and found.cost.passes == 2 + 5 + 10
+    assert found.scores.values == hl.score_acceptance(teacher, tiny_tokens).values
     assert hl.search_skips(teacher, tiny_tokens, 1.0).acceptance == pytest.approx(1)
 
 
@@ -197,7 +198,7 @@ def test_halo_measures_each_replaced_layer(lab, lab_tokens):
         sense.append((predicted == rows[:, 1:]).double().mean().item())
     assert scores.measured == pytest.approx(recall) and scores.values == pytest.approx(halo_values(recall, sense))
     prompts = sum(len(encode_recall(e, lab.tokenizer)[0]) for e in examples)
-    assert scores.metric == "halo" and scores.tokens == 9 * prompts + 8 * 256
+    assert scores.metric == "halo" and scores.cost.forward_tokens == 9 * prompts + 8 * 256
     after = dict([*student.named_parameters(), *lab.model.named_parameters()])
     assert all(torch.equal(after[n], p) for n, p in before.items())
     assert student.training and not lab.model.training

@@ -12,15 +12,17 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import NOTEBOOKS, ROOT, SPEED
+from conftest import CONTESTS, NOTEBOOKS, ROOT, SPEED
 
 from hybridlib import Ledger, StudySettings, budget_layers
+from hybridlib.contest import SelectorSettings
 from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 NAMES = [field.name for field in fields(StudySettings)]
 SPEED_NAMES = [field.name for field in fields(SpeedSettings)]
-ALL = (*NOTEBOOKS, SPEED)
+CONTEST_NAMES = [field.name for field in fields(SelectorSettings)]
+ALL = (*NOTEBOOKS, *CONTESTS, SPEED)
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
 
@@ -33,6 +35,10 @@ def parameters_cell(name):
     cells = [cell for cell in SOURCES[name].cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(cells) == 1
     return cells[0]
+
+
+def names_of(name):
+    return SPEED_NAMES if name == SPEED else CONTEST_NAMES if name in CONTESTS else NAMES
 
 
 def profile(name):
@@ -68,7 +74,7 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     cell = parameters_cell(name)
     lines = ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
-    assert [line.target.id for line in lines] == (SPEED_NAMES if name == SPEED else NAMES)
+    assert [line.target.id for line in lines] == names_of(name)
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
     settings = run_head(name)["settings"]
@@ -76,6 +82,8 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
         assert settings == SpeedSettings(**profile(f"{SPEED}/cpu") | {"device": "auto"})
     else:
         assert settings.seeds >= 2
+    if name in CONTESTS:
+        assert settings == SelectorSettings(**profile(f"{name}/cpu") | {"device": "auto"})
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -92,13 +100,21 @@ def test_a_profile_of_speed_sets_every_parameter_to_an_allowed_value(name):
     SpeedSettings(**values | {"device": "cpu"})
 
 
-def test_there_are_four_profiles_and_five_notebooks():
-    for folder in ("profiles", f"profiles/{SPEED}"):
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_of_selectors_are_the_shared_one_and_a_list_alike_in_both(name):
+    values = profile(f"{CONTESTS[0]}/{name}")
+    assert list(values) == CONTEST_NAMES and values == profile(f"{CONTESTS[1]}/{name}")
+    assert {k: v for k, v in values.items() if k != "selectors"} == profile(name)
+    SelectorSettings(**values | {"device": "cpu"})
+
+
+def test_there_are_four_profiles_and_seven_notebooks():
+    for folder in ("profiles", *(f"profiles/{name}" for name in (SPEED, *CONTESTS))):
         assert {path.stem for path in (ROOT / "notebooks" / folder).glob("*.yaml")} == set(PROFILES)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(ALL)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", (*NOTEBOOKS, *CONTESTS))
 def test_a_bad_parameter_is_refused_before_any_compute(name):
     with pytest.raises(ValueError, match=r"^bugdet=0.5 is no parameter of this notebook; did you mean 'budget'\?$"):
         run_head(name, bugdet=0.5)
@@ -125,7 +141,7 @@ def test_commands_that_a_notebook_shows_name_what_exists(name):
     assert len(commands) >= 2
     for source, settings, parameter, _ in commands:
         assert (ROOT / source).is_file() and (ROOT / settings).is_file()
-        assert parameter in (SPEED_NAMES if name == SPEED else NAMES)
+        assert parameter in names_of(name)
     keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
     cited = [key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")]
     assert cited and set(cited) <= set(keys)
@@ -144,6 +160,23 @@ def test_a_run_shows_figures_tables_and_a_verdict_from_its_records(name, execute
     assert any(result in verdict for result in RESULTS) and "2 seeds" in verdict
 
 
+def test_runs_of_the_notebooks_of_selectors_show_sets_agreement_quality_and_cost(executed_notebooks, smoke_results):
+    shown, verdicts = {}, {}
+    for name in CONTESTS:
+        cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[name], as_version=4).cells}
+        outputs = [output for cell in cells.values() for output in cell.get("outputs", [])]
+        assert not [output for output in outputs if output.output_type == "error"]
+        shown[name] = [output.data for output in outputs if "data" in output]
+        assert sum("text/html" in data for data in shown[name]) >= 3
+        verdicts[name] = "".join(cells["verdict"].outputs[0].data["text/markdown"])
+    assert sum("image/svg+xml" in data for data in shown["selectors"]) == 5
+    assert sum("image/svg+xml" in data for data in shown["cost_of_selection"]) == 4
+    assert "**GA-S2** against **uniform**" in verdicts["selectors"]
+    assert "**gate gradient** against **GA-S2**: 1/" in verdicts["cost_of_selection"]
+    assert "KL (nats a token) against FLOPs (estimated), from the cheapest: **" in verdicts["cost_of_selection"]
+    assert len(Ledger(smoke_results).find("contest")) == 1  # the second notebook read what the first had found
+
+
 def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(executed_notebooks, smoke_results):
     cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[SPEED], as_version=4).cells}
     outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
@@ -160,7 +193,7 @@ def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_
     found = [(r.kind, r.parameters.get("mixer")) for r in Ledger(smoke_results)]
     seeds = smoke_profile["seeds"]
     assert found.count(("align", "gdn")) == found.count(("align", "gla")) == seeds
-    assert found.count(("score", "gdn")) == 4 * seeds  # added, removed, and two stage-1 errors
+    assert found.count(("score", "gdn")) == 5 * seeds  # added, removed, two stage-1 errors, the gates' gradient
     assert found.count(("score", "gla")) == seeds
 
 

@@ -151,7 +151,7 @@ def test_scoring_goes_on_while_the_best_layers_change(aligned, tiny_tokens, monk
     student, teacher = aligned
     asked = []
 
-    def measured(job, layers, until):
+    def measured(job, layers, until, since):
         """The best layer is another at every measurement but the sixth, which repeats the fifth."""
         asked.append((until, *layers))
         best = min(until // 256, 5) % 3
@@ -249,7 +249,7 @@ def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
     study = hl.Study(settings)
     tokens = study.tokens(0, settings.score_tokens, "score")
     measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
-                              settings=study._match_settings(), inputs=study._inputs("gdn", 0, tokens))
+                              settings=study.match_settings, inputs=study._inputs("gdn", 0, tokens))
     sent = pickle.dumps(measure)
     assert len(sent) < 10_000  # names, no weights
     assert -pickle.loads(sent)((1,)) == whole.values[1]

@@ -1,0 +1,292 @@
+"""All selectors on one teacher: what each chose, what its hybrid came to after equal distillation, what it cost.
+
+What the notebooks of selectors call. A contest is one record, made of the records of scores and hybrids, so that a
+second notebook, or a reader without the GPU, draws from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+
+from .ablation import TaskTooHard
+from .agreement import interval, jaccard, paired_difference, spearman
+from .checks import check_choice
+from .cost import Cost
+from .ledger import Ledger
+from .reading import FLOOR, OWN
+from .selectors import SELECTORS, find_selector
+from .study import Study, StudySettings
+from .style import format_interval, format_number
+
+__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
+           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest", "run_contest"]
+
+#: selectors that train nothing, or read scores that other notebooks record as well
+CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
+         "gr-s2", "avg")
+_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone", "student": "an aligned student, no training",
+          "stage 2": "an aligned student and training"}
+_LOWER = {"kl": True, "recall_exact": False}
+_METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
+_NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
+_COLUMNS = ["selector", "name", "needs", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
+_COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
+          "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
+
+
+@dataclass(frozen=True)
+class SelectorSettings(StudySettings):
+    """`StudySettings`, and `selectors`: names of `selectors.SELECTORS`, in the order of figures and tables."""
+
+    selectors: list[str] = CHEAP
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.selectors, (list, tuple)) or not self.selectors:
+            raise ValueError(f"selectors={self.selectors!r} is not a list of names; give at least one")
+        for name in self.selectors:
+            find_selector(name)
+            if list(self.selectors).count(name) > 1:
+                raise ValueError(f"selectors names {name!r} twice; each may be named once")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What came out.
+
+    `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
+    ``values`` (a number a layer, or None), the metrics of its hybrid, and the fields of its `Cost` (nan if unknown).
+    The hybrid that keeps no layer is among them as `reading.FLOOR`, with the name ``"none"``. `refused` has the
+    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics.
+    """
+
+    rows: pd.DataFrame
+    refused: dict[str, str]
+    teacher: dict
+    num_layers: int
+    settings: dict
+    device: str
+
+    @property
+    def chosen(self) -> pd.DataFrame:
+        """`rows` without the hybrid that keeps no layer."""
+        return self.rows[self.rows["name"] != "none"]
+
+    @property
+    def sets(self) -> dict[str, list[tuple[int, ...]]]:
+        """Title -> what the selector chose, seed by seed."""
+        return {title: list(rows["layers"]) for title, rows in self.chosen.groupby("selector", sort=False)}
+
+    @property
+    def titles(self) -> list[str]:
+        """The selectors' titles, in their order."""
+        return list(dict.fromkeys(self.chosen["selector"]))
+
+
+def about(contest: Contest | None, notebook: str) -> str:
+    """In Markdown, what was run and which selectors were refused; of no contest, the command that would record one."""
+    if contest is None:
+        return ("No GPU record of this experiment is committed yet. On a machine with a GPU, this makes it: `papermill "
+                f"notebooks/{notebook}.ipynb out.ipynb -f notebooks/profiles/{notebook}/gpu.yaml -p corpus FOLDER`.")
+    s, kept = contest.settings, len(contest.chosen["layers"].iloc[0])
+    text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
+            f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
+            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
+    return text + "".join(f"\n\n**{title}** was not run: {why}." for title, why in contest.refused.items())
+
+
+def participants(names: Sequence[str]) -> pd.DataFrame:
+    """What each of these selectors is: its source, what it needs, what it assumes."""
+    found = {find_selector(name).title: find_selector(name) for name in names}
+    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes}
+                         for title, s in found.items()}).T.rename_axis("selector")
+
+
+def run_contest(study: Study) -> Contest:
+    """Let every selector of the study's `SelectorSettings` choose with every seed, and distil what each chose alike.
+
+    Record kind ``"contest"``. Sets that several selectors choose are distilled once. A selector by a recall task that
+    is beyond the teacher is left out and named in `Contest.refused`. Cost: that of the selectors and of a stage 2 for
+    each set.
+    """
+    s = study.settings
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()
+             if k not in ("device", "results", "recompute")}
+
+    def compute():
+        rows, refused = [], {}
+        for name in s.selectors:
+            title = SELECTORS[name].title
+            try:
+                rows += [_row(name, seed, study.selection(name, seed=seed)) for seed in study.seeds]
+            except TaskTooHard as error:
+                refused[title] = str(error)
+        rows += [{"selector": FLOOR, "name": "none", "needs": "nothing", "seed": seed, "layers": [], "values": None,
+                  **Cost().to_dict()} for seed in study.seeds]
+        for row in rows:
+            measured = study.hybrid(row["layers"], seed=row["seed"]).metrics
+            row |= {k: v for k, v in measured.items() if k in _METRICS}
+        return {"rows": rows, "refused": refused, "teacher": study.teacher_record().metrics,
+                "num_layers": study.num_layers}
+
+    return _contest(study.remember(plain, compute, s.mixer, kind="contest"))
+
+
+def recorded_contest(ledger: Ledger) -> Contest | None:
+    """The contest of the most selectors and seeds in `ledger`, the latest of equals; None if there is none."""
+    found = ledger.find("contest")
+    return _contest(max(found, key=lambda r: (len(r.metrics["rows"]), r.started))) if found else None
+
+
+def _row(name, seed, found):
+    cost = found.cost.to_dict() if found.cost else dict.fromkeys(Cost().to_dict())
+    return {"selector": SELECTORS[name].title, "name": name, "needs": SELECTORS[name].needs, "seed": seed,
+            "layers": list(found.layers), "values": None if found.values is None else list(found.values), **cost}
+
+
+def _contest(record):
+    m = record.metrics
+    rows = pd.DataFrame(m["rows"])[_COLUMNS]  # a record's own order is the alphabet's
+    rows["layers"] = [tuple(layers) for layers in rows["layers"]]
+    rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
+    rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
+    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
+
+
+def agreement_of_sets(contest: Contest) -> np.ndarray:
+    """Mean over seeds of the Jaccard index of two selectors' sets: (selectors, selectors), in the order of titles."""
+    return _agreement(contest, contest.titles, "layers", jaccard)
+
+
+def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
+    """(titles, mean over seeds of Spearman's correlation) of the selectors that give each layer a number."""
+    rows = contest.chosen
+    titles = [t for t in contest.titles if all(v is not None for v in rows.loc[rows["selector"] == t, "values"])]
+    return titles, _agreement(contest, titles, "values", spearman)
+
+
+def _agreement(contest, titles, column, measure):
+    matrix = np.zeros((len(titles), len(titles)))
+    seeds = list(dict.fromkeys(contest.chosen["seed"]))
+    for seed in seeds:
+        of = contest.chosen[contest.chosen["seed"] == seed].set_index("selector")[column]
+        matrix += [[measure(of[a], of[b]) for b in titles] for a in titles]
+    return matrix / len(seeds)
+
+
+def cost_table(contest: Contest) -> pd.DataFrame:
+    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known."""
+    means = contest.chosen.groupby("selector", sort=False)[list(_COSTS)].mean()
+    table = pd.DataFrame({"needs": contest.chosen.drop_duplicates("selector").set_index("selector")["needs"]})
+    for column, label in _COSTS.items():
+        shown = means[column] / 2**20 if column == "peak_memory" else means[column]
+        form = {"flops": "{:.2e}", "seconds": "{:,.1f}"}.get(column, "{:,.0f}")
+        table[label] = ["\u2013" if np.isnan(x) else form.format(x) for x in shown]
+    return table
+
+
+def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
+    """Titles of the selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
+
+    Parameters
+    ----------
+    value : ``"kl"`` or ``"recall_exact"``; cost : a field of `Cost`. Both are means over seeds.
+    """
+    check_choice("value", value, tuple(_LOWER))
+    check_choice("cost", cost, tuple(_COSTS))
+    means = contest.chosen.groupby("selector", sort=False)[[cost, value]].mean().dropna()
+    badness = means[value] if _LOWER[value] else -means[value]
+    best, kept = np.inf, []
+    for title in sorted(means.index, key=lambda t: (means.loc[t, cost], badness[t])):
+        if badness[title] < best:
+            best = badness[title]
+            kept.append(title)
+    return kept
+
+
+def front_words(contest: Contest, value: str, cost: str) -> str:
+    """One line in Markdown: the `front`, from the cheapest, with the mean of `value` for each."""
+    means = contest.chosen.groupby("selector", sort=False)[value].mean()
+    kept = ", ".join(f"**{t}** ({format_number(means[t], 3)})" for t in front(contest, value, cost))
+    return f"- {_NAMES[value]} against {_COSTS[cost]}, from the cheapest: {kept}."
+
+
+def advice(contest: Contest, value: str = "kl") -> pd.DataFrame:
+    """Which selector to use, by what one has: for each need, the best of those that ask for no more, and of equals the
+    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%)."""
+    check_choice("value", value, tuple(_LOWER))
+    rows, needs = contest.chosen, list(_NEEDS)
+    means = rows.groupby("selector", sort=False)[[value, "flops", "seconds"]].mean()
+    means["order"] = means[value] if _LOWER[value] else -means[value]
+    means["needs"] = [needs.index(n) for n in rows.drop_duplicates("selector")["needs"]]
+    best, table = means.sort_values(["order", "flops"]).index[0], {}
+    for level, text in enumerate(_NEEDS.values()):
+        allowed = means[means["needs"] <= level]
+        if allowed.empty:
+            continue
+        title = allowed.sort_values(["order", "flops"]).index[0]
+        measured = rows.loc[rows["selector"] == title, value]
+        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured), 3),
+                       _COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
+                       "seconds": f"{means.loc[title, 'seconds']:,.1f}",
+                       "against the best of all": _told_apart(rows, value, title, best)}
+    frame = pd.DataFrame.from_dict(table, orient="index")
+    return frame.rename_axis("if you have")
+
+
+def _told_apart(rows, value, title, best):
+    if title == best:
+        return "it is the best"
+    pair = rows[rows["selector"].isin([title, best])].pivot(index="seed", columns="selector", values=value)
+    if (pair[title] == pair[best]).all():
+        return f"as {best} on every seed"
+    mean, low, high = paired_difference(pair[title], pair[best])
+    if not np.isfinite(low):
+        return f"{format_number(mean, 3)} from {best} on one seed, which cannot tell"
+    apart = "worse" if low > 0 or high < 0 else "cannot be told apart"
+    return f"{apart}: {format_interval(mean, low, high, 3)} from {best}"
+
+
+def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
+    """For each of `titles`, in Markdown: its share of the reference's FLOPs and seconds, how its scores rank layers
+    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL."""
+    rows, lines = contest.chosen, []
+    for title in titles:
+        if title == reference or not {title, reference} <= set(rows["selector"]):
+            lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
+            continue
+        a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
+        parts = [f"{_share(a[column].mean(), b[column].mean())} of its {label}"
+                 for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
+        if all(v is not None for v in [*a["values"], *b["values"]]):
+            rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
+            parts.append(f"Spearman {_spread(rho)} with its scores")
+        shared = [jaccard(a["layers"][seed], b["layers"][seed]) for seed in a.index]
+        parts.append(f"Jaccard {_spread(shared)} with its set")
+        if (a["kl"] == b["kl"]).all():
+            parts.append("the same hybrid on every seed")
+        elif len(a) == 1:
+            parts.append(f"a KL of {format_number(a['kl'].iloc[0] - b['kl'].iloc[0], 4)} more, on one seed, which "
+                         "cannot tell")
+        else:
+            mean, low, high = paired_difference(a["kl"], b["kl"])
+            word = "cannot be told apart" if low <= 0 <= high else OWN[0] if mean < 0 else OWN[1]
+            parts.append(f"KL {format_interval(mean, low, high, 4)} nats a token above its, **{word}**")
+        lines.append(f"- **{title}** against **{reference}**: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def _spread(values):
+    """The mean of bounded values and, where they differ, their least and their largest."""
+    mean, low, high = (format_number(float(f(values)), 2) for f in (np.mean, np.min, np.max))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _share(part, whole):
+    if np.isnan(part) or np.isnan(whole) or whole == 0:
+        return "an unknown share"
+    return "none" if part == 0 else f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f} times"

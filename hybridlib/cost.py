@@ -1,0 +1,177 @@
+"""What a score costs: tokens, passes, estimated FLOPs, seconds, peak memory and device, counted alike for every scorer.
+
+A scorer keeps a `Meter` and tells it what it lets each model read; the `Cost` that comes out is kept with its scores.
+What came before, the alignment of the student, is not in it: all scores that need the student share one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from .ledger import describe_device
+from .mixers import GatedDeltaNet, GatedLinearAttention
+
+__all__ = ["Cost", "Meter", "forward_flops", "heldout_size", "training_flops"]
+
+_STATE_FLOPS = {GatedDeltaNet: 7, GatedLinearAttention: 5}  # for each entry of the state: see `forward_flops`
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent.
+
+    Parameters
+    ----------
+    forward_tokens : tokens that a whole model (teacher, student, hybrid, gated model) read without a backward pass,
+        each model's own reading counted: n tokens of training read by teacher and student are n here, n below.
+    training_tokens : tokens that went forward and backward, whether weights or only gates were trained.
+    passes : how often a model went over a body of text (held-out rows, prompts, training rows), with or without the
+        way back.
+    flops : estimated, see `forward_flops` and `training_flops`.
+    seconds : wall time.
+    peak_memory : most bytes that tensors held on the GPU (``torch.cuda.max_memory_allocated``), models included; None
+        on a CPU, where nothing counts them.
+    device : what it ran on.
+
+    The sum of two is what both take one after the other; memory is then the larger peak.
+    """
+
+    forward_tokens: int = 0
+    training_tokens: int = 0
+    passes: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    device: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens read, forward or forward and backward."""
+        return self.forward_tokens + self.training_tokens
+
+    def __add__(self, other: Cost) -> Cost:
+        peaks = [c.peak_memory for c in (self, other) if c.peak_memory is not None]
+        devices = dict.fromkeys(d for c in (self, other) for d in c.device.split("; ") if d)
+        return Cost(self.forward_tokens + other.forward_tokens, self.training_tokens + other.training_tokens,
+                    self.passes + other.passes, self.flops + other.flops, self.seconds + other.seconds,
+                    max(peaks, default=None), "; ".join(devices))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: dict) -> Cost:
+        """From `to_dict`. Raises ValueError if a field is missing or unknown."""
+        names = {f.name for f in fields(cls)}
+        if set(given) != names:
+            raise ValueError(f"cost has the fields {sorted(given)}; it must have {sorted(names)}")
+        return cls(**given)
+
+    @staticmethod
+    def total(costs: Iterable[Cost]) -> Cost:
+        """The sum of `costs`; of none, nothing."""
+        return sum(costs, Cost())
+
+
+class Meter:
+    """Counts what is read from now on; `cost` tells it.
+
+    Parameters
+    ----------
+    model : any of those that will read; its device is the one that is watched.
+
+    On a GPU the peak of memory counts from here: a meter that is made while another runs cuts the other's peak off,
+    so let the larger job sum the costs of its parts.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._device = next(model.parameters()).device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._forward = self._training = self._passes = 0
+        self._flops, self._started = 0.0, time.perf_counter()
+
+    def forward(self, model: nn.Module, tokens: int, context: float, *, head: bool = True, passes: int = 1) -> None:
+        """`model` read `tokens` (in all `passes` together) in rows of `context`, with its output `head` or without."""
+        self._forward += tokens
+        self._passes += passes
+        self._flops += tokens * forward_flops(model if head else model.model, context)
+
+    def train(self, model: nn.Module, tokens: int, context: float, *, frozen: bool = False, passes: int = 1) -> None:
+        """`model` read `tokens` forward and backward; `frozen` if no weight was trained."""
+        self._training += tokens
+        self._passes += passes
+        self._flops += tokens * training_flops(model, context, frozen=frozen)
+
+    def parts(self, modules: Iterable[nn.Module], tokens: int, context: float) -> None:
+        """Single modules of a model read `tokens` beside a pass that is counted by `forward`: their FLOPs alone."""
+        self._flops += tokens * sum(forward_flops(m, context) for m in modules)
+
+    def stage_2(self, hybrid: nn.Module, teacher: nn.Module, trained: int, measured: int, context: int,
+                taught: int | None = None) -> None:
+        """A stage 2 of `trained` tokens (0: none) and a held-out KL over `measured`.
+
+        `taught` is how many of both the teacher read; None for all of them.
+        """
+        taught = trained + measured if taught is None else taught
+        self.forward(teacher, taught, context, passes=0 if taught == 0 else 2 if trained else 1)
+        if trained:
+            self.train(hybrid, trained, context)
+        self.forward(hybrid, measured, context)
+
+    def cost(self) -> Cost:
+        """What was spent up to now."""
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else None
+        return Cost(self._forward, self._training, self._passes, self._flops, time.perf_counter() - self._started,
+                    peak, describe_device("auto" if cuda else "cpu"))
+
+
+def heldout_size(tokens, heldout_tokens: int | None) -> int:
+    """Tokens in the held-out rows of `tokens` that a scorer reads, given at most how many it may."""
+    rows = len(tokens.heldout)
+    rows = rows if heldout_tokens is None else min(rows, max(1, heldout_tokens // tokens.context))
+    return rows * tokens.context
+
+
+def forward_flops(module: nn.Module, context: float) -> float:
+    """Estimated floating point operations of a forward pass, a token, in rows of `context` tokens.
+
+    - Each linear layer, the output head among them: 2 x inputs x outputs (a multiplication and an addition a weight).
+    - Softmax attention: 4 x heads x head_dim x context, the two products of scores and values over the whole square;
+      a kernel that skips what lies ahead of a token needs down to half of it.
+    - A mixer, per entry of its heads x head_dim x head_dim state, as the recurrence has it: decay 1, writing 2, reading
+      2, and for the delta rule 2 more to read what is stored under the key. Kernels in chunks do more than that.
+
+    Norms, activations, rotary embeddings, biases and the input embedding's look-up are left out.
+    """
+    products, mixing = _flops(module, context)
+    return products + mixing
+
+
+def training_flops(module: nn.Module, context: float, *, frozen: bool = False) -> float:
+    """As `forward_flops`, forward and backward: 3 times as much.
+
+    A product's gradient takes two products of its size, one for its input and one for its weight; if the weights are
+    `frozen`, one. The optimizer and activations that are computed again are left out.
+    """
+    products, mixing = _flops(module, context)
+    return (2 if frozen else 3) * products + 3 * mixing
+
+
+def _flops(module, context):
+    """(products with weights, mixing along time), FLOPs a token."""
+    products = mixing = 0.0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            products += 2 * part.weight.numel()
+        elif type(part) in _STATE_FLOPS:
+            mixing += _STATE_FLOPS[type(part)] * part.num_heads * part.head_dim ** 2
+        elif hasattr(part, "q_proj") and hasattr(part, "head_dim"):
+            mixing += 4 * part.q_proj.out_features * context
+    return products, mixing

@@ -1,0 +1,156 @@
+"""A contest of selectors: what is kept of it, fronts, advice and words on numbers with a known answer, refusals."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+import hybridlib as hl
+from hybridlib import contest as c
+from hybridlib import study as study_module
+from hybridlib.reading import FLOOR
+from hybridlib.selector_plots import choice_map, quality_and_cost
+
+SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64, match_tokens=128,
+                batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2, device="cpu")
+
+
+def row(title, needs, seed, layers, kl, recall, flops, values=None):
+    return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "values": values,
+            "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0, "passes": 1.0,
+            "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
+
+
+@pytest.fixture
+def known():
+    """Four layers, two kept: `free` is bad; `cheap` is as good as GA-S2 at a tenth; `dear` is the best in recall."""
+    ga = [(4.0, 3.0, 2.0, 1.0), (4.0, 3.0, 1.0, 2.0)]
+    rows = []
+    for seed in (0, 1):
+        jitter = 0.001 * seed
+        rows += [row("free", "nothing", seed, (1, 3), 0.9 + 2 * jitter, 0.1, 0.0),
+                 row("cheap", "student", seed, (0, 1), 0.3 + jitter, 0.5, 1e5, ga[0]),
+                 row("GA-S2", "stage 2", seed, (0, 1), 0.3 + jitter, 0.5, 1e6, ga[seed]),
+                 row("dear", "stage 2", seed, (0, 2), 0.5 + 3 * jitter, 0.8 + jitter, 1e7, ga[seed]),
+                 row(FLOOR, "nothing", seed, (), 2.0, 0.0, 0.0) | {"name": "none"}]
+    order = {"free": 0, "cheap": 1, "GA-S2": 2, "dear": 3, FLOOR: 4}
+    rows.sort(key=lambda r: (order[r["selector"]], r["seed"]))
+    return c.Contest(pd.DataFrame(rows), {}, {"recall_exact": 1.0}, 4, {}, "this CPU")
+
+
+def test_the_front_holds_what_none_beats_in_both(known):
+    assert c.front(known, "kl") == ["free", "cheap"]  # GA-S2 is as good and dearer, dear is worse and dearer
+    assert c.front(known, "recall_exact", "seconds") == ["free", "cheap", "dear"]
+    assert c.front_words(known, "kl", "flops") == ("- KL (nats a token) against FLOPs (estimated), from the cheapest: "
+                                                   "**free** (0.901), **cheap** (0.300).")
+    with pytest.raises(ValueError, match="^value='perplexity' is unknown"):
+        c.front(known, "perplexity")
+    with pytest.raises(ValueError, match="^cost='euros' is unknown"):
+        c.front(known, "kl", "euros")
+
+
+def test_advice_names_the_best_that_asks_for_no_more_and_of_equals_the_cheapest(known):
+    table = c.advice(known)
+    assert list(table["use"]) == ["free", "free", "cheap", "cheap"]
+    assert table["against the best of all"].iloc[-1] == "it is the best"
+    assert table["against the best of all"].iloc[0].startswith("worse: 0.6")
+    by_recall = c.advice(known, "recall_exact")
+    assert list(by_recall["use"]) == ["free", "free", "cheap", "dear"]
+    assert by_recall["against the best of all"].iloc[2].startswith("worse: \u22120.3")
+
+
+def test_words_on_cost_say_the_share_the_agreement_and_the_loss(known):
+    lines = c.cost_words(known, known.titles).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("- **free** against **GA-S2**: none of its FLOPs; none of its time; Jaccard 0.33 with")
+    assert lines[0].endswith("**worse here**.")
+    assert lines[1] == ("- **cheap** against **GA-S2**: 1/10 of its FLOPs; 1/10 of its time; Spearman 0.90 (0.80 to "
+                        "1.00) with its scores; Jaccard 1.00 with its set; the same hybrid on every seed.")
+    assert "10.0 times of its FLOPs" in lines[2] and "**worse here**" in lines[2]
+    assert c.cost_words(known, ["AVG"]) == "- **AVG** against **GA-S2**: not both were run."
+    one = c.Contest(known.rows[known.rows["seed"] == 0], {}, {}, 4, {}, "")
+    assert "one seed, which cannot tell" in c.cost_words(one, ["dear"])
+
+
+def test_agreement_is_the_mean_over_seeds(known):
+    sets = c.agreement_of_sets(known)
+    assert sets.shape == (4, 4) and sets[1, 2] == 1 and sets[0, 1] == pytest.approx(1 / 3)
+    titles, ranks = c.agreement_of_scores(known)
+    assert titles == ["cheap", "GA-S2", "dear"] and ranks[0, 1] == pytest.approx(0.9) and ranks[1, 2] == 1
+
+
+def test_unknown_costs_are_shown_as_such(known):
+    known.rows.loc[known.rows["selector"] == "GA-S2", "flops"] = float("nan")
+    assert c.cost_table(known).loc["GA-S2", "FLOPs (estimated)"] == "\u2013"
+    assert set(c.cost_table(known)["peak memory (MiB)"]) == {"\u2013"}
+    assert "GA-S2" not in c.front(known, "kl") and "unknown share of its FLOPs" in c.cost_words(known, ["cheap"])
+
+
+def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
+    teacher, real = tiny_teacher(layers=4), hl.evaluate
+    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
+    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
+    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    names = ["uniform", "ppl", "gate-gradient", "ga-s2", "exhaustive"]
+
+    def make():
+        settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=names)
+        return hl.Study(settings)
+
+    study = make()
+    found = c.run_contest(study)
+    assert found.titles == [hl.SELECTORS[name].title for name in names] and not found.refused
+    assert len(found.rows) == 2 * (len(names) + 1) and set(found.rows["selector"]) - set(found.titles) == {FLOOR}
+    assert found.sets["GA-S2"] == [study.select("ga-s2", seed=seed) for seed in (0, 1)]
+    for _, line in found.rows.iterrows():
+        assert line["kl"] == study.hybrid(line["layers"], seed=line["seed"]).metrics["kl"]
+    before = len(list(study.ledger))
+    again = c.run_contest(make())
+    pd.testing.assert_frame_equal(again.rows, found.rows)
+    assert len(list(study.ledger)) == before
+    pd.testing.assert_frame_equal(c.recorded_contest(study.ledger).rows, found.rows)
+    assert c.about(found, "selectors").startswith("Teacher **tiny**, 2 of 4 layers softmax, the others **gdn**; 256 ")
+
+
+def test_without_a_record_the_command_is_shown(tmp_path):
+    assert c.recorded_contest(hl.Ledger(tmp_path / "none")) is None
+    assert "papermill notebooks/selectors.ipynb" in c.about(None, "selectors")
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ([], r"^selectors=\[\] is not a list of names"), ("ga-s2", "^selectors='ga-s2' is not a list"),
+    (["ga-s2", "ga-s2"], "^selectors names 'ga-s2' twice"),
+    (["gas2"], r"^selector='gas2' is unknown; did you mean 'ga-s2'\?$")])
+def test_bad_lists_of_selectors_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        c.SelectorSettings(selectors=names)
+
+
+def test_participants_are_described_in_the_order_given():
+    table = c.participants(["ga-s2", "uniform"])
+    assert list(table.index) == ["GA-S2", "uniform"] and list(table["needs"]) == ["stage 2", "nothing"]
+
+
+def test_a_map_of_choices_fills_each_cell_to_its_share_of_seeds():
+    figure = choice_map({"a": [(0, 1), (0, 2)], "b": [(3,), (3,)]}, 4)
+    filled = [p for p in figure.axes[0].patches if p.get_linewidth() == 0]
+    assert [round(-p.get_height() / 0.76, 6) for p in filled] == [1, 0.5, 0.5, 0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="choices={} shows nothing"):
+        choice_map({}, 4)
+    with pytest.raises(ValueError, match=r"choices\['a'\]=.* layers from 0 to 3"):
+        choice_map({"a": [(4,)]}, 4)
+
+
+def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(known):
+    front = c.front(known, "kl")
+    figure = quality_and_cost(known.chosen, "kl", "flops", front, ylabel="KL", xlabel="FLOPs", log=True)
+    axes = figure.axes[0]
+    points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, False, True, True]
+    x = [line.get_xdata()[0] for line in points]
+    assert x[0] < x[1] == 1e5 < x[2] < x[3] and axes.get_xticklabels()[0].get_text() == "0"
+    assert {"1  free", "3  GA-S2"} <= {text.get_text() for text in axes.texts}
+    with pytest.raises(ValueError, match="^column='speed' is unknown"):
+        quality_and_cost(known.chosen, "speed", "flops", front, ylabel="", xlabel="")
+    with pytest.raises(ValueError, match="no row with both"):
+        quality_and_cost(known.chosen.assign(flops=float("nan")), "kl", "flops", [], ylabel="", xlabel="")

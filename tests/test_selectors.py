@@ -1,0 +1,170 @@
+"""Every selector through a study: a set of the budget's size, remembered, costed; searches against plain loops."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+import hybridlib as hl
+from hybridlib import ablation
+from hybridlib import study as study_module
+from hybridlib.selection import RULES
+
+LAYERS, KEPT = 4, 2
+SMALL = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=128, match_tokens=128,
+             batch_tokens=64, heldout_tokens=64, seeds=1, recall_pairs=2, budget=KEPT, device="cpu")
+NEED_TEXT = ("ar", "ar-mh", "halo")  # prompts for a teacher that has a tokenizer and recalls
+RATES = dict(match_learning_rate=1e-3, mixer_learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_teacher, tiny_tokens, tmp_path_factory):
+    """make(**changes): a study of a tiny teacher; all share their records."""
+    teacher, folder = tiny_teacher(layers=LAYERS), tmp_path_factory.mktemp("results")
+    tiny = hl.Teacher(teacher, None, "tiny", "r1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "load_teacher",
+                      lambda name, **k: tiny if name == "tiny" else hl.load_teacher(name, **k))
+        patch.setattr(study_module, "load_tokens",
+                      lambda name, *a, **k: tiny_tokens if name == "pattern" else hl.load_tokens(name, *a, **k))
+        yield lambda **changes: hl.Study(hl.StudySettings(**{**SMALL, **RATES, "results": str(folder), **changes}))
+
+
+@pytest.fixture(scope="module")
+def lab_study(smoke_profile, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("lab"))
+    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder}))
+
+
+@pytest.fixture(scope="module")
+def measured(make, tiny_tokens):
+    """{layers: KL} of every set, by a plain loop over `distilled_kl`."""
+    study = make()
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                              num_tokens=128, settings=study.match_settings)
+    return {layers: measure(layers) for size in range(LAYERS + 1) for layers in combinations(range(LAYERS), size)}
+
+
+def check(study, found, kept):
+    assert len(found.layers) == kept and list(found.layers) == sorted(set(found.layers))
+    assert set(found.layers) <= set(range(study.num_layers))
+    assert found.values is None or len(found.values) == study.num_layers
+    needs = hl.SELECTORS[found.selector].needs
+    assert (found.cost.training_tokens > 0) == (needs == "stage 2" or "gate" in found.selector)
+    assert (found.cost.forward_tokens > 0) == (found.cost.flops > 0) == (needs != "nothing")
+    assert needs == "nothing" or (found.cost.passes > 0 and found.cost.seconds > 0 and found.cost.device)
+
+
+@pytest.mark.parametrize("name", [name for name in hl.SELECTORS if name not in NEED_TEXT])
+def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembered(make, name):
+    study = make()
+    found = study.selection(name)
+    check(study, found, KEPT)
+    before = {r.key: r.started for r in study.ledger}
+    again = make()
+    assert again.selection(name) == found and again.select(name) == found.layers  # its seconds, too: it was read
+    assert {r.key: r.started for r in again.ledger} == before
+    needs = hl.SELECTORS[name].needs
+    assert needs == "nothing" or {r.kind for r in study.ledger} >= {"score"}
+
+
+@pytest.mark.parametrize("name", ["ar", "halo"])
+def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
+    study = lab_study()
+    found = study.selection(name, num_examples=40)
+    check(study, found, 2)
+    assert lab_study().selection(name, num_examples=40) == found
+    assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
+
+
+def test_recall_over_two_hops_is_refused_where_the_teacher_cannot_and_measured_where_it_is_let(lab_study, monkeypatch):
+    with pytest.raises(ValueError, match=r"^task=RecallTask\(name='multi_hop', pairs=8.* is beyond the teacher"):
+        lab_study().select("ar-mh", num_examples=40)
+    monkeypatch.setattr(ablation, "_refuse_chance", lambda *a: None)
+    found = lab_study().selection("ar-mh", num_examples=40)
+    check(lab_study(), found, 2)
+    assert found.cost.passes == 9
+
+
+def test_the_names_are_those_of_the_rules_and_each_is_described():
+    assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
+    for name, selector in hl.SELECTORS.items():
+        assert selector.title and selector.source and selector.assumes, name
+        assert selector.needs in ("nothing", "teacher", "student", "stage 2"), name
+    assert len({selector.title for selector in hl.SELECTORS.values()}) == len(hl.SELECTORS)
+
+
+def test_searches_find_what_plain_loops_find(make, measured):
+    def best(sets):
+        return min(sets, key=lambda layers: (measured[layers], layers))
+
+    study, pairs = make(), list(combinations(range(LAYERS), KEPT))
+    first = best([(l,) for l in range(LAYERS)])
+    assert study.select("greedy-forward") == best([p for p in pairs if set(first) <= set(p)])
+    three = best(list(combinations(range(LAYERS), 3)))
+    assert study.select("greedy-backward") == best([p for p in pairs if set(p) <= set(three)])
+    assert study.select("exhaustive") == best(pairs) == study.select("beam", width=LAYERS)
+    assert study.select("ga-s2") == tuple(sorted(sorted(range(LAYERS), key=lambda l: measured[l,])[:KEPT]))
+
+
+def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
+    study, heldout = make(), 64
+    gradient, trained = study.selection("gate-gradient").cost, LAYERS * 128
+    assert (gradient.forward_tokens, gradient.training_tokens, gradient.passes) == (heldout, heldout, 2)
+    assert study.selection("gate-gradient-2").cost.training_tokens == (1 + 2 * LAYERS) * heldout
+    assert study.selection("gate-gradient-path").cost.training_tokens == 8 * heldout
+    assert study.selection("ppl").cost.forward_tokens == (LAYERS + 1) * heldout
+    assert study.selection("ga-s1").cost.forward_tokens == heldout
+    assert study.selection("learned-gates").cost.training_tokens == trained
+    ga, gr, avg = (study.selection(name).cost for name in ("ga-s2", "gr-s2", "avg"))
+    assert ga.training_tokens == gr.training_tokens == trained and avg == ga + gr and gr.flops != ga.flops
+    every = study.selection("exhaustive")
+    sets = [r for r in study.ledger.find("candidate", num_tokens=128) if len(r.parameters.get("layers", ())) == KEPT]
+    assert len(sets) == 6 and every.cost.training_tokens == 6 * 128 and every.cost.forward_tokens == 6 * (128 + 2 * 64)
+    assert every.cost.seconds == pytest.approx(sum(r.metrics["cost"]["seconds"] for r in sets))
+    forward = study.selection("greedy-forward").cost
+    assert forward.training_tokens == (LAYERS + LAYERS - 1) * 128 and forward.seconds > ga.seconds
+
+
+def test_a_scores_record_is_keyed_by_what_it_depends_on(make):
+    study = make()
+    perplexity, gate = study.selection("ppl"), study.selection("gate-gradient")
+    assert study.selection("ppl", "gla", 1) == perplexity  # the teacher's own
+    assert study.selection("gate-gradient", "gla").values != gate.values
+    assert study.selection("gate-gradient", seed=1).values != gate.values
+    assert study.selection("gate-gradient", at=1.0, order=2).values != gate.values
+    gates = study.selection("learned-gates").values
+    assert make(budget=1).selection("learned-gates").values != gates
+    assert make(budget=1).selection("gate-gradient").values == gate.values
+    assert len(study.ledger.find("score", selector="ppl")) == 1
+
+
+def test_rules_take_their_options(make):
+    study = make()
+    assert study.select("uniform") == (1, 3) and study.select("uniform", offset="start") == (0, 3)
+    assert study.select("first") == (0, 1) and study.select("last") == (2, 3)
+    assert len({study.select("random", seed=seed) for seed in range(20)}) > 2
+    spaced = study.select("ga-s2-spaced", penalty=2.0)
+    assert spaced[1] - spaced[0] > 1 and study.select("ga-s2-spaced", penalty=0.0) == study.select("ga-s2")
+    assert study.selection("ga-s1", normalize=False).values != study.selection("ga-s1").values
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("ga-s3", {}, r"^selector='ga-s3' is unknown; did you mean 'ga-s2'\?$"),
+    ("wisdom", {}, "^selector='wisdom' is unknown; choose among uniform, random, first"),
+    (3, {}, "^selector=3 is unknown"), ("manual", {}, "^selector='manual' is unknown"),
+    ("uniform", {"width": 2}, "^width=2 is no option of selector 'uniform'; its options: offset$"),
+    ("first", {"width": 2}, "^width=2 is no option of selector 'first'; its options: none$"),
+    ("uniform", {"offset": "left"}, "^offset='left'"), ("beam", {"width": 0}, "^width=0"),
+    ("gate-gradient", {"at": 2}, "^at=2"), ("rad", {"evaluations": 0}, "^evaluations=0"),
+    ("ga-s2-spaced", {"penalty": -1}, "^penalty=-1")])
+def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make().select(name, **options)
+
+
+def test_exhaustive_refuses_more_sets_than_it_can_measure(make, monkeypatch):
+    monkeypatch.setattr("hybridlib.selectors.MOST_SETS", 5)
+    with pytest.raises(ValueError, match="^selector='exhaustive' would distil 6 sets of 2 of 4 layers; it takes at"):
+        make().select("exhaustive")
