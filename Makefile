@@ -1,4 +1,4 @@
-# make book   run the five notebooks, render the book to book/_build/html
+# make book   run the notebooks, render the book to book/_build/html
 # make test   run the tests
 # make lint   check the style
 # make clean  remove executed notebooks and rendered pages (records stay)
@@ -28,12 +28,12 @@ endif
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla mixers_and_speed
+NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla published_sets mixers_and_speed
 EXECUTED  := $(NAMES:%=book/notebooks/%.ipynb)
 # What a notebook's results depend on, besides its source.
 INPUTS    := $(wildcard notebooks/profiles/$(PROFILE).yaml notebooks/profiles/*/$(PROFILE).yaml) \
              book/notebooks/.parameters \
-             $(shell find hybridlib -name '*.py') $(wildcard data/teacher/*.safetensors data/corpus/*)
+             $(shell find hybridlib -name '*.py') $(wildcard data/teacher/*.safetensors data/corpus/* data/published/*)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

@@ -1,8 +1,8 @@
 """Distil a softmax Transformer into a hybrid of softmax and linear layers, and choose which layers stay softmax."""
 
 from .ablation import ablate, score_associative_recall, score_halo, score_perplexity
-from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
-                        top_k_jaccard)
+from .agreement import (bootstrap_interval, chance_jaccard, contiguity, interval, jaccard, kendall, paired_difference,
+                        spearman, top_k_jaccard)
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
@@ -25,7 +25,7 @@ __all__ = [
     "History", "LayerScores", "LearnedGates", "Ledger", "MatchSettings", "RecallExample", "RecallScore",
     "RecallTask", "Record", "SearchResult", "SkipSearch", "Study", "StudySettings", "Teacher", "Tokens", "ablate",
     "align", "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory", "chance_jaccard",
-    "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient",
+    "contiguity", "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "gate_gradient",
     "gated_model", "generate_recall", "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval",
     "jaccard", "kendall", "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid",
     "load_recall", "load_teacher", "load_tokens", "match", "notebook_settings", "paired_difference", "rank_of",

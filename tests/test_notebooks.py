@@ -12,15 +12,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import NOTEBOOKS, ROOT, SPEED
+from conftest import NOTEBOOKS, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
+from hybridlib.published import PublishedSettings
 from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-NAMES = [field.name for field in fields(StudySettings)]
-SPEED_NAMES = [field.name for field in fields(SpeedSettings)]
-ALL = (*NOTEBOOKS, SPEED)
+ALL = (*NOTEBOOKS, *OTHERS)
+SETTINGS = dict.fromkeys(NOTEBOOKS, StudySettings) | {SPEED: SpeedSettings, PUBLISHED: PublishedSettings}
+NAMES = {name: [field.name for field in fields(kind)] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
 
@@ -35,8 +36,8 @@ def parameters_cell(name):
     return cells[0]
 
 
-def profile(name):
-    return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{name}.yaml").read_text(encoding="utf-8"))
+def profile(name, notebook=NOTEBOOKS[0]):
+    return yaml.safe_load(profile_path(notebook, name).read_text(encoding="utf-8"))
 
 
 def run_head(name, **parameters):
@@ -45,7 +46,7 @@ def run_head(name, **parameters):
     exec(parameters_cell(name).source, namespace)
     namespace.update(parameters)
     setup = code_cells(name)[1].source
-    exec(setup[:setup.index("study = ")], namespace)
+    exec(setup[:setup.index("study = ") if "study = " in setup else None], namespace)
     return namespace
 
 
@@ -68,31 +69,31 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     cell = parameters_cell(name)
     lines = ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
-    assert [line.target.id for line in lines] == (SPEED_NAMES if name == SPEED else NAMES)
+    assert [line.target.id for line in lines] == NAMES[name]
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
     settings = run_head(name)["settings"]
     if name == SPEED:
-        assert settings == SpeedSettings(**profile(f"{SPEED}/cpu") | {"device": "auto"})
-    else:
+        assert settings == SpeedSettings(**profile("cpu", SPEED) | {"device": "auto"})
+    elif name != PUBLISHED:
         assert settings.seeds >= 2
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
     values = profile(name)
-    assert list(values) == NAMES
+    assert list(values) == NAMES[NOTEBOOKS[0]]
     StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_of_speed_sets_every_parameter_to_an_allowed_value(name):
-    values = profile(f"{SPEED}/{name}")
-    assert list(values) == SPEED_NAMES
+    values = profile(name, SPEED)
+    assert list(values) == NAMES[SPEED]
     SpeedSettings(**values | {"device": "cpu"})
 
 
-def test_there_are_four_profiles_and_five_notebooks():
+def test_there_are_four_profiles_and_all_notebooks_are_tested():
     for folder in ("profiles", f"profiles/{SPEED}"):
         assert {path.stem for path in (ROOT / "notebooks" / folder).glob("*.yaml")} == set(PROFILES)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(ALL)
@@ -125,7 +126,7 @@ def test_commands_that_a_notebook_shows_name_what_exists(name):
     assert len(commands) >= 2
     for source, settings, parameter, _ in commands:
         assert (ROOT / source).is_file() and (ROOT / settings).is_file()
-        assert parameter in (SPEED_NAMES if name == SPEED else NAMES)
+        assert parameter in NAMES[name]
     keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
     cited = [key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")]
     assert cited and set(cited) <= set(keys)
@@ -154,6 +155,21 @@ def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(execu
     assert "times its memory floor" in verdict and "hybridlib's loop is" in verdict and "100% softmax: cache" in verdict
     kinds = {r.kind for r in Ledger(smoke_results)}
     assert {"copy_speed", "operator_speed", "step_speed", "decoding_speed"} <= kinds
+
+
+def test_a_run_of_the_published_sets_draws_and_says_each_part(executed_notebooks):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[PUBLISHED], as_version=4).cells}
+    outputs = [output for cell in cells.values() for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 6
+    verdict = "".join(cells["verdict"].outputs[0].data["text/markdown"])
+    assert "GA-S2 above its rivals" in verdict and "no interval can be given" in verdict and "cannot tell" in verdict
+
+
+def test_the_published_sets_are_refused_a_parameter_that_no_notebook_has():
+    assert run_head(PUBLISHED, align_tokens=1)["settings"] == PublishedSettings()
+    with pytest.raises(ValueError, match=r"^shares=0.5 is no parameter of this notebook; did you mean 'share'\?$"):
+        run_head(PUBLISHED, shares=0.5)
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):
