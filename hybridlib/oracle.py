@@ -31,7 +31,7 @@ __all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity",
            "values"]
 
 METRICS = ("kl", "recall_exact")
-OTHER_SEEDS = "best of other seeds"  # the set that the other seeds' records call best: no selector is likely to beat it
+OTHER_SEEDS = "best KL of other seeds"  # the set that the other seeds' records call best
 SEARCHES = {"greedy-forward": greedy_forward, "greedy-backward": greedy_backward, "beam-4": partial(beam, width=4)}
 _FIGURES = ("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")
 
@@ -57,8 +57,8 @@ class OracleSettings(StudySettings):
     oracle_heldout_tokens: int = 4_096
     recall_examples: int = 40
     piece: int = 16
-    selectors: Sequence[str] = ("ga-s2", "gr-s2", "avg", "ga-s1", "smart", "uniform", "first", "last",
-                                "greedy-forward", "beam-4")
+    selectors: Sequence[str] = ("ga-s2", "gr-s2", "ga-s1", "smart", "uniform", "first", "last", "greedy-forward",
+                                "beam-4")
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,7 +242,7 @@ def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.D
 
     Columns: ``layers``; ``sets``, how many of the size were measured; and for each metric that was measured its value,
     ``{metric}_regret`` (0 for the best; of recall, the best share less its own) and ``{metric}_rank`` (1 is best).
-    With several seeds there are the rows of `OTHER_SEEDS` too: its regret is what noise between seeds costs. The best
+    With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The best
     of many measured values is a lucky one, so even the set that is best in truth has some regret.
 
     Raises ValueError for a set that was not measured.
@@ -266,8 +266,9 @@ def any_set(records: Sequence[Record], size: int, metric: str = "kl") -> float:
         [v for layers, v in values(record, metric).items() if len(layers) == size]]]))
 
 
-def interaction_maps(records: Sequence[Record], num_layers: int, metric: str = "kl") -> np.ndarray:
-    """`search.interactions` of every record, (records, num_layers, num_layers); records need sizes 0, 1 and 2."""
+def interaction_maps(records: Sequence[Record], metric: str = "kl") -> np.ndarray:
+    """`search.interactions` of every record, (records, layers, layers); records need sizes 0, 1 and 2."""
+    num_layers = max(_depth(values(record, metric)) for record in records)
     return np.stack([interactions(values(record, metric), num_layers) for record in records])
 
 
@@ -283,7 +284,7 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     rows = []
     for record in records:
         v = values(record, metric)
-        num_layers = 1 + max((max(layers) for layers in v if layers), default=-1)
+        num_layers = _depth(v)
         singles = [(l,) for l in range(num_layers)]
         if () not in v or any(single not in v for single in singles):
             continue
@@ -323,6 +324,10 @@ def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Reco
     records = [best[seed] for seed in sorted(best)]
     latest = {r.parameters["oracle"]: r for r in every if r.kind == "choices"}
     return records, [latest[r.key] for r in records if r.key in latest]
+
+
+def _depth(v):
+    return 1 + max((layers[-1] for layers in v if layers), default=0)
 
 
 def _judged(record, selector, layers):

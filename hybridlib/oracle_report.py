@@ -203,8 +203,10 @@ def judged_words(judged: pd.DataFrame, records: Sequence[Record], size: int, met
                 else "**worse than the best**" if low > 0 else "**cannot be told apart from the best**")
         lines.append((mean, f"- **{selector}**: regret {format_interval(mean, low, high, 4)} {unit}, rank {shown} of "
                             f"{part['sets'].iloc[0]}: {word}."))
+    if any_set(records, size, metric) == 0:
+        return f"- All sets of {_layers(size)} have the same {name} here, so **nothing can be told** by it."
     drawn = format_number(any_set(records, size, metric), 4)
-    floor = " The regret of the best set of other seeds is what noise between seeds costs." if (
+    floor = f" The regret of the {OTHER_SEEDS} is what noise between seeds costs." if metric == "kl" and (
         rows["selector"] == OTHER_SEEDS).any() else ""
     return "\n".join([line for _, line in sorted(lines)] + [f"- A set drawn at random: {drawn} on average.{floor}"])
 

@@ -11,8 +11,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
 SPEED = "mixers_and_speed"  # notebooks with parameters of their own, and maybe profiles
+ORACLE = "oracle"
 PUBLISHED = "published_sets"
-OTHERS = (PUBLISHED, SPEED)
+OTHERS = (PUBLISHED, ORACLE, SPEED)
 
 
 def profile_path(name: str, profile: str) -> Path:

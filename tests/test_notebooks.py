@@ -12,15 +12,18 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import NOTEBOOKS, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
+from conftest import NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
+from hybridlib.oracle import OracleSettings
 from hybridlib.published import PublishedSettings
 from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)
-SETTINGS = dict.fromkeys(NOTEBOOKS, StudySettings) | {SPEED: SpeedSettings, PUBLISHED: PublishedSettings}
+SETTINGS = dict.fromkeys(NOTEBOOKS, StudySettings) | {ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
+                                                      SPEED: SpeedSettings}
+PROFILED = (ORACLE, SPEED)  # those with profiles of their own
 NAMES = {name: [field.name for field in fields(kind)] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
@@ -73,8 +76,8 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
     settings = run_head(name)["settings"]
-    if name == SPEED:
-        assert settings == SpeedSettings(**profile("cpu", SPEED) | {"device": "auto"})
+    if name in PROFILED:
+        assert settings == SETTINGS[name](**profile("cpu", name) | {"device": "auto"})
     elif name != PUBLISHED:
         assert settings.seeds >= 2
 
@@ -86,20 +89,28 @@ def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
     StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
 
 
+@pytest.mark.parametrize("notebook", PROFILED)
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_of_speed_sets_every_parameter_to_an_allowed_value(name):
-    values = profile(name, SPEED)
-    assert list(values) == NAMES[SPEED]
-    SpeedSettings(**values | {"device": "cpu"})
+def test_a_profile_of_one_notebook_sets_every_parameter_to_an_allowed_value(name, notebook):
+    values = profile(name, notebook)
+    assert list(values) == NAMES[notebook]
+    SETTINGS[notebook](**values | {"device": "cpu"})
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_the_oracle_shares_students_and_scores_with_the_other_notebooks(name):
+    common, own = profile(name), profile(name, ORACLE)
+    assert {key: own[key] for key in common if key != "seeds"} == {key: common[key] for key in common if key != "seeds"}
+    assert own["seeds"] <= common["seeds"]
 
 
 def test_there_are_four_profiles_and_all_notebooks_are_tested():
-    for folder in ("profiles", f"profiles/{SPEED}"):
+    for folder in ("profiles", *(f"profiles/{name}" for name in PROFILED)):
         assert {path.stem for path in (ROOT / "notebooks" / folder).glob("*.yaml")} == set(PROFILES)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(ALL)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", (*NOTEBOOKS, ORACLE))
 def test_a_bad_parameter_is_refused_before_any_compute(name):
     with pytest.raises(ValueError, match=r"^bugdet=0.5 is no parameter of this notebook; did you mean 'budget'\?$"):
         run_head(name, bugdet=0.5)
@@ -164,6 +175,20 @@ def test_a_run_of_the_published_sets_draws_and_says_each_part(executed_notebooks
     assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 6
     verdict = "".join(cells["verdict"].outputs[0].data["text/markdown"])
     assert "GA-S2 above its rivals" in verdict and "no interval can be given" in verdict and "cannot tell" in verdict
+
+
+def test_a_run_of_the_oracle_measures_draws_and_says_each_part(executed_notebooks, smoke_results):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[ORACLE], as_version=4).cells}
+    outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
+    assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
+    for name in ("settled", "judged", "interactions"):
+        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == 1, name
+    verdict = "".join(outputs["verdict"][0].data["text/markdown"])
+    assert "2 of 8 layers, by KL" in verdict and "**ga-s2**: regret" in verdict and "of 28: **" in verdict
+    values = profile("smoke", ORACLE)
+    records = [r for r in Ledger(smoke_results) if r.kind == "oracle"]
+    assert [r.seed for r in records] == list(range(values["seeds"]))
+    assert {len(r.metrics["sets"]) for r in records} == {1 + 8 + 28}
 
 
 def test_the_published_sets_are_refused_a_parameter_that_no_notebook_has():

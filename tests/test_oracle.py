@@ -193,7 +193,7 @@ def test_interactions_are_those_of_the_function_that_made_the_values():
     gain, pair = np.array([0.1, 0.4, 0.2, 0.05]), {(0, 2): 0.3, (1, 3): -0.02}
     values = {s: 3 - gain[list(s)].sum() - sum(g for p, g in pair.items() if set(p) <= set(s))
               for s in oracle.sets_of_sizes(4)}
-    maps = oracle.interaction_maps([made_up(values), made_up(values, 1)], 4)
+    maps = oracle.interaction_maps([made_up(values), made_up(values, 1)])
     expected = np.zeros((4, 4))
     for (i, j), g in pair.items():
         expected[i, j] = expected[j, i] = g
@@ -248,6 +248,8 @@ def test_words_say_no_more_than_the_interval():
     assert text.index(good) < text.index(bad) and "what noise between seeds costs" in text
     one = oracle_report.judged_words(oracle.judge(noisy[:1], chosen[:1]), noisy[:1], 2)
     assert one.count("one seed cannot tell") == 2 and "between seeds" not in one
+    equal = [made_up({s: 1.0 for s in truth}, seed) for seed in range(2)]
+    assert "**nothing can be told**" in oracle_report.judged_words(oracle.judge(equal, chosen[:2]), equal, 2)
     assert "No set of 3 layers" in oracle_report.judged_words(oracle.judge(noisy, chosen), noisy, 3)
     assert "correlation of 1.00 to 1.00" in oracle_report.seed_words(noisy)
     assert "One seed" in oracle_report.seed_words(noisy[:1])
@@ -282,7 +284,7 @@ def test_figures_show_what_they_are_given():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["every set", "best set", "S"]
     dashes = figure.axes[0].lines[0].get_ydata()
     assert len(dashes) == 16
-    maps = oracle.interaction_maps(records, 4)
+    maps = oracle.interaction_maps(records)
     texts = {t.get_text() for t in oracle_report.interaction_map(maps).axes[0].texts}
     assert len(oracle_report.interaction_map(maps).axes[0].texts) == 6
     assert f"{maps.mean(0)[0, 1]:.3f}".replace("-", "\u2212") in texts
