@@ -242,8 +242,8 @@ def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.D
 
     Columns: ``layers``; ``sets``, how many of the size were measured; and for each metric that was measured its value,
     ``{metric}_regret`` (0 for the best; of recall, the best share less its own) and ``{metric}_rank`` (1 is best).
-    With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The best
-    of many measured values is a lucky one, so even the set that is best in truth has some regret.
+    With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The
+    best of many measured values is a lucky one, so even the set that is best in truth has some regret.
 
     Raises ValueError for a set that was not measured.
     """

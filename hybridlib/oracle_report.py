@@ -19,7 +19,8 @@ from .agreement import interval, spearman
 from .checks import check_choice
 from .ledger import Record
 from .oracle import METRICS, OTHER_SEEDS, any_set, values
-from .style import COLOURS, INK, MUTED, PALE, finish, format_interval, format_number, house_style, look, new_figure
+from .style import (COLOURS, INK, MUTED, PALE, dodge, finish, format_interval, format_number, house_style, look,
+                    new_figure)
 
 __all__ = ["about_oracle", "additive_words", "best_sets", "interaction_map", "interaction_words", "judged_words",
            "landscape", "seed_words", "settled_words", "settling_curves"]
@@ -62,21 +63,23 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
 def settling_curves(frame: pd.DataFrame, value: str = "spearman_end") -> Figure:
     """Spearman correlation of the ranking of sets along training with that at the end, a line a size, mean over seeds.
 
-    `frame` is that of `oracle.settling`. Bars span the seeds.
+    `frame` is that of `oracle.settling`. Bars span the seeds; points stand side by side, whatever lies between them.
     """
     rows = frame.dropna(subset=[value])
     if rows.empty:
         raise ValueError("frame has no ranking to follow; measure sets at two points of training at least")
     with house_style():
         figure, axes = new_figure(7, 3)
-        sizes = sorted(rows["size"].unique())
-        for i, size in enumerate(sizes):
+        sizes, points = sorted(rows["size"].unique()), sorted(rows["tokens"].unique())
+        for i, (size, beside) in enumerate(zip(sizes, dodge(len(sizes), 0.08))):
             spread = rows[rows["size"] == size].groupby("tokens")[value].agg(["mean", "min", "max"])
-            axes.plot(spread.index, spread["mean"], **look(i), markeredgecolor="white", markeredgewidth=0.5)
-            axes.vlines(spread.index, spread["min"], spread["max"], color=COLOURS[i % 7], linewidth=1)
+            x = np.searchsorted(points, spread.index) + beside
+            axes.plot(x, spread["mean"], **look(i), markeredgecolor="white", markeredgewidth=0.5)
+            axes.vlines(x, spread["min"], spread["max"], color=COLOURS[i % 7], linewidth=1)
         axes.axhline(SETTLED, color=MUTED, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
-        axes.set_ylim(top=1.02)
-        axes.set_xlim(left=0)
+        axes.set_ylim(min(0.9, axes.get_ylim()[0]), 1.01)
+        axes.set_xlim(-0.5, len(points) - 0.5)
+        axes.set_xticks(range(len(points)), [f"{point:,}" for point in points])
         axes.grid(axis="y")
         axes.set_xlabel("tokens of stage 2")
         axes.set_ylabel("Spearman with the end")
@@ -222,10 +225,11 @@ def interaction_words(maps: np.ndarray, metric: str = "kl") -> str:
     sure = sum(low > 0 or high < 0 for _, low, high in found.values())
     lines = [f"- Of {len(pairs)} pairs, {below} bring less together than alone (one stands in for the other) and "
              f"{above} more; the interval over seeds excludes 0 for {sure}."]
-    for word, pick in (("Most in place of one another", min), ("Most in need of one another", max)):
+    for word, pick, sign in (("Most in place of one another", min, -1), ("Most in need of one another", max, 1)):
         pair = pick(found, key=lambda p: found[p][0])
-        lines.append(f"- {word}: layers {pair[0]} and {pair[1]}, {format_interval(*found[pair], 4)} "
-                     f"{_NAMES[metric][1]}.")
+        if sign * found[pair][0] > 0:
+            lines.append(f"- {word}: layers {pair[0]} and {pair[1]}, {format_interval(*found[pair], 4)} "
+                         f"{_NAMES[metric][1]}.")
     return "\n".join(lines)
 
 
