@@ -172,7 +172,7 @@ def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dic
 
 
 def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
-    """Whether the ranking of sets has settled: a row a seed, size and point of the curve but the last.
+    """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
 
     Columns: ``tokens``; ``spearman_next``, of the sets' values there and at the next point, and ``spearman_end``, with
     those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here. Sizes of
@@ -180,14 +180,15 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """
     rows = []
     for record in records:
-        points = sorted({p["tokens"] for row in record.metrics["sets"] for p in row["curve"]})
-        found = [values(record, metric, point) for point in points]
+        end = max(row["tokens"] for row in record.metrics["sets"])
+        points = sorted({p["tokens"] for row in record.metrics["sets"] for p in row["curve"] if p["tokens"] < end})
+        found = [*(values(record, metric, point) for point in points), values(record, metric)]
         for size in sorted({len(layers) for layers in values(record, metric)}):
             sets = [layers for layers in found[-1] if len(layers) == size and all(layers in f for f in found)]
             if len(sets) < 3:
                 continue
             ranked = [[f[layers] for layers in sets] for f in found]
-            for i, point in enumerate(points[:-1]):
+            for i, point in enumerate(points):
                 early = sets[int(np.argmin(ranked[i]))]
                 rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
                              "spearman_next": spearman(ranked[i], ranked[i + 1]),
