@@ -54,9 +54,9 @@ class OracleSettings(StudySettings):
     sizes: Sequence[int] = (0, 1, 2)
     oracle_tokens: int = 4_096
     oracle_points: Sequence[float] = (0.5,)
-    oracle_heldout_tokens: int = 4_096
-    recall_examples: int = 40
-    piece: int = 16
+    oracle_heldout_tokens: int = 2_048
+    recall_examples: int = 8
+    piece: int = 8
     selectors: Sequence[str] = ("ga-s2", "gr-s2", "ga-s1", "smart", "uniform", "first", "last", "greedy-forward",
                                 "beam-4")
 
