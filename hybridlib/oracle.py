@@ -258,7 +258,7 @@ def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.D
         for size in sorted({len(layers) for layers in shared} & {row["size"] for row in rows}):
             best = min((s for s in shared if len(s) == size), key=lambda s: (sum(o[s] for o in others), s))
             rows.append(_judged(record, OTHER_SEEDS, best))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["selector", "seed", "size", "layers", "sets"])
 
 
 def any_set(records: Sequence[Record], size: int, metric: str = "kl") -> float:

@@ -284,6 +284,10 @@ def test_figures_show_what_they_are_given():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["every set", "best set", "S"]
     dashes = figure.axes[0].lines[0].get_ydata()
     assert len(dashes) == 16
+    alone = oracle_report.landscape(oracle.oracle_table(records), oracle.judge(records, []), "recall_exact",
+                                    selectors=["S"], ylabel="recall")
+    assert [t.get_text() for t in alone.legends[0].get_texts()] == ["every set", "best set"]
+    assert alone.axes[0].lines[1].get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
     maps = oracle.interaction_maps(records)
     texts = {t.get_text() for t in oracle_report.interaction_map(maps).axes[0].texts}
     assert len(oracle_report.interaction_map(maps).axes[0].texts) == 6
