@@ -131,7 +131,10 @@ def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits
 
 
 def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
-    """The best set of each size by the mean over seeds, and which set was best in each seed, as text."""
+    """The best set of each size by the mean over seeds, and which set was best in each seed, as text.
+
+    ``as good`` counts the sets with that mean; of equals the first in the order of layers is named.
+    """
     check_choice("metric", metric, METRICS)
     sign, rows = 1 if metric == "kl" else -1, []
     for size, part in table.dropna(subset=[metric]).groupby("size"):
@@ -139,6 +142,7 @@ def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
         winners = {seed: min(zip(sign * own[metric], own["layers"]))[1] for seed, own in part.groupby("seed")}
         best = part[part["layers"] == mean.index[0]]
         rows.append({"size": size, "sets": len(mean), "best set": _set(mean.index[0]),
+                     "as good": int((mean == mean.iloc[0]).sum()),
                      _NAMES[metric][0]: format_interval(*interval(best[metric]), 3),
                      "by seed": "; ".join(_set(layers) for layers in winners.values())})
     return pd.DataFrame(rows).set_index("size")

@@ -181,8 +181,8 @@ def test_a_run_of_the_oracle_measures_draws_and_says_each_part(executed_notebook
     cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[ORACLE], as_version=4).cells}
     outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
     assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
-    for name in ("settled", "judged", "interactions"):
-        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == 1, name
+    for name, figures in (("settled", 1), ("judged", 2), ("interactions", 1)):
+        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
     verdict = "".join(outputs["verdict"][0].data["text/markdown"])
     assert "2 of 8 layers, by KL" in verdict and "**ga-s2**: regret" in verdict and "of 28: **" in verdict
     values = profile("smoke", ORACLE)

@@ -261,7 +261,11 @@ def test_best_sets_are_named_by_size_and_seed():
     for size in (1, 2, 3):
         v = [oracle.values(r) for r in records]
         best = min((s for s in v[0] if len(s) == size), key=lambda s: v[0][s] + v[1][s])
-        assert table.loc[size, "best set"] == "{" + ", ".join(map(str, best)) + "}"
+        assert table.loc[size, "best set"] == "{" + ", ".join(map(str, best)) + "}" and table.loc[size, "as good"] == 1
+    recalls = {s: float(1 in s and 3 in s) for s in oracle.sets_of_sizes(4)}
+    table = oracle_report.best_sets(oracle.oracle_table([made_up(drawn(4, 0), 0, recalls)]), "recall_exact")
+    assert table["best set"].tolist() == ["{}", "{0}", "{1, 3}", "{0, 1, 3}", "{0, 1, 2, 3}"]
+    assert table["as good"].tolist() == [1, 4, 1, 2, 1]
 
 
 def test_a_ledger_gives_the_fullest_oracle_and_its_choices(tiny_study):
