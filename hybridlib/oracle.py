@@ -32,7 +32,7 @@ __all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity",
 
 METRICS = ("kl", "recall_exact")
 OTHER_SEEDS = "best KL of other seeds"  # the set that the other seeds' records call best
-SEARCHES = {"greedy-forward": greedy_forward, "greedy-backward": greedy_backward, "beam-4": partial(beam, width=4)}
+SEARCHES = {"oracle-greedy": greedy_forward, "oracle-backward": greedy_backward, "oracle-beam": partial(beam, width=4)}
 _FIGURES = ("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")
 
 
@@ -57,8 +57,7 @@ class OracleSettings(StudySettings):
     oracle_heldout_tokens: int = 2_048
     recall_examples: int = 8
     piece: int = 8
-    selectors: Sequence[str] = ("ga-s2", "gr-s2", "ga-s1", "smart", "uniform", "first", "last", "greedy-forward",
-                                "beam-4")
+    selectors: Sequence[str] = ("ga-s2", "gr-s2", "ga-s1", "smart", "uniform", "first", "last", "oracle-greedy")
 
     def __post_init__(self):
         super().__post_init__()

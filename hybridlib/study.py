@@ -95,16 +95,16 @@ class StudySettings:
             raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
 
 
-def notebook_settings(namespace: Mapping, kind: type = StudySettings):
+def notebook_settings(namespace: Mapping, form: type = StudySettings):
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
     Every plain variable (number, text, list, truth value) must be a parameter: papermill only warns of an unknown one,
     here it is refused, with the name that was likely meant. Raises ValueError for that and for a value out of range.
 
-    `kind` is the dataclass of a notebook that has parameters of its own; those of `StudySettings` that it lacks are
+    `form` is the dataclass of a notebook that has parameters of its own; those of `StudySettings` that it lacks are
     passed over, so that one profile can serve several notebooks.
     """
-    known = {f.name for f in fields(kind)}
+    known = {f.name for f in fields(form)}
     passed = {f.name for f in fields(StudySettings)} - known
     plain = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
@@ -114,7 +114,7 @@ def notebook_settings(namespace: Mapping, kind: type = StudySettings):
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
             raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
-    return kind(**{name: value for name, value in plain.items() if name in known})
+    return form(**{name: value for name, value in plain.items() if name in known})
 
 
 def results_folder(name: str = "local") -> Path:

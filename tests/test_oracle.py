@@ -145,17 +145,17 @@ def test_more_sizes_add_to_what_was_measured_and_other_measurements_do_not(tiny_
 def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_study):
     study = tiny_study()
     record = oracle.oracle_record(study, 0, tokens=64, measure=one_by_one([]))
-    found = oracle.choices(study, ["first", "random", "ga-s2", "greedy-forward"], record).metrics["choices"]
+    found = oracle.choices(study, ["first", "random", "ga-s2", "oracle-greedy"], record).metrics["choices"]
     by = {(c["selector"], c["size"]): tuple(c["layers"]) for c in found}
     assert len(by) == 8 and by["first", 2] == (0, 1)
     assert by["ga-s2", 1] == tiny_study(budget=1).select("ga-s2") and by["random", 2] == hl.select(
         "random", 2, num_layers=3, seed=0)
     v = oracle.values(record)
     best = min(((l,) for l in range(3)), key=v.get)
-    assert by["greedy-forward", 1] == best
-    assert by["greedy-forward", 2] == min((tuple(sorted({*best, l})) for l in range(3) if l not in best), key=v.get)
+    assert by["oracle-greedy", 1] == best
+    assert by["oracle-greedy", 2] == min((tuple(sorted({*best, l})) for l in range(3) if l not in best), key=v.get)
     part = oracle.oracle_record(study, 0, sizes=[2], tokens=64, measure=one_by_one([]))
-    found = oracle.choices(study, ["last", "greedy-forward"], part).metrics["choices"]
+    found = oracle.choices(study, ["last", "oracle-greedy"], part).metrics["choices"]
     assert found == [{"selector": "last", "size": 2, "layers": [1, 2]}]  # the search needs single layers
 
 
