@@ -1,4 +1,4 @@
-# make book   run the seven notebooks, render the book to book/_build/html
+# make book   run the notebooks, render the book to book/_build/html
 # make test   run the tests
 # make lint   check the style
 # make clean  remove executed notebooks and rendered pages (records stay)
@@ -10,11 +10,13 @@
 #   make book PARAMETERS="-p budget 0.5"    parameters for papermill, above the profile
 #   make book TORCH_INDEX=                  torch from the default index (on Linux: the CUDA build, several GB)
 #   make test TESTS="tests/test_ledger.py -x"
+#   make test WORKERS=8                    processes that share the tests
 
 VENV        ?= .venv
 PROFILE     ?= cpu
 PARAMETERS  ?=
 TESTS       ?=
+WORKERS     ?= 2
 # Where a small CPU build of torch comes from. Tried once, for torch alone; where it cannot be reached, the default
 # index serves torch like everything else.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -28,12 +30,13 @@ endif
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla selectors cost_of_selection mixers_and_speed
+NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla selectors cost_of_selection oracle published_sets \
+             mixers_and_speed
 EXECUTED  := $(NAMES:%=book/notebooks/%.ipynb)
 # What a notebook's results depend on, besides its source.
 INPUTS    := $(wildcard notebooks/profiles/$(PROFILE).yaml notebooks/profiles/*/$(PROFILE).yaml) \
              book/notebooks/.parameters \
-             $(shell find hybridlib -name '*.py') $(wildcard data/teacher/*.safetensors data/corpus/*)
+             $(shell find hybridlib -name '*.py') $(wildcard data/teacher/*.safetensors data/corpus/* data/published/*)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -46,7 +49,7 @@ book: $(EXECUTED)
 	@echo "The book: $(CURDIR)/book/_build/html/index.html"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from .ablation import ablate, score_associative_recall, score_halo, score_perple
 from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
                         top_k_jaccard)
 from .batched import match_sets
+from .agreement import (contiguity)
 from .corpus import Tokens, load_tokens
 from .cost import Cost, Meter, forward_flops, training_flops
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
@@ -32,10 +33,10 @@ __all__ = [
     "RecallExample", "RecallScore", "RecallTask", "Record", "SELECTORS", "ScoringFailed", "ScoringInputs",
     "SearchResult", "Selection", "Selector", "SkipSearch", "Study", "StudySettings", "Teacher", "TeacherStates",
     "Tokens", "ablate", "align", "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory",
-    "chance_jaccard", "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive", "find_selector",
-    "forward_flops", "gate_gradient", "gated_model", "generate_recall", "greedy_backward", "greedy_forward",
-    "heldout_kl", "interactions", "interval", "jaccard", "kendall", "kl_divergence", "learned_gates", "linear_layers",
-    "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "match_sets",
+    "chance_jaccard", "contiguity", "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive",
+    "find_selector", "forward_flops", "gate_gradient", "gated_model", "generate_recall", "greedy_backward",
+    "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall", "kl_divergence", "learned_gates",
+    "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "match_sets",
     "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder", "score_acceptance",
     "score_associative_recall", "score_halo", "score_layers", "score_perplexity", "score_recall", "search_once_for_all",
     "search_skips", "select", "set_gates", "softmax_layers", "spearman", "top_k_jaccard", "train_once_for_all",

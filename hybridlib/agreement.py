@@ -15,8 +15,8 @@ from scipy import stats
 
 from .checks import check_int, check_number
 
-__all__ = ["bootstrap_interval", "chance_jaccard", "interval", "jaccard", "kendall", "paired_difference", "pairwise",
-           "spearman", "top_k_jaccard"]
+__all__ = ["bootstrap_interval", "chance_jaccard", "contiguity", "contiguity_distribution", "interval", "jaccard",
+           "kendall", "paired_difference", "pairwise", "spearman", "top_k_jaccard"]
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
@@ -40,6 +40,34 @@ def chance_jaccard(num_layers: int, k_a: int, k_b: int | None = None) -> float:
     shared = range(max(0, k_a + k_b - num_layers), min(k_a, k_b) + 1)
     return sum(comb(k_a, s) * comb(num_layers - k_a, k_b - s) / comb(num_layers, k_b) * s / (k_a + k_b - s)
                for s in shared)
+
+
+def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, float]:
+    """Whether chosen layers cluster: (pairs, expected, probability), of pairs of neighbours l and l + 1, both chosen.
+
+    `expected` is the mean over all sets of as many layers, K (K - 1) / L, and `probability` the share of those sets
+    that have at least as many pairs, exactly: small if the layers cluster, see `contiguity_distribution`.
+
+    Raises ValueError if there is no layer, or one that is not from 0 to ``num_layers - 1``.
+    """
+    chosen = _layers("layers", layers)
+    check_int("num_layers", num_layers, 1)
+    if not chosen or min(chosen) < 0 or max(chosen) >= num_layers:
+        raise ValueError(f"layers={sorted(chosen)} are not one or more layers from 0 to {num_layers - 1}")
+    pairs, k = sum(layer + 1 in chosen for layer in chosen), len(chosen)
+    return pairs, k * (k - 1) / num_layers, float(contiguity_distribution(k, num_layers)[pairs:].sum())
+
+
+def contiguity_distribution(k: int, num_layers: int) -> np.ndarray:
+    """Entry p: the share of all sets of `k` layers that have p pairs of neighbours; (k,).
+
+    k layers in r runs have k - r pairs, and C(k - 1, r - 1) C(L - k + 1, r) of the C(L, k) sets have r runs (the runs
+    test of Wald and Wolfowitz, 1940).
+    """
+    check_int("num_layers", num_layers, 1)
+    check_int("k", k, 1, num_layers)
+    sets = comb(num_layers, k)
+    return np.array([comb(k - 1, r - 1) * comb(num_layers - k + 1, r) / sets for r in range(k, 0, -1)])
 
 
 def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) -> float:

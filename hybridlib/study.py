@@ -97,23 +97,25 @@ class StudySettings:
             raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
 
 
-def notebook_settings(namespace: Mapping, form: type[StudySettings] = StudySettings) -> StudySettings:
+def notebook_settings(namespace: Mapping, form: type = StudySettings):
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
-    `form` is the kind of settings that the notebook takes. Every plain variable (number, text, list, truth value) must
-    be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely meant.
-    Raises ValueError for that and for a value out of range.
+    `form` is the dataclass of settings that the notebook takes; parameters of `StudySettings` that it lacks are passed
+    over, so that one profile can serve several notebooks. Every other plain variable (number, text, list, truth value)
+    must be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely
+    meant. Raises ValueError for that and for a value out of range.
     """
     known = {f.name for f in fields(form)}
+    passed = {f.name for f in fields(StudySettings)} - known
     plain = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
              and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
     for name in plain:
-        if name not in known:
+        if name not in known | passed:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
             raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
-    return form(**plain)
+    return form(**{name: value for name, value in plain.items() if name in known})
 
 
 def results_folder(name: str = "local") -> Path:

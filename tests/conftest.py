@@ -11,7 +11,23 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
 CONTESTS = ("selectors", "cost_of_selection")  # notebooks with one parameter more, and profiles of their own
-SPEED = "mixers_and_speed"  # a notebook with parameters and profiles of its own
+SPEED = "mixers_and_speed"  # notebooks with parameters of their own, and maybe profiles
+ORACLE = "oracle"
+PUBLISHED = "published_sets"
+OTHERS = (*CONTESTS, PUBLISHED, ORACLE, SPEED)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need the executed notebooks go to one worker, so that they are executed once."""
+    for item in items:
+        if "executed_notebooks" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("notebooks"))
+
+
+def profile_path(name: str, profile: str) -> Path:
+    """The profile that `make book` gives a notebook: its own, where it has one."""
+    own = ROOT / "notebooks" / "profiles" / name / f"{profile}.yaml"
+    return own if own.is_file() else ROOT / "notebooks" / "profiles" / f"{profile}.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -27,14 +43,13 @@ def smoke_results(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def executed_notebooks(tmp_path_factory, smoke_profile, smoke_results) -> dict[str, Path]:
+def executed_notebooks(tmp_path_factory, smoke_results) -> dict[str, Path]:
     """Each notebook run by papermill under the smoke profile: its name and where the executed copy is."""
     folder = tmp_path_factory.mktemp("executed")
     executed = {}
-    for name in (*NOTEBOOKS, *CONTESTS, SPEED):
+    for name in (*NOTEBOOKS, *OTHERS):
         executed[name] = folder / f"{name}.ipynb"
-        own = ROOT / "notebooks" / "profiles" / name / "smoke.yaml"
-        profile = yaml.safe_load(own.read_text(encoding="utf-8")) if own.is_file() else smoke_profile
+        profile = yaml.safe_load(profile_path(name, "smoke").read_text(encoding="utf-8"))
         papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed[name],
                                    parameters={**profile, "results": str(smoke_results)},
                                    kernel_name="python3", cwd=ROOT, progress_bar=False, start_timeout=180)

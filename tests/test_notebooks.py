@@ -12,17 +12,20 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import CONTESTS, NOTEBOOKS, ROOT, SPEED
+from conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
 from hybridlib.contest import SelectorSettings
+from hybridlib.oracle import OracleSettings
+from hybridlib.published import PublishedSettings
 from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-NAMES = [field.name for field in fields(StudySettings)]
-SPEED_NAMES = [field.name for field in fields(SpeedSettings)]
-CONTEST_NAMES = [field.name for field in fields(SelectorSettings)]
-ALL = (*NOTEBOOKS, *CONTESTS, SPEED)
+ALL = (*NOTEBOOKS, *OTHERS)
+SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, SelectorSettings)
+            | {ORACLE: OracleSettings, PUBLISHED: PublishedSettings, SPEED: SpeedSettings})
+PROFILED = (*CONTESTS, ORACLE, SPEED)  # those with profiles of their own
+NAMES = {name: [field.name for field in fields(kind)] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = ("replicates here", "does not replicate here", "cannot be told apart", "cannot tell")
 
@@ -37,12 +40,8 @@ def parameters_cell(name):
     return cells[0]
 
 
-def names_of(name):
-    return SPEED_NAMES if name == SPEED else CONTEST_NAMES if name in CONTESTS else NAMES
-
-
-def profile(name):
-    return yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{name}.yaml").read_text(encoding="utf-8"))
+def profile(name, notebook=NOTEBOOKS[0]):
+    return yaml.safe_load(profile_path(notebook, name).read_text(encoding="utf-8"))
 
 
 def run_head(name, **parameters):
@@ -51,7 +50,7 @@ def run_head(name, **parameters):
     exec(parameters_cell(name).source, namespace)
     namespace.update(parameters)
     setup = code_cells(name)[1].source
-    exec(setup[:setup.index("study = ")], namespace)
+    exec(setup[:setup.index("study = ") if "study = " in setup else None], namespace)
     return namespace
 
 
@@ -74,47 +73,52 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     cell = parameters_cell(name)
     lines = ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
-    assert [line.target.id for line in lines] == names_of(name)
+    assert [line.target.id for line in lines] == NAMES[name]
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
     settings = run_head(name)["settings"]
-    if name == SPEED:
-        assert settings == SpeedSettings(**profile(f"{SPEED}/cpu") | {"device": "auto"})
-    else:
+    if name in PROFILED:
+        assert settings == SETTINGS[name](**profile("cpu", name) | {"device": "auto"})
+    elif name != PUBLISHED:
         assert settings.seeds >= 2
-    if name in CONTESTS:
-        assert settings == SelectorSettings(**profile(f"{name}/cpu") | {"device": "auto"})
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
     values = profile(name)
-    assert list(values) == NAMES
+    assert list(values) == NAMES[NOTEBOOKS[0]]
     StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
 
 
+@pytest.mark.parametrize("notebook", PROFILED)
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_of_speed_sets_every_parameter_to_an_allowed_value(name):
-    values = profile(f"{SPEED}/{name}")
-    assert list(values) == SPEED_NAMES
-    SpeedSettings(**values | {"device": "cpu"})
+def test_a_profile_of_one_notebook_sets_every_parameter_to_an_allowed_value(name, notebook):
+    values = profile(name, notebook)
+    assert list(values) == NAMES[notebook]
+    SETTINGS[notebook](**values | {"device": "cpu"})
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_of_selectors_are_the_shared_one_and_a_list_alike_in_both(name):
-    values = profile(f"{CONTESTS[0]}/{name}")
-    assert list(values) == CONTEST_NAMES and values == profile(f"{CONTESTS[1]}/{name}")
+    values = profile(name, CONTESTS[0])
+    assert values == profile(name, CONTESTS[1])
     assert {k: v for k, v in values.items() if k != "selectors"} == profile(name)
-    SelectorSettings(**values | {"device": "cpu"})
 
 
-def test_there_are_four_profiles_and_seven_notebooks():
-    for folder in ("profiles", *(f"profiles/{name}" for name in (SPEED, *CONTESTS))):
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_the_oracle_shares_students_and_scores_with_the_other_notebooks(name):
+    common, own = profile(name), profile(name, ORACLE)
+    assert {key: own[key] for key in common if key != "seeds"} == {key: common[key] for key in common if key != "seeds"}
+    assert own["seeds"] <= common["seeds"]
+
+
+def test_there_are_four_profiles_and_all_notebooks_are_tested():
+    for folder in ("profiles", *(f"profiles/{name}" for name in PROFILED)):
         assert {path.stem for path in (ROOT / "notebooks" / folder).glob("*.yaml")} == set(PROFILES)
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(ALL)
 
 
-@pytest.mark.parametrize("name", (*NOTEBOOKS, *CONTESTS))
+@pytest.mark.parametrize("name", (*NOTEBOOKS, ORACLE))
 def test_a_bad_parameter_is_refused_before_any_compute(name):
     with pytest.raises(ValueError, match=r"^bugdet=0.5 is no parameter of this notebook; did you mean 'budget'\?$"):
         run_head(name, bugdet=0.5)
@@ -141,7 +145,7 @@ def test_commands_that_a_notebook_shows_name_what_exists(name):
     assert len(commands) >= 2
     for source, settings, parameter, _ in commands:
         assert (ROOT / source).is_file() and (ROOT / settings).is_file()
-        assert parameter in names_of(name)
+        assert parameter in NAMES[name]
     keys = re.findall(r"@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"))
     cited = [key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text) for key in keys.split(",")]
     assert cited and set(cited) <= set(keys)
@@ -187,6 +191,35 @@ def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(execu
     assert "times its memory floor" in verdict and "hybridlib's loop is" in verdict and "100% softmax: cache" in verdict
     kinds = {r.kind for r in Ledger(smoke_results)}
     assert {"copy_speed", "operator_speed", "step_speed", "decoding_speed"} <= kinds
+
+
+def test_a_run_of_the_published_sets_draws_and_says_each_part(executed_notebooks):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[PUBLISHED], as_version=4).cells}
+    outputs = [output for cell in cells.values() for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 6
+    verdict = "".join(cells["verdict"].outputs[0].data["text/markdown"])
+    assert "GA-S2 above its rivals" in verdict and "no interval can be given" in verdict and "cannot tell" in verdict
+
+
+def test_a_run_of_the_oracle_measures_draws_and_says_each_part(executed_notebooks, smoke_results):
+    cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[ORACLE], as_version=4).cells}
+    outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
+    assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
+    for name, figures in (("settled", 1), ("judged", 2), ("interactions", 1)):
+        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
+    verdict = "".join(outputs["verdict"][0].data["text/markdown"])
+    assert "2 of 8 layers, by KL" in verdict and "**ga-s2**: regret" in verdict and "of 28: **" in verdict
+    values = profile("smoke", ORACLE)
+    records = [r for r in Ledger(smoke_results) if r.kind == "oracle"]
+    assert [r.seed for r in records] == list(range(values["seeds"]))
+    assert {len(r.metrics["sets"]) for r in records} == {1 + 8 + 28}
+
+
+def test_the_published_sets_are_refused_a_parameter_that_no_notebook_has():
+    assert run_head(PUBLISHED, align_tokens=1)["settings"] == PublishedSettings()
+    with pytest.raises(ValueError, match=r"^shares=0.5 is no parameter of this notebook; did you mean 'share'\?$"):
+        run_head(PUBLISHED, shares=0.5)
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):
