@@ -98,3 +98,14 @@ def tiny_tokens():
     start = torch.randint(0, 64, (72, 1), generator=generator)
     rows = (start + 7 * torch.arange(16)) % 64
     return Tokens(rows[:64].int(), rows[64:].int(), source="pattern", seed=0)
+
+
+@pytest.fixture(scope="module")
+def aligned(tiny_teacher, tiny_tokens):
+    """(student, teacher): a tiny teacher and its aligned all-linear student, which tests leave as they are."""
+    import hybridlib as hl
+
+    teacher = tiny_teacher("llama")
+    student = hl.linearize(teacher)
+    hl.align(student, teacher, tiny_tokens, 2048, settings=hl.AlignSettings(batch_tokens=128, learning_rate=1e-2))
+    return student, teacher

@@ -8,14 +8,6 @@ import torch
 import hybridlib as hl
 
 
-@pytest.fixture(scope="module")
-def aligned(tiny_teacher, tiny_tokens):
-    teacher = tiny_teacher("llama")
-    student = hl.linearize(teacher)
-    hl.align(student, teacher, tiny_tokens, 2048, settings=hl.AlignSettings(batch_tokens=128, learning_rate=1e-2))
-    return student, teacher
-
-
 def plain_kl(model, teacher, rows):
     p = teacher(input_ids=rows.long()).logits.double().log_softmax(-1)
     q = model(input_ids=rows.long()).logits.double().log_softmax(-1)

@@ -26,14 +26,6 @@ NEVER = hl.EarlyStop(1, 256, window=100)
 
 
 @pytest.fixture(scope="module")
-def aligned(tiny_teacher, tiny_tokens):
-    teacher = tiny_teacher("llama")
-    student = hl.linearize(teacher)
-    hl.align(student, teacher, tiny_tokens, 2048, settings=hl.AlignSettings(batch_tokens=128, learning_rate=1e-2))
-    return student, teacher
-
-
-@pytest.fixture(scope="module")
 def settings(tiny_teacher, tmp_path_factory):
     """Of a study whose teacher and corpus are files, so that other processes find them."""
     folder = tmp_path_factory.mktemp("inputs")

@@ -235,14 +235,6 @@ def test_regret_and_rank_are_among_sets_of_the_same_size():
             judge((2, 3), values)
 
 
-@pytest.fixture(scope="module")
-def aligned(tiny_teacher, tiny_tokens):
-    teacher = tiny_teacher("llama")
-    student = hl.linearize(teacher)
-    hl.align(student, teacher, tiny_tokens, 2048, settings=hl.AlignSettings(batch_tokens=128, learning_rate=1e-2))
-    return student, teacher
-
-
 def test_the_first_step_of_greedy_addition_is_the_ranking_of_single_layers(aligned, tiny_tokens):
     student, teacher = aligned
     scores = hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
