@@ -37,8 +37,8 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
     teacher, tokens : from `load_teacher` and `load_tokens`; the device is the teacher's, the context that of `tokens`.
     stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid with `budget` softmax layers, evenly spaced).
     loop : ``"hybridlib"`` is `align` or `match` itself, compiled and recorded on a GPU as a `Study` runs it.
-        ``"plain"`` is the loop that one writes first: both models called whole, KL from all logits of both, mixers by
-        `plain_backend`, one backward pass, torch's default AdamW.
+        ``"plain"`` is the loop that one writes first, nothing compiled or recorded: KL from all logits of both models,
+        mixers by `plain_backend`, one backward pass for all layers, torch's default AdamW.
     batch_tokens : tokens a step. steps : to run; on a GPU at least 6, of which the first four, where a step is
         recorded, are not timed. Both loops see the same rows and rates.
 
