@@ -13,6 +13,7 @@ import torch
 
 from hybridlib import kernels
 from hybridlib.kernels import fused
+from hybridlib.kernels.fused import launch
 
 OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
 NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_state"],
@@ -55,14 +56,18 @@ def make_inputs(operator, time, key_dim, value_dim, dtype, decay="mild", beta="r
 
 
 def run(operator, inputs, state, backend, dtype=None, **options):
-    """Output, final state and every gradient of a fixed random functional of the two, whose weights are bfloat16's."""
+    """Output, final state and every gradient of a fixed random functional of the two, whose weights are bfloat16's.
+
+    state may be None, and its gradient is then left out.
+    """
     inputs = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
-    state = state.to(dtype or state.dtype).requires_grad_()
+    state = None if state is None else state.to(dtype or state.dtype).requires_grad_()
     operate = getattr(kernels, OPERATORS[operator])
     o, final = operate(*inputs, initial_state=state, backend=backend, **options)
     random = torch.Generator().manual_seed(7)
     weights = [torch.randn(x.shape, generator=random).bfloat16().to(x) for x in (o, final)]
-    return [o.detach(), final.detach(), *torch.autograd.grad((o, final), inputs + [state], weights)]
+    wanted = inputs if state is None else inputs + [state]
+    return [o.detach(), final.detach(), *torch.autograd.grad((o, final), wanted, weights)]
 
 
 def error(found, truth):
@@ -209,8 +214,8 @@ def test_refuses_what_it_cannot_run(monkeypatch, dtype, dim, said):
         kernels.gated_delta_rule(*inputs, backend="fused")
 
 
-def interpreted_checks():
-    """What runs in a process of its own, where Triton interprets kernels: small shapes, the same code."""
+def interpret_as_gpus_compute():
+    """Make Triton's interpreter round as GPUs do and look after every address; for a process of its own."""
     import numpy as np
     from triton.runtime import interpreter
 
@@ -257,6 +262,11 @@ def interpreted_checks():
     cast, interpreter.InterpreterBuilder.create_fp_trunc = interpreter.InterpreterBuilder.cast_impl, round_to_nearest
     interpreter.InterpreterBuilder.cast_impl = round_to_nearest
     patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, index_by_item
+
+
+def interpreted_checks():
+    """What runs in a process of its own, where Triton interprets kernels: small shapes, the same code."""
+    interpret_as_gpus_compute()
     for operator in OPERATORS:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
             for decay in DECAYS if dtype == torch.float32 else ("mild", "strong, then mild"):
@@ -274,10 +284,30 @@ def interpreted_checks():
             check("gdn", inputs, state, 1e-4)
 
 
+def interpreted_checks_of_segments():
+    """As `interpreted_checks`, with scans cut along time: some segments shorter, some empty."""
+    interpret_as_gpus_compute()
+    for operator in OPERATORS:
+        for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+            for number, decay in ((2, "mild"), (3, "near none"), (5, "mixed")):
+                launch.override_segments = number
+                inputs, state = make_inputs(operator, 150, 32, 32, dtype, decay, batch=2, heads=1)
+                check(operator, inputs, None if number == 2 else state, bound)
+            inputs, state = make_inputs(operator, 330, 32, 64, dtype, batch=1, heads=2, sequences=5)
+            check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 134, 330, 330]))
+    launch.override_segments = 2
+    for key_dim, value_dim in ((64, 32), (128, 64)):
+        inputs, state = make_inputs("gdn", 70, key_dim, value_dim, torch.float32, batch=1, heads=1, repeat_keys=True)
+        check("gdn", inputs, state, 1e-4)
+        inputs, state = make_inputs("gla", 70, key_dim, value_dim, torch.float32, batch=1, heads=1)
+        check("gla", inputs, state, 1e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("checks", ["interpreted_checks", "interpreted_checks_of_segments"])
+def test_in_the_interpreter(checks):
     root = Path(__file__).resolve().parent.parent
-    code = "import torch; torch.set_num_threads(1); from tests import test_fused; test_fused.interpreted_checks()"
+    code = f"import torch; torch.set_num_threads(1); from tests import test_fused; test_fused.{checks}()"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

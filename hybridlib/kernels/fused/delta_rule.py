@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
@@ -29,7 +30,7 @@ from .tiles import (
     pairwise_decay,
     fine_product,
     product,
-    sequence,
+    segment,
     store_rows,
     tokens_of,
 )
@@ -139,8 +140,8 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
 
 
 @kernel
-def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, time, sequences, heads, scale,
-          q_stride, k_stride, v_stride,
+def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
+          cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
@@ -149,7 +150,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu
     None, gets the state before each chunk.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
-    start, end, chunk = sequence(cu_seqlens, n, time, sequences, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if initial is None:
@@ -178,12 +179,13 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu
         read += product(scores.to(kind), new.to(kind), PRECISION)
         state = tl.exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
         store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
-    tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
+    if final is not None:
+        tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
 
 
 @kernel
 def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
-               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, o_stride,
+               cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
@@ -191,7 +193,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
     dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
-    start, end, chunk = sequence(cu_seqlens, n, time, sequences, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if d_final is None:
@@ -213,7 +215,8 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
 
         after = d_state.to(kind)
-        tl.store(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), after)
+        if d_states is not None:
+            tl.store(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), after)
         decay = tl.where(i >= j, tl.exp(sum_c[None, :] - sum_c[:, None]), 0.0)
         scores = scale * product(k_c, tl.trans(q_c), PRECISION) * decay                       # P^T
         d_new = decay_out[:, None] * product(k_c, after, PRECISION)
@@ -224,7 +227,8 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         d_right_in = ((strength * decay_in)[:, None] * d_right_c).to(kind)
         d_state = tl.exp(total) * d_state + product(tl.trans(q_c), do_in, PRECISION)
         d_state -= product(tl.trans(k_c), d_right_in, PRECISION)
-        store_rows(d_right, d_right_c, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+        if d_right is not None:
+            store_rows(d_right, d_right_c, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
     if d_initial is not None:
         tl.store(block(d_initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), d_state)
 
@@ -308,45 +312,61 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     tl.store(d_beta + t_at, d_strength.to(d_beta.dtype.element_ty), t < end)
 
 
-def kept(q, v, count, keep):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states."""
+def kept(q, v, count, keep, sequences):
+    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states, M."""
     inverse = q.new_empty(count, SIZE, SIZE)
     rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
     sums, strengths = (q.new_empty(count, SIZE, dtype=torch.float32) for _ in range(2))
-    return inverse, rest, sums, strengths, q.new_empty(count, q.shape[-1], v.shape[-1]) if keep else None
+    states = q.new_empty(count, q.shape[-1], v.shape[-1]) if keep else None
+    return inverse, rest, sums, strengths, states, segments.room(q, v, sequences, q.shape[-1], q.shape[-1])
 
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: T, its rest, sums, strengths and (if `keep`) states."""
+    """o, final state, and what `backward` needs: T, its rest, sums, strengths, (if `keep`) states, and M."""
     at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
     strides = stride(q), stride(k), stride(v)
-    inverse, rest, sums, strengths, states = kept(q, v, at.chunks * at.heads, keep)
+    inverse, rest, sums, strengths, states, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
               k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
               strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
+    starts, ends = initial, final
+    if maps is not None:
+        starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
+        segments.join(at, maps, starts, initial, final, False)
     use = at.how("delta_rule.scan")
-    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences),
-              q, k, v, inverse, rest, sums, strengths, initial, o, final, states, cu_seqlens, *shape, scale, *strides,
+    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
+              q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
+              cu_seqlens, *shape, at.segments, scale, *strides,
               at.key_dim, at.value_dim, use.width, SIZE, many, dots)
-    return o, final, (inverse, rest, sums, strengths, states)
+    return o, final, (inverse, rest, sums, strengths, states, maps)
 
 
 def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
     at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
-    inverse, rest, sums, strengths, states = saved
+    inverse, rest, sums, strengths, states, maps = saved
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     use = at.how("delta_rule.scan_back")
-    at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences),
-              q, k, inverse, rest, sums, strengths, d_o, d_final, dv, d_states, d_initial, cu_seqlens, *shape, scale,
-              stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots)
+
+    def scan_back(*ends_and_found, part=0):
+        at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
+                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
+                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=part)
+
+    if maps is None:
+        scan_back(d_final, dv, d_states, d_initial)
+    else:
+        d_ends = segments.ends(at, q.device)
+        scan_back(None, None, None, d_ends, part=1)
+        segments.join(at, maps, d_ends, d_final, d_initial, True)
+        scan_back(d_ends, dv, d_states, None)
     use = at.how("delta_rule.gradients")
     at.launch(_gradients, use, (at.heads, at.chunks, 1),
               q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,

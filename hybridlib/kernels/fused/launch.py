@@ -3,18 +3,21 @@
 The table is from measurements on one H100. `override` goes before it, by the kernel's name ("delta_rule.scan"). Where
 ptxas runs out of registers it may compute addresses in shared memory from the stack pointer (12.8, tiles of 32 columns
 in half precision): a launch in the table has been looked through for that or, for gated linear attention's scan and
-gradients at 64 dims, compared with float64 at full size.
+gradients at 64 dims, compared with float64 at full size. `segments_of` says when scans are cut along time;
+`override_segments` goes before it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "by_token", "override", "precision", "stride"]
+__all__ = ["SIZE", "Launch", "Place", "by_token", "override", "override_segments", "precision", "segments_of", "stride"]
 
 SIZE = 64  # tokens in a chunk
+LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
 
 
 class Launch(NamedTuple):
@@ -26,24 +29,31 @@ class Launch(NamedTuple):
 
 
 override: dict[str, Launch] = {}
+override_segments: int | None = None  # the same in a forward pass and its backward pass
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 32)),
+    "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.join": (Launch(4, 2, 16), Launch(4, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
+    "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
 _FLOAT32 = {
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.scan_back": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.maps": (Launch(4, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.join": (Launch(4, 2, 16), Launch(4, 2, 16)),
     "linear_attention.scan": (Launch(4, 1, 32), Launch(4, 1, 32)),
     "linear_attention.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
     "linear_attention.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
+    "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
 
 
@@ -68,7 +78,8 @@ class Place:
             self.sequences = len(cu_seqlens) - 1
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
-        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many], 0
+        self.segments = segments_of(q, v, self.sequences)
+        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
         for x in tokens:
             key += x.dtype, x.stride(1)
             aligned |= x.data_ptr()
@@ -85,15 +96,36 @@ class Place:
         most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
         return use if use.width <= most else Launch(use.warps, use.stages, most)
 
-    def launch(self, kernel, use, grid, *arguments):
-        """Run a kernel, whose arguments may differ in size, not in kind, from those of another call of equal `key`."""
-        key = None if self.key is None else (id(kernel), use, self.key)
+    def launch(self, kernel, use, grid, *arguments, part=0):
+        """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
+        key = None if self.key is None else (id(kernel), use, part, self.key)
         _, compiled = _compiled.get(key, (kernel, None))
         if compiled is not None:
             return compiled[grid](*arguments)
         compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
         if key is not None and compiled is not None:  # None from Triton's interpreter
             _compiled[key] = kernel, compiled
+
+
+def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
+    """How many segments the scans cut each of `sequences` sequences into; 1: they run it from end to end.
+
+    One for each time that the programs of an uncut scan (sequences x heads x tiles of 64 x 64 of the state) fit among
+    the GPU's multiprocessors, MOST of them at most, and of LEAST chunks at least, going by the mean length: lengths of
+    packed sequences are known on the GPU only. Fewer than 3 do not pay, as a cut scan goes over its tokens twice.
+    """
+    if override_segments is not None:
+        return override_segments
+    (batch, time, heads, key_dim), value_dim = q.shape, v.shape[-1]
+    programs = sequences * heads * max(1, key_dim * value_dim // 4096)
+    chunks = batch * -(-time // SIZE) // sequences
+    segments = min(_multiprocessors(q.device) // programs, chunks // LEAST, MOST)
+    return segments if segments >= 3 else 1
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def stride(x: torch.Tensor) -> int:

@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
@@ -36,7 +37,7 @@ from .tiles import (
     kernel,
     load_rows,
     product,
-    sequence,
+    segment,
     store_rows,
     sums_over_columns,
     sums_over_rows,
@@ -70,18 +71,19 @@ def _neighbours(LEVEL, SIZE: tl.constexpr):
 
 
 @kernel
-def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, heads, scale,
+def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, sequences, heads, segments, scale,
           x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
 
     (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in registers, in float32. `states`
-    gets the state before each chunk, or the gradient of the state after it; `final` the last one.
+    gets the state before each chunk, or the gradient of the state after it; `final` the last one,
+    `totals` the decay from the start to the end.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
-    start, end, chunk = sequence(cu_seqlens, n, time, sequences, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     between = s <= t if BACK else s > t
     kind = x.dtype.element_ty
@@ -90,6 +92,7 @@ def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, 
     else:
         state = tl.load(block(initial, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH)).to(tl.float32)
     count = tl.cdiv(end - start, SIZE)
+    passed = tl.zeros((HEIGHT,), tl.float32)
     for step in range(count):
         c = count - 1 - step if BACK else step
         token = start + c * SIZE
@@ -100,10 +103,15 @@ def _scan(x, y, log_decay, initial, final, states, cu_seqlens, time, sequences, 
             tl.store(block(states, (chunk + c) * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH),
                      state.to(states.dtype.element_ty))
         x_c = x_c.to(tl.float32) * (scale * tl.exp(sums_over_columns(decay, between)))
-        total = tl.exp(tl.sum(decay.to(tl.float32), 1))
-        state = total[:, None] * state + product(x_c.to(kind), y_c, PRECISION)
+        total = tl.sum(decay.to(tl.float32), 1)
+        if totals is not None:
+            passed += total
+        state = tl.exp(total)[:, None] * state + product(x_c.to(kind), y_c, PRECISION)
     if final is not None:
         tl.store(block(final, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH), state)
+    if totals is not None:
+        if column == 0:
+            tl.store(totals + (n * heads + head) * KEY_DIM + row + tl.arange(0, HEIGHT), tl.exp(passed))
 
 
 @kernel
@@ -199,34 +207,35 @@ def _gradients(q, k, v, log_decay, states, pairs, d_o, d_states, dq, dk, dv, d_d
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
-def kept(q, v, count, keep):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: states and P."""
+def kept(q, v, count, keep, sequences):
+    """Room for what `forward` leaves to `backward`, for `count` chunks: states, P and M."""
     states = q.new_empty(count, q.shape[-1], v.shape[-1])
-    return states, q.new_empty(count, SIZE, SIZE) if keep else None
+    pairs = q.new_empty(count, SIZE, SIZE) if keep else None
+    return states, pairs, segments.room(q, v, sequences, q.shape[-1])
 
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: the states and (if `keep`) P."""
+    """o, final state, and what `backward` needs: the states, (if `keep`) P, and M."""
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
-    states, pairs = kept(q, v, at.chunks * at.heads, keep)
+    states, pairs, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch_scan(at, k, v, log_decay, initial, final, states, cu_seqlens, 1.0, False)
+    _launch_scan(at, k, v, log_decay, initial, final, states, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
     at.launch(_outputs, use, (at.heads, at.chunks, 1),
               q, k, v, log_decay, states, o, pairs, _counting(q.device, torch.float16), cu_seqlens,
               at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v), stride(log_decay),
               at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
-    return o, final, (states, pairs)
+    return o, final, (states, pairs, maps)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states, pairs) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
+    at, (states, pairs, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, cu_seqlens, scale, True)
+    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
     sum_dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16        # float16 would underflow
     use = at.how("linear_attention.gradients")
     at.launch(_gradients, use, (at.heads, at.chunks, 1),
@@ -238,10 +247,20 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     return dq, dk, dv, d_decay, d_initial
 
 
-def _launch_scan(at, x, y, log_decay, initial, final, states, cu_seqlens, scale, back):
+def _launch_scan(at, x, y, log_decay, initial, final, states, maps, cu_seqlens, scale, back):
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
-    at.launch(_scan, use, (at.key_dim // height * (at.value_dim // width), at.heads, at.sequences),
-              x, y, log_decay, initial, final, states, cu_seqlens, at.time, at.sequences, at.heads, scale,
-              stride(x), stride(y), stride(log_decay),
-              at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype))
+    grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
+
+    def scan(*ends_and_found, part=0):
+        at.launch(_scan, use, grid,
+                  x, y, log_decay, *ends_and_found, cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
+                  stride(x), stride(y), stride(log_decay),
+                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
+
+    if maps is None:
+        return scan(initial, final, states, None)
+    ends = segments.ends(at, x.device)
+    scan(None, ends, None, None if back else maps, part=1)
+    segments.join(at, maps, ends, initial, final, back)
+    scan(ends, None, states, None)

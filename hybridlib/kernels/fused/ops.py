@@ -38,7 +38,7 @@ def _define(name):
         sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
         chunks = batch * -(-time // SIZE) if cu_seqlens is None else time // SIZE + sequences
         state = q.new_empty(sequences, heads, key_dim, value_dim, dtype=torch.float32)
-        kept = _filled(module(name).kept(q, v, chunks * heads, True), v) if keep else []
+        kept = _filled(module(name).kept(q, v, chunks * heads, True, sequences), v) if keep else []
         return [_empty_like(v), state, *kept]
 
     @torch.library.custom_op(f"hybridlib::{name}_backward", mutates_args=())

@@ -17,7 +17,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOWEST = tl.constexpr(-1000.0)  # exp of it is 0 in float32
 
 # Kernels are not compiled anew for sizes that differ from call to call.
-kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "gate_stride", "beta_stride"])
+kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "gate_stride", "beta_stride"])
 
 
 @triton.jit
@@ -50,6 +50,18 @@ def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.conste
         chunk = tl.sum((last - first + SIZE - 1) // SIZE).to(tl.int32)
         start, end = tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32)
     return start, end, chunk
+
+
+@triton.jit
+def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: tl.constexpr):
+    """As `sequence`, of segment n % segments of sequence n // segments: equally many whole chunks each, the last fewer.
+
+    Segments past the sequence's last chunk are empty.
+    """
+    start, end, chunk = sequence(cu_seqlens, n // segments, time, sequences, SIZE, MANY)
+    each = tl.cdiv(tl.cdiv(end - start, SIZE), segments)  # chunks
+    first = n % segments * each
+    return tl.minimum(start + first * SIZE, end), tl.minimum(start + (first + each) * SIZE, end), chunk + first
 
 
 @triton.jit

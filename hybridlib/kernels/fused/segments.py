@@ -1,0 +1,121 @@
+"""Scans cut along time, for calls with fewer sequences and heads than the GPU has multiprocessors.
+
+Whole chunks make up a segment, so that chunks keep their numbers. Whatever the state before it, a segment leaves an
+affine map of it, and its gradient goes back through the same map:
+
+    S_(g+1) = M_g S_g + B_g,        dS_g = M_g^T dS_(g+1) + dB_g
+
+=================  =====================================  ==============================================================
+kernel             one program for each                   computes
+=================  =====================================  ==============================================================
+_maps              segment, head, tile of [B | M]         the gated delta rule's B, a scan from 0 that reads nothing
+                                                          out, and M, the same for v = 0 from the identity
+_join              sequence, head, tile of the state      the states at the segments' borders, one after another
+=================  =====================================  ==============================================================
+
+For gated linear attention M is diagonal, the segment's decay, and its scan leaves it beside B. dB is what the backward
+scans make of a gradient of 0 behind the segment. M is kept for the backward pass. Then the ordinary scans run from the
+states at the borders, all segments at once. All of this is in float32, but for factors of products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from .launch import SIZE, precision, segments_of, stride
+from .tiles import block, fine_product, kernel, load_rows, product, segment
+
+
+@kernel
+def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments,
+          k_stride, v_stride,
+          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
+          PRECISION: tl.constexpr):
+    """S' = in_C S + k^T (out T (beta v - (beta in) k S)) over a segment: `ends` from 0, `maps` from 1 with v = 0."""
+    tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
+    kind = k.dtype.element_ty
+    of_map = tile >= VALUE_DIM // WIDTH
+    column = tl.where(of_map, tile - VALUE_DIM // WIDTH, tile) * WIDTH
+    last = tl.where(of_map, start, end)  # of no token v is read
+    i, j = tl.arange(0, KEY_DIM)[:, None], tl.arange(0, WIDTH)[None, :]
+    state = tl.where((i == column + j) & of_map, 1.0, 0.0)
+    for step in range(tl.cdiv(end - start, SIZE)):
+        token, at = start + step * SIZE, (chunk + step) * heads + head
+        k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        v_c = load_rows(v, token, last, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+        total = tl.min(sum_c, 0)
+        found = tl.exp(sum_c)[:, None] * product(k_c, state.to(kind), PRECISION)
+        new = fine_product(inverse_c, rest_c, strength[:, None] * (v_c.to(tl.float32) - found), PRECISION)
+        new = (tl.exp(total - sum_c)[:, None] * new).to(kind)
+        state = tl.exp(total) * state + product(tl.trans(k_c), new, PRECISION)
+    if of_map:
+        tl.store(block(maps, n * heads + head, 0, column, KEY_DIM, KEY_DIM, KEY_DIM, WIDTH), state)
+    else:
+        tl.store(block(ends, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
+
+
+@kernel
+def _join(maps, ends, initial, final, heads, segments,
+          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr,
+          BACK: tl.constexpr):
+    """S' = M S + ends, segment after segment from `initial` (0 if None) to `final`; BACK: M^T, the last one first.
+
+    S takes the place of `ends`, which then has the state that each segment starts from.
+    """
+    column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
+    if initial is None:
+        state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
+    else:
+        state = tl.load(block(initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)).to(tl.float32)
+    for step in range(segments):
+        g = segments - 1 - step if BACK else step
+        at = (n * segments + g) * heads + head
+        end = block(ends, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)
+        added = tl.load(end)
+        tl.store(end, state)
+        if DIAGONAL:
+            state = tl.load(maps + at.to(tl.int64) * KEY_DIM + tl.arange(0, KEY_DIM))[:, None] * state + added
+        else:
+            through = tl.load(block(maps, at, 0, 0, KEY_DIM, KEY_DIM, KEY_DIM, KEY_DIM))
+            state = product(tl.trans(through) if BACK else through, state, "tf32x3") + added
+    if final is not None:
+        tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH),
+                 state.to(final.dtype.element_ty))
+
+
+def room(q, v, sequences, *shape):
+    """Room for M, of this shape, of each segment and head, in float32; None if scans are not cut."""
+    segments = segments_of(q, v, sequences)
+    return None if segments == 1 else q.new_empty(sequences * segments * q.shape[2], *shape, dtype=torch.float32)
+
+
+def ends(at, device):
+    """Room for the state at the end of each segment, (sequences * segments, heads, key_dim, value_dim) in float32."""
+    shape = at.sequences * at.segments, at.heads, at.key_dim, at.value_dim
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens):
+    """Fill `maps`, and return the states to which segments come from 0."""
+    use, found = at.how("delta_rule.maps"), ends(at, k.device)
+    width = min(use.width, at.key_dim)
+    at.launch(_maps, use, ((at.key_dim + at.value_dim) // width, at.heads, at.sequences * at.segments),
+              k, v, inverse, rest, sums, strengths, maps, found, cu_seqlens,
+              at.time, at.sequences, at.heads, at.segments, stride(k), stride(v),
+              at.key_dim, at.value_dim, width, SIZE, at.many, precision(at.dtype))
+    return found
+
+
+def join(at, maps, states, initial, final, back):
+    """Replace the states to which segments come from 0 by those they start from; back: gradients, from the last end."""
+    diagonal = maps.dim() == 2
+    use = at.how("linear_attention.join" if diagonal else "delta_rule.join")
+    width = min(use.width, at.value_dim)
+    at.launch(_join, use, (at.value_dim // width, at.heads, at.sequences),
+              maps, states, initial, final, at.heads, at.segments, at.key_dim, at.value_dim, width, diagonal, back)
