@@ -76,6 +76,19 @@ def error(found, truth):
     return 0.0 if difference == 0 else (difference / truth.norm()).item()
 
 
+def gradients_agree_when_compiled(operator, inputs, state, **options):
+    """Assert that torch.compile takes a call of the operator whole, with the same results and gradients."""
+    def fused_only(*tensors):
+        return getattr(kernels, OPERATORS[operator])(*tensors[:-1], initial_state=tensors[-1], backend="fused")
+
+    results = []
+    for f in (fused_only, torch.compile(fused_only, fullgraph=True, **options)):
+        tensors = [x.clone().requires_grad_() for x in (*inputs, state)]
+        o, final = f(*tensors)
+        results.append([o, final, *torch.autograd.grad(o.float().sum() + final.square().sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def check(operator, inputs, state, bound, **options):
     exact = "reference" if inputs[0].shape[1] < 1000 else "chunked"
     truth = run(operator, inputs, state, exact, torch.float64, **options)
@@ -132,10 +145,71 @@ def test_packed_sequences(operator, dtype):
 
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
-def test_results_are_the_same_in_every_run(operator, dtype):
-    inputs, state = make_inputs(operator, 300, 64, 64, dtype, device="cuda")
+@pytest.mark.parametrize("time", [300, 4200])
+def test_results_are_the_same_in_every_run(operator, dtype, time):
+    inputs, state = make_inputs(operator, time, 64, 64, dtype, device="cuda")
     first, second = (run(operator, inputs, state, "fused") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+@pytest.mark.parametrize("time, heads, dim, decay", [(4097, 2, 64, "near none"), (8192, 9, 64, "mild"),
+                                                     (8000, 1, 64, "mixed"), (6000, 2, 128, "mild")])
+def test_segments(operator, dtype, time, heads, dim, decay):
+    inputs, state = make_inputs(operator, time, dim, dim, dtype, decay, batch=1, heads=heads, device="cuda")
+    assert launch.segments_of(inputs[0], inputs[2], 1) >= 3
+    check(operator, inputs, state, BOUNDS[dtype])
+    check(operator, inputs, None, BOUNDS[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+def test_segments_of_packed_sequences(operator, dtype):
+    inputs, state = make_inputs(operator, 8000, 64, 64, dtype, batch=1, heads=2, sequences=5, device="cuda")
+    borders = torch.tensor([0, 5, 5, 4133, 8000, 8000], device="cuda")
+    assert launch.segments_of(inputs[0], inputs[2], 5) >= 3
+    check(operator, inputs, state, BOUNDS[dtype], cu_seqlens=borders)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+def test_segments_in_a_cuda_graph(operator, dtype):
+    inputs, _ = make_inputs(operator, 4200, 64, 64, dtype, batch=1, heads=2, device="cuda")
+    operate = getattr(kernels, OPERATORS[operator])
+    o, state = operate(*inputs, backend="fused")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operate(*inputs, backend="fused")
+    graph.replay()
+    assert torch.equal(captured[0], o) and torch.equal(captured[1], state)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_segments_compiled(operator):
+    inputs, state = make_inputs(operator, 4200, 64, 64, torch.bfloat16, batch=1, heads=2, device="cuda")
+    gradients_agree_when_compiled(operator, inputs, state)
+
+
+def test_scans_are_cut_only_where_multiprocessors_idle(monkeypatch):
+    def segments(batch, time, heads, dim, sequences=None):
+        q = torch.empty(batch, time, heads, dim, device="meta")
+        return launch.segments_of(q, q, sequences or batch)
+
+    assert segments(1, 32768, 1, 64) == 1                                      # no multiprocessors, none to fill
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    assert segments(1, 32768, 9, 64) == 132 // 9
+    assert segments(1, 32768, 9, 128) == 132 // (9 * 4)
+    assert segments(4, 8192, 9, 64) == 3
+    assert segments(5, 8192, 9, 64) == segments(16, 1024, 9, 64) == 1
+    assert segments(1, 32768, 1, 64) == launch.MOST
+    assert segments(1, 4096, 1, 64) == 4096 // 64 // launch.LEAST
+    assert segments(1, 24 * 64 - 64, 1, 64) == 1
+    assert segments(1, 32768, 2, 64, sequences=4) == 132 // 8
+    assert segments(1, 32768, 2, 64, sequences=32) == 1
+    monkeypatch.setattr(launch, "override_segments", 5)
+    assert segments(16, 64, 9, 64) == 5
 
 
 @on_gpu
@@ -301,6 +375,11 @@ def interpreted_checks_of_segments():
         check("gdn", inputs, state, 1e-4)
         inputs, state = make_inputs("gla", 70, key_dim, value_dim, torch.float32, batch=1, heads=1)
         check("gla", inputs, state, 1e-4)
+    for operator in OPERATORS:
+        inputs, state = make_inputs(operator, 70, 32, 32, torch.float32, batch=1, heads=1)
+        gradients_agree_when_compiled(operator, inputs, state, backend="aot_eager")
+        *_, maps = fused.ops.module(OPERATORS[operator]).forward(*inputs, 1.0, state, None, True)[2]
+        assert maps.shape[0] == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
