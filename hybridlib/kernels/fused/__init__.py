@@ -5,8 +5,9 @@ module               what it has
 ===================  =====================================================================================
 `delta_rule`         the gated delta rule: the inverse, a scan over chunks, and both backwards
 `linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
+`segments`           scans cut along time, where sequences and heads are too few to fill the GPU
 `tiles`              tiles in and out of memory, decays, products
-`launch`             warps, stages and tile widths of each kernel
+`launch`             warps, stages and tile widths of each kernel, and when scans are cut
 `ops`                both as operators that torch.compile takes whole
 ===================  =====================================================================================
 

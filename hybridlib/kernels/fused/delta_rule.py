@@ -4,15 +4,16 @@
 kernel             one program for each     computes
 =================  =======================  ============================================================
 _invert            chunk and head           T = (I + A)^-1
-_scan              sequence and head        O and the states, chunk after chunk, the state on chip
-_scan_back         sequence and head        the states' gradients dS and dR, last chunk first
+_scan              segment and head         O and the states, chunk after chunk, the state on chip
+_scan_back         segment and head         the states' gradients dS and dR, last chunk first
 _gradients         chunk and head           all other gradients
 =================  =======================  ============================================================
 
 With R = beta (v - in k S), what each token writes is N = T R; then O = scale (in q) S + P N and
 S' = in_C S + (out k)^T N. T is kept for the backward pass, in the dtype of the inputs, and so are the states, if
 gradients are wanted; R, N and P are computed again. Sums of log_decay from the chunk's start (`sums`) and beta
-(`strengths`) are kept by chunk, in float32.
+(`strengths`) are kept by chunk, in float32. A segment is a sequence or, where these are few, a part of one; `segments`
+has the two kernels that this takes besides.
 """
 
 from __future__ import annotations

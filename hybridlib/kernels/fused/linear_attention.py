@@ -3,12 +3,13 @@
 =================  ==================================  =======================================================
 kernel             one program for each                computes
 =================  ==================================  =======================================================
-_scan              sequence, head, tile of the state   states before chunks, or their gradients, last chunk first
+_scan              segment, head, tile of the state    states before chunks, or their gradients, last chunk first
 _outputs           chunk and head                      O
 _gradients         chunk and head                      all gradients but the initial state's
 =================  ==================================  =======================================================
 
-The states and P are kept for the backward pass, in the dtype of the inputs; decays are computed again.
+The states and P are kept for the backward pass, in the dtype of the inputs; decays are computed again. A segment is a
+sequence or, where these are few, a part of one (`segments`).
 
 Decays D_ijd of a pair of tokens do not factor over i and j unless a decay is divided by another. So pairs are taken
 level by level: at level l the chunk falls into blocks of 2^l tokens, and a token i in an odd block meets each token j
