@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LOWEST = tl.constexpr(-1000.0)  # exp of it is 0 in float32
+LOWEST = tl.constexpr(-128.0)  # exp of it is 0 in float32
 
 # Kernels are not compiled anew for sizes that differ from call to call.
 kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "gate_stride", "beta_stride"])
@@ -126,16 +126,18 @@ def pairwise_decay(sums_i, sums_j, keep):
 
 
 @triton.jit
-def sums_over_rows(which, x):
-    """which x, for `which` of zeros and ones and log decays x: exact to 4e-6 |x|, by products of float16."""
-    which, x = which.to(tl.float16), tl.maximum(x.to(tl.float32), LOWEST)
-    high = x.to(tl.float16)
-    return product(which, high, "tf32") + product(which, (x - high.to(tl.float32)).to(tl.float16), "tf32")
-
-
-@triton.jit
 def sums_over_columns(x, which):
-    """x which, as `sums_over_rows`."""
+    """x which, for `which` of zeros and ones and log decays x: exact to 4e-6 |x|, by products of float16."""
     which, x = which.to(tl.float16), tl.maximum(x.to(tl.float32), LOWEST)
     high = x.to(tl.float16)
     return product(high, which, "tf32") + product((x - high.to(tl.float32)).to(tl.float16), which, "tf32")
+
+
+@triton.jit
+def sums_of_gradients(which, x, PRECISION: tl.constexpr):
+    """which x, for `which` of zeros and ones: exact to 2^-16 |x|, by products of bfloat16, or as PRECISION."""
+    which = tl.where(which, 1.0, 0.0)
+    if PRECISION == "tf32x3":
+        return product(which, x, PRECISION)
+    which, high = which.to(tl.bfloat16), x.to(tl.bfloat16)
+    return product(which, high, PRECISION) + product(which, (x - high.to(tl.float32)).to(tl.bfloat16), PRECISION)
