@@ -27,7 +27,7 @@ __all__ = ["CASES", "Case", "cases_for", "error_bound", "exactness_table", "exac
            "measure_exactness", "relative_error", "tensor_table"]
 
 _FUNCTIONS, _DECAYS = OPERATORS[:2], ("mild", "none", "near none", "strong", "mixed", "strong then mild")
-_STATE = "initial_state"
+_STATE, _AT_ONCE = "initial_state", 2**23  # numbers of v whose truth is computed at once
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,9 @@ def _run(operator, inputs, borders, backend, dtype=None, rows=slice(None)):
 def _truth(operator, inputs, case):
     """`_run` in float64, a few sequences at a time."""
     exact = "reference" if case.time < 1000 else "chunked"
-    at_once = max(1, 2**23 // (case.time * case.heads * case.value_dim))
-    parts = [_run(operator, inputs, case.borders, exact, torch.float64, slice(i, i + at_once))
-             for i in range(0, case.batch, at_once)] if not case.borders else [
-             _run(operator, inputs, case.borders, exact, torch.float64)]
+    at_once = max(1, _AT_ONCE // (case.time * case.heads * case.value_dim))
+    slices = [slice(i, i + at_once) for i in range(0, case.batch, at_once)] if not case.borders else [slice(None)]
+    parts = [_run(operator, inputs, case.borders, exact, torch.float64, rows) for rows in slices]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -34,7 +34,8 @@ __all__ = ["IMPLEMENTATIONS", "check_objective_shape", "objective_inputs", "obje
            "time_objective", "why_not"]
 
 _PACKAGES = {"fla": ("fla", "flash-linear-attention"), "liger": ("liger_kernel", "liger-kernel")}
-_ERRORS = {"loss": "loss", "hidden": "gradient of hidden states", "head": "gradient of head"}
+_AT_ONCE = 2**25  # logits of one model, for the truth
+_ERRORS = {"loss": "loss", "hidden": "gradient of hidden states", "head": "gradient of the head"}
 
 
 def time_objective(ledger: Ledger, implementation: str, shape: Iterable[int], *, dtype: str = "auto",
@@ -183,7 +184,7 @@ def _truth(inputs):
     heads = [inputs[name].detach().double() for name in ("teacher_head", "student_head")]
     heads[1].requires_grad_(True)
     tokens, vocab = len(states[0]), len(heads[0])
-    at_once = max(1, 2**25 // vocab)
+    at_once = max(1, _AT_ONCE // vocab)
     loss, by_hidden, by_head = 0.0, [], torch.zeros_like(heads[1])
     for i in range(0, tokens, at_once):
         teacher, student = (x[i:i + at_once].double() for x in states)
@@ -196,14 +197,18 @@ def _truth(inputs):
 
 
 def objective_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Records as a table to read: milliseconds with quartiles as launched and on the GPU, peak memory and errors."""
-    table = [{"implementation": row["implementation"], "shape": _spell(row), "direction": row["direction"],
+    """Records as a table to read: milliseconds with quartiles as launched and on the GPU, peak memory and errors.
+
+    Errors are those of the loss and of the gradients by hidden states and head.
+    """
+    table = [{"shape": f"({row['tokens']}, {row['width']}, {row['vocab']}), {row['dtype']}",
+              "implementation": row["implementation"], "direction": row["direction"],
               "launched, ms": milliseconds(row), "GPU, ms": milliseconds(row, "gpu_"),
               "peak, MiB": mebibytes(row["peak_bytes"]),
-              **{f"error, {text}": f"{row['errors'][name]:.1e}" if name in row["errors"] else "\u2013"
-                 for name, text in _ERRORS.items()}}
+              **{f"error, {name}": f"{row['errors'][name]:.1e}" if name in row["errors"] else "\u2013"
+                 for name in _ERRORS}}
              for _, row in _ran(frame).iterrows()]
-    return pd.DataFrame(table).set_index(["implementation", "shape", "direction"]) if table else pd.DataFrame()
+    return pd.DataFrame(table).set_index(["shape", "implementation", "direction"]) if table else pd.DataFrame()
 
 
 def objective_words(frame: pd.DataFrame) -> str:

@@ -30,9 +30,9 @@ from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
 
-__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words", "operator_curves",
-           "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars", "step_table",
-           "step_words"]
+__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
+           "operator_curves", "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings",
+           "step_bars", "step_table", "step_words"]
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
          "steps": "step_speed", "decoding": "decoding_speed"}
@@ -71,8 +71,9 @@ class SpeedSettings:
     dtype: str = "auto"
     repeats: int = 20
     max_seconds: float = 0.1
-    exactness_cases: list[str] = ("near none", "strong then mild", "beta 0", "repeated keys at beta 1", "length 1",
-                                  "length 63", "length 65", "dims 32", "packed", "random 1")
+    exactness_cases: list[str] = ("near none", "strong", "mixed", "strong then mild", "beta 0", "beta 1", "length 1",
+                                  "length 63", "length 65", "length 4097", "repeated keys at beta 1", "dims 32",
+                                  "packed", "random 1")
     exactness_dtypes: list[str] = ("float32", "bfloat16")
     objectives: list[str] = tuple(IMPLEMENTATIONS)
     objective_shapes: list[list[int]] = ((256, 64, 4096), (1024, 64, 4096))
@@ -171,12 +172,10 @@ class SpeedStudy:
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
         if s.shapes:
             self.copy()
-        for shape in s.shapes:
-            for operator, backend in pairs:
-                for direction in DIRECTIONS:
-                    rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
-                                              direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
-                                              recompute=s.recompute))
+        for shape, (operator, backend), direction in itertools.product(s.shapes, pairs, DIRECTIONS):
+            rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
+                                      direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
+                                      recompute=s.recompute))
         return pd.DataFrame(rows)
 
     def exactness(self) -> pd.DataFrame:
@@ -285,15 +284,15 @@ def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
     """What `recorded_speed` found, in a sentence, and the command that makes the records of what it did not find."""
     found = {name: frame for name, frame in tables.items() if len(frame)}
     missing = [name for name in tables if name not in found]
-    command = ("On a machine with a GPU, this makes them: `papermill notebooks/mixers_and_speed.ipynb out.ipynb "
-               "-f notebooks/profiles/mixers_and_speed/gpu.yaml`.")
+    text = (f"No GPU record of {', '.join(missing)} is committed yet. On a machine with a GPU, this makes them: "
+            "`papermill notebooks/mixers_and_speed.ipynb out.ipynb -f notebooks/profiles/mixers_and_speed/gpu.yaml`."
+            if missing else "")
     if not found:
-        return f"No GPU record of these measurements is committed yet. {command}"
+        return text
     devices = dict.fromkeys(device for frame in found.values() for device in frame["device"])
     teachers = dict.fromkeys(t for frame in found.values() if "teacher" in frame for t in frame["teacher"])
     return (f"{sum(map(len, found.values()))} records ({', '.join(found)}), measured on {' and '.join(devices)}"
-            + (f"; teacher **{', '.join(teachers)}**." if teachers else ".")
-            + (f" No GPU record of {', '.join(missing)} is committed yet. {command}" if missing else ""))
+            + (f"; teacher **{', '.join(teachers)}**. " if teachers else ". ") + text).rstrip()
 
 
 def operator_words(frame: pd.DataFrame) -> str:
