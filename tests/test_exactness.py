@@ -77,7 +77,8 @@ def test_cases_that_an_operator_dtype_or_backend_cannot_hold_are_left_out():
     by_token = exactness.cases_for(OPERATORS[0], "reference", "float32")
     assert max(case.time for case in by_token.values()) == 400
     assert exactness.cases_for(OPERATORS[0], "fla", "float32") == {}
-    assert set(exactness.cases_for(OPERATORS[0], "fla", "bfloat16", ["mild", "length 1", "dims 32"])) == {"mild"}
+    by_fla = exactness.cases_for(OPERATORS[0], "fla", "bfloat16", ["mild", "length 1", "dims 32", "packed"])
+    assert set(by_fla) == {"mild"}
     with pytest.raises(ValueError, match="^cases='wild' is unknown"):
         exactness.cases_for(OPERATORS[0], "chunked", "float32", ["wild"])
 
@@ -126,22 +127,37 @@ def test_runs_that_differ_are_said_to(ledger, small, monkeypatch):
 
 
 def test_truth_by_a_few_sequences_is_the_truth(small, monkeypatch):
-    inputs = make_case(OPERATORS[0], small["two"])
-    whole = exactness._run(OPERATORS[0], inputs, (), "reference", torch.float64)
     monkeypatch.setattr(exactness, "_AT_ONCE", 1)
-    parts = exactness._truth(OPERATORS[0], inputs, small["two"])
-    assert all(torch.allclose(parts[name], x, rtol=1e-12, atol=1e-14) for name, x in whole.items())
-    inputs = make_case(OPERATORS[0], small["packed"])
-    parts = exactness._truth(OPERATORS[0], inputs, small["packed"])
-    assert parts["final state"].shape == (3, 1, 4, 4)
-    assert torch.equal(parts["final state"][1], inputs["initial_state"][1].double())  # a sequence without a token
+    asked = exactness._Asked(OPERATORS[0], small["two"], "float32", "cpu")
+    whole = asked.answer("reference", torch.float64)
+    assert all(torch.allclose(asked.truth[name], x, rtol=1e-12, atol=1e-14) for name, x in whole.items())
+    packed = exactness._Asked(OPERATORS[0], small["packed"], "float32", "cpu")
+    assert packed.truth["final state"].shape == (3, 1, 4, 4)
+    state = packed.inputs["initial_state"][1]
+    assert torch.equal(packed.truth["final state"][1], state.double())  # a sequence without a token
 
 
 def test_the_long_truth_is_that_of_the_recurrence():
-    inputs = make_case(OPERATORS[0], Case(1, 1100, 1, 8, 8))
-    by_chunk = exactness._truth(OPERATORS[0], inputs, Case(1, 1100, 1, 8, 8))
-    by_token = exactness._run(OPERATORS[0], inputs, (), "reference", torch.float64)
-    assert max(exactness.relative_error(by_chunk[name], x) for name, x in by_token.items()) < 1e-12
+    asked = exactness._Asked(OPERATORS[0], Case(1, 1100, 1, 8, 8), "float32", "cpu")
+    by_token = asked.answer("reference", torch.float64)
+    assert max(exactness.relative_error(asked.truth[name], x) for name, x in by_token.items()) < 1e-12
+    assert not all(torch.equal(asked.truth[name], x) for name, x in by_token.items())  # it is another backend's
+
+
+def test_gradients_are_those_of_output_and_final_state(small):
+    asked = exactness._Asked(OPERATORS[1], small["one"], "float32", "cpu")
+    v, step, (by_o, by_state) = asked.inputs["v"].double(), 1e-3, (x.double() for x in asked.weights)
+
+    def functional(change):
+        inputs = {name: x.double() for name, x in asked.inputs.items()} | {"v": v + change}
+        o, state = kernels.gated_linear_attention(*list(inputs.values())[:4], initial_state=inputs["initial_state"],
+                                                  backend="reference")
+        return ((o * by_o).sum() + (state * by_state).sum()).item()
+
+    one = torch.zeros_like(v)
+    one[1, 2, 0, 3] = step
+    assert asked.truth["gradient of v"][1, 2, 0, 3].item() == pytest.approx((functional(one) - functional(-one))
+                                                                           / (2 * step))
 
 
 def test_a_case_that_fails_leaves_the_others(ledger, small, monkeypatch):
@@ -173,8 +189,8 @@ def test_a_backend_that_is_not_here_has_its_reason(ledger, small, monkeypatch):
 
 
 def test_truths_are_kept_for_the_next_backend_and_records_for_the_next_question(ledger, small, monkeypatch):
-    made, truth = [], exactness._truth
-    monkeypatch.setattr(exactness, "_truth", lambda *a: made.append(1) or truth(*a))
+    made, draw = [], exactness.make_case
+    monkeypatch.setattr(exactness, "make_case", lambda *a: made.append(1) or draw(*a))
     truths = {}
     first = measure(ledger, truths=truths)
     measure(ledger, backend="reference", truths=truths)
