@@ -7,6 +7,7 @@ see `hybridlib.benchmarks`.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,21 +20,25 @@ from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, d
                          time_operator)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
+from .exactness import CASES, cases_for, measure_exactness
 from .ledger import Ledger
 from .mixers import MIXERS
+from .objective_speed import IMPLEMENTATIONS, check_objective_shape, time_objective
 from .selection import budget_layers
 from .step_speed import LOOPS, PHASES, STAGES, time_step
 from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
-from .timing import time_copy
+from .timing import mebibytes, milliseconds, time_copy
 
-__all__ = ["KINDS", "PHASE_NAMES", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
+__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
            "operator_curves", "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings",
            "step_bars", "step_table", "step_words"]
 
-PHASE_NAMES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
-KINDS = {"operators": "operator_speed", "steps": "step_speed", "decoding": "decoding_speed"}
-_LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES}
+KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
+         "steps": "step_speed", "decoding": "decoding_speed"}
+_LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
+          "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS, "shapes": None, "objective_shapes": None,
+          "contexts": None, "shares": None}
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,17 @@ class SpeedSettings:
     ----------
     teacher, mixer, corpus, device, results, recompute : as in `StudySettings`.
     operators, backends, shapes : of the operators' timings; ``"softmax"`` among the backends is softmax attention.
-    dtype : of operators and of decoding; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+    dtype : of operators, objectives and decoding; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
     repeats : samples of a timing; max_seconds : its samples end sooner once they have taken this long.
+    exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
+    objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
     stages : of the training step; context, batch_tokens, steps : tokens a row and a step, and steps timed.
     budget : softmax layers of the hybrid in stage 2, share or count.
     plain_backend : of the mixers in the plain loop.
     contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
     decode_batch : prompts at once; new_tokens : generated for each.
 
-    An empty list of shapes, stages or contexts leaves that part out.
+    An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
     """
 
     teacher: str = "lab"
@@ -64,6 +71,12 @@ class SpeedSettings:
     dtype: str = "auto"
     repeats: int = 20
     max_seconds: float = 0.1
+    exactness_cases: list[str] = ("near none", "strong", "mixed", "strong then mild", "beta 0", "beta 1", "length 1",
+                                  "length 63", "length 65", "length 4097", "repeated keys at beta 1", "dims 32",
+                                  "packed", "random 1")
+    exactness_dtypes: list[str] = ("float32", "bfloat16")
+    objectives: list[str] = tuple(IMPLEMENTATIONS)
+    objective_shapes: list[list[int]] = ((256, 64, 4096), (1024, 64, 4096))
     stages: list[str] = STAGES
     context: int = 256
     batch_tokens: int = 1_024
@@ -82,13 +95,15 @@ class SpeedSettings:
         for name in ("teacher", "corpus", "results"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not text")
-        for name in ("operators", "backends", "shapes", "stages", "contexts", "shares"):
+        for name, allowed in _LISTS.items():
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
-            for value in getattr(self, name):
-                check_choice(name, value, _LISTS[name]) if name in _LISTS else None
+            for value in getattr(self, name) if allowed else ():
+                check_choice(name, value, allowed)
         for shape in self.shapes:
             check_shape(shape)
+        for shape in self.objective_shapes:
+            check_objective_shape(shape)
         for context in self.contexts:
             check_int("contexts", context, 1)
         for share in self.shares:
@@ -157,13 +172,30 @@ class SpeedStudy:
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
         if s.shapes:
             self.copy()
-        for shape in s.shapes:
-            for operator, backend in pairs:
-                for direction in DIRECTIONS:
-                    rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
-                                              direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
-                                              recompute=s.recompute))
+        for shape, (operator, backend), direction in itertools.product(s.shapes, pairs, DIRECTIONS):
+            rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
+                                      direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
+                                      recompute=s.recompute))
         return pd.DataFrame(rows)
+
+    def exactness(self) -> pd.DataFrame:
+        """Every operator, backend and dtype over the cases that it takes: see `measure_exactness`."""
+        s, rows = self.settings, []
+        for operator, dtype in itertools.product(s.operators, s.exactness_dtypes):
+            truths = {}
+            rows += [measure_exactness(self.ledger, operator, backend, s.exactness_cases, dtype=dtype, truths=truths,
+                                       device=self.device, recompute=s.recompute)
+                     for backend in s.backends
+                     if backend != "softmax" and cases_for(operator, backend, dtype, s.exactness_cases)]
+        return pd.DataFrame(rows)
+
+    def objectives(self) -> pd.DataFrame:
+        """Every shape, implementation and direction: see `time_objective`."""
+        s, truths = self.settings, {}
+        return pd.DataFrame([time_objective(self.ledger, name, shape, dtype=s.dtype, direction=direction,
+                                            device=self.device, repeats=s.repeats, max_seconds=s.max_seconds,
+                                            recompute=s.recompute, truths=truths)
+                             for shape in s.objective_shapes for name in s.objectives for direction in DIRECTIONS])
 
     def steps(self) -> pd.DataFrame:
         """Both loops for every stage, one after the other: see `time_step`."""
@@ -199,7 +231,7 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
         latest = {}
         for r in (r for r in ledger if r.kind == kind):
             asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
-                                                                        "data", "revision")}
+                                                                        "data", "revision", "cases")}
             latest[repr(sorted(asked.items()))] = r.parameters | r.metrics
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
@@ -239,33 +271,28 @@ def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFr
     rows = rows[rows["direction"] == direction] if len(rows) else rows
     if rows.empty:
         return rows
-
-    def spread(row, median, low, high):
-        if pd.isna(row.get(median)):
-            return "\u2013"
-        return f"{1e3 * row[median]:.3g} [{1e3 * row[low]:.3g}, {1e3 * row[high]:.3g}]"
-
     table = [{"operator": row["operator"].replace("_", " "), "backend": row["backend"],
               "shape": f"({row['batch']}, {row['time']}, {row['heads']}, {row['dim']})",
-              "launched, ms": spread(row, "seconds", "low", "high"),
-              "GPU, ms": spread(row, "gpu_seconds", "gpu_low", "gpu_high"),
+              "launched, ms": milliseconds(row), "GPU, ms": milliseconds(row, "gpu_"),
               "floor, ms": f"{1e3 * row['floor_seconds']:.3g}",
-              "peak, MiB": _mebibytes(row["peak_bytes"])}
+              "peak, MiB": mebibytes(row["peak_bytes"])}
              for _, row in rows.iterrows()]
     return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
 
 
 def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
-    """One sentence on what `recorded_speed` found, or on the command that makes the records if that is nothing."""
+    """What `recorded_speed` found, in a sentence, and the command that makes the records of what it did not find."""
     found = {name: frame for name, frame in tables.items() if len(frame)}
+    missing = [name for name in tables if name not in found]
+    text = (f"No GPU record of {', '.join(missing)} is committed yet. On a machine with a GPU, this makes them: "
+            "`papermill notebooks/mixers_and_speed.ipynb out.ipynb -f notebooks/profiles/mixers_and_speed/gpu.yaml`."
+            if missing else "")
     if not found:
-        return ("No GPU record of these measurements is committed yet. On a machine with a GPU, this makes them: "
-                "`papermill notebooks/mixers_and_speed.ipynb out.ipynb "
-                "-f notebooks/profiles/mixers_and_speed/gpu.yaml`.")
+        return text
     devices = dict.fromkeys(device for frame in found.values() for device in frame["device"])
     teachers = dict.fromkeys(t for frame in found.values() if "teacher" in frame for t in frame["teacher"])
     return (f"{sum(map(len, found.values()))} records ({', '.join(found)}), measured on {' and '.join(devices)}"
-            + (f"; teacher **{', '.join(teachers)}**." if teachers else "."))
+            + (f"; teacher **{', '.join(teachers)}**. " if teachers else ". ") + text).rstrip()
 
 
 def operator_words(frame: pd.DataFrame) -> str:
@@ -344,7 +371,7 @@ def step_table(frame: pd.DataFrame) -> pd.DataFrame:
                          "tokens/s": rows["tokens_per_second"].map("{:,.0f}".format),
                          "step, ms": (1e3 * rows["step_seconds"]).map("{:.4g}".format),
                          "phases, ms": (1e3 * apart).map("{:.4g}".format),
-                         "peak, MiB": [_mebibytes(peak) for peak in rows["peak_bytes"]]}).set_index(["stage", "loop"])
+                         "peak, MiB": [mebibytes(peak) for peak in rows["peak_bytes"]]}).set_index(["stage", "loop"])
 
 
 def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -361,16 +388,12 @@ def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:
-    """What could not run, and why; one row a reason and backend, softmax share or loop."""
+    """What could not run, and why; one row a reason and backend, implementation, softmax share or loop."""
     if frame.empty or frame["reason"].isna().all():
         return pd.DataFrame(columns=["what", "reason"])
-    what = next(name for name in ("backend", "share", "loop") if name in frame)
+    what = next(name for name in ("backend", "implementation", "share", "loop") if name in frame)
     rows = frame[frame["reason"].notna()].rename(columns={what: "what"})
     return rows[["what", "reason"]].drop_duplicates().reset_index(drop=True)
-
-
-def _mebibytes(count):
-    return "\u2013" if pd.isna(count) else f"{count / 2**20:,.0f}"
 
 
 def _timed(frame):

@@ -21,10 +21,11 @@ from .selection import select
 from .teachers import Teacher
 from .timing import measured, peak_memory, time_graph, wait
 
-__all__ = ["LOOPS", "PHASES", "STAGES", "time_step"]
+__all__ = ["LOOPS", "LOSSES", "PHASES", "STAGES", "step_losses", "time_step"]
 
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
+LOSSES = {"align": "stage 1: error of mixers, relative", "match": "stage 2: KL (nats a token)"}
 
 
 def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
@@ -98,6 +99,17 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
                 "num_layers": num_layers, "tokens": steps * rows * tokens.context}
 
     return measured(ledger, "step_speed", parameters, device, compute, recompute)
+
+
+def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
+    """Losses of the loops that ran, by stage and loop: (tokens trained on, losses), as `plots.loss_curves` takes them.
+
+    Of several records of one stage and loop, the last.
+    """
+    found = {}
+    for _, row in frame[frame["reason"].isna()].iterrows() if len(frame) else ():
+        found.setdefault(row["stage"], {})[row["loop"]] = (row["loss_tokens"], row["loss"])
+    return found
 
 
 def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None):

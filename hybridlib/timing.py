@@ -10,25 +10,26 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 
 from .checks import check_device, check_int, check_number
 from .ledger import Ledger, describe_device
 
-__all__ = ["copy_speed", "measured", "peak_memory", "sentence", "time_calls", "time_copy", "time_graph",
-           "wait"]
+__all__ = ["copy_speed", "measured", "mebibytes", "milliseconds", "peak_memory", "sentence", "time_calls",
+           "time_copy", "time_graph", "wait"]
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 10  # calls in one sample on a GPU: launches overlap the work before them, as they do in training
+_TOGETHER = 10
 _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes, well beyond the caches
 
 
 def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *, repeats: int = 20,
-               max_seconds: float = 1.0) -> dict:
+               max_seconds: float = 1.0, together: int = _TOGETHER) -> dict:
     """Time as launched from Python: on a GPU, of calls queued one after the other, whichever of the two is slower.
 
     Parameters
@@ -36,11 +37,12 @@ def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *,
     calls : functions without arguments, at least one.
     repeats : samples to take.
     max_seconds : stop earlier once the samples have taken this long, though not before the third.
+    together : calls in one sample on a GPU, at least; launches overlap the work before them, as they do in training.
 
     Raises ValueError for no calls or a number out of range.
     """
-    device = _check(calls, device, repeats, max_seconds)
-    at_once = list(calls) * -(-_TOGETHER // len(calls)) if device.type == "cuda" else list(calls[:1])
+    device = _check(calls, device, repeats, max_seconds, together)
+    at_once = list(calls) * -(-together // len(calls)) if device.type == "cuda" else list(calls[:1])
     for call in at_once:  # compiles, tunes, and fills the allocator's pool
         call()
     wait(device)
@@ -55,13 +57,14 @@ def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *,
     return _summary(samples)
 
 
-def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: float = 1.0) -> dict:
+def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: float = 1.0,
+               together: int = _TOGETHER) -> dict:
     """Time on the GPU alone: all calls are captured into one CUDA graph, whose replays need nothing from Python.
 
     Parameters as for `time_calls`. Raises ValueError where there is no GPU, RuntimeError for calls that cannot be
     captured (they wait for the device, or copy from it).
     """
-    device = _check(calls, "cuda", repeats, max_seconds)
+    device = _check(calls, "cuda", repeats, max_seconds, together)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -75,7 +78,7 @@ def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: flo
             call()
     graph.replay()
     wait(device)
-    in_a_row, samples, begun = max(1, _TOGETHER // len(calls)), [], time.perf_counter()
+    in_a_row, samples, begun = max(1, together // len(calls)), [], time.perf_counter()
     while len(samples) < repeats and (len(samples) < 3 or time.perf_counter() - begun < max_seconds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()  # the clock starts when this one ends: the next ones are queued by then
@@ -164,10 +167,24 @@ def wait(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check(calls, device, repeats, max_seconds):
+def milliseconds(timing: Mapping, clock: str = "") -> str:
+    """A timing as text, ``median [low, high]``; a dash if it has none. `clock` goes before its names: ``"gpu_"``."""
+    if pd.isna(timing.get(f"{clock}seconds")):
+        return "\u2013"
+    median, low, high = (1e3 * timing[clock + name] for name in ("seconds", "low", "high"))
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def mebibytes(count: float | None) -> str:
+    """Bytes as text in whole MiB; a dash if they were not counted."""
+    return "\u2013" if pd.isna(count) else f"{count / 2**20:,.0f}"
+
+
+def _check(calls, device, repeats, max_seconds, together):
     if not calls:
         raise ValueError(f"calls={calls!r} holds nothing to time; give at least one function without arguments")
     check_int("repeats", repeats, 1)
+    check_int("together", together, 1)
     check_number("max_seconds", max_seconds, 0, open_low=True)
     return check_device(device)
 

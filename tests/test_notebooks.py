@@ -185,12 +185,16 @@ def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(execu
     cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[SPEED], as_version=4).cells}
     outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
     assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
-    for name, figures in (("operators", 1), ("step", 1), ("loss", 1), ("decoding", 2)):
+    for name, figures in (("operators", 1), ("step", 1), ("loss", 2), ("decoding", 2)):
         assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
     verdict = "".join(outputs["verdict"][0].data["text/markdown"])
     assert "times its memory floor" in verdict and "hybridlib's loop is" in verdict and "100% softmax: cache" in verdict
+    assert "cases (" in verdict and "vocabulary 60, float32, with gradients: **hybridlib**" in verdict
+    assert verdict.count("Not measured in this run.") == 0
+    assert sum("text/html" in output.get("data", {}) for output in outputs["exactness"] + outputs["objectives"]) >= 3
     kinds = {r.kind for r in Ledger(smoke_results)}
-    assert {"copy_speed", "operator_speed", "step_speed", "decoding_speed"} <= kinds
+    assert {"copy_speed", "operator_speed", "operator_exactness", "objective_speed", "step_speed",
+            "decoding_speed"} <= kinds
 
 
 def test_a_run_of_the_published_sets_draws_and_says_each_part(executed_notebooks):

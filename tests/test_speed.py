@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import hybridlib as hl
-from hybridlib import benchmarks, kernels, plots, speed, step_speed, timing
-
+from hybridlib import (benchmarks, exactness, kernels, objective_speed, plots, speed, speed_plots, step_speed,
+                       timing)
 
 
 @pytest.fixture
@@ -117,6 +117,10 @@ def test_bad_arguments_are_refused_before_any_compute(ledger, call, sentence):
     ({"shapes": [[1, 2]]}, r"shape=\[1, 2\] is not"), ({"contexts": [0]}, "contexts=0 is not a whole number"),
     ({"shares": [1.5]}, "shares=1.5 is not a number"), ({"stages": ["score"]}, "stages='score' is unknown"),
     ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 256"), ({"steps": 0}, "steps=0"),
+    ({"exactness_cases": ["wild"]}, "exactness_cases='wild' is unknown"), ({"exactness_dtypes": ["auto"]},
+                                                                           "exactness_dtypes='auto' is unknown"),
+    ({"objectives": ["theirs"]}, "objectives='theirs' is unknown"), ({"objective_shapes": [[1, 2]]},
+                                                                      r"shape=\[1, 2\] is not \(tokens, width, vocab"),
     ({"new_tokens": 1}, "new_tokens=1 is not"), ({"budget": 0}, "budget=0 is not a count"),
     ({"recompute": "yes"}, "recompute='yes' is neither"), ({"plain_backend": "softmax"}, "plain_backend='softmax'"),
 ])
@@ -255,12 +259,57 @@ def test_recorded_speeds_are_the_latest_of_each_question(ledger):
 
 
 def test_parts_left_out_say_nothing(tmp_path):
-    settings = speed.SpeedSettings(shapes=[], stages=[], contexts=[], results=str(tmp_path), device="cpu")
+    settings = speed.SpeedSettings(shapes=[], exactness_cases=[], objective_shapes=[], stages=[], contexts=[],
+                                   results=str(tmp_path), device="cpu")
     study = speed.SpeedStudy(settings)
-    for part, words in ((study.operators(), speed.operator_words), (study.steps(), speed.step_words),
+    for part, words in ((study.operators(), speed.operator_words), (study.exactness(), exactness.exactness_words),
+                        (study.objectives(), objective_speed.objective_words), (study.steps(), speed.step_words),
                         (study.decoding(), speed.decoding_words)):
         assert part.empty and words(part) == "" and speed.refusals(part).empty
+        assert exactness.exactness_table(part).empty and objective_speed.objective_table(part).empty
+        assert [draw(part) for draw in (speed_plots.operator_figures, speed_plots.step_figures,
+                                        speed_plots.loss_figures, speed_plots.decoding_figures)] == [[]] * 4
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_again(tmp_path):
+    settings = speed.SpeedSettings(backends=["chunked", "fla", "softmax"], exactness_cases=["beta 1", "length 1"],
+                                   exactness_dtypes=["float32"], objectives=["hybridlib", "plain"], repeats=3,
+                                   objective_shapes=[[6, 4, 9], [8, 4, 9]], results=str(tmp_path), device="cpu")
+    study = speed.SpeedStudy(settings)
+    exact, objectives = study.exactness(), study.objectives()
+    assert [(row["backend"], list(row["errors"])) for _, row in exact.iterrows()] == [
+        ("chunked", ["beta 1", "length 1"]), ("chunked", ["length 1"])]  # fla is not compared in float32
+    assert list(zip(objectives["tokens"], objectives["implementation"], objectives["direction"])) == [
+        (tokens, name, direction) for tokens in (6, 8) for name in ("hybridlib", "plain")
+        for direction in benchmarks.DIRECTIONS]
+    found = speed.recorded_speed(study.ledger)
+    assert len(found["exactness"]) == 2 and len(found["objectives"]) == 8
+    assert exactness.exactness_words(found["exactness"]) == exactness.exactness_words(exact)
+    about = speed.about_speed(found)
+    assert about.startswith("10 records (exactness, objectives), measured on ")
+    assert "No GPU record of operators, steps, decoding is committed yet." in about and "gpu.yaml" in about
+    fewer = exactness.measure_exactness(study.ledger, "gated_delta_rule", "chunked", ["length 1"], device="cpu")
+    latest = speed.recorded_speed(study.ledger)["exactness"]
+    assert len(latest) == 2 and list(latest.iloc[0]["errors"]) == list(fewer["errors"]) == ["length 1"]
+
+
+def test_losses_of_both_loops_are_drawn_a_figure_a_stage():
+    row = {"reason": None, "loss_tokens": [64, 128, 192]}
+    frame = pd.DataFrame([row | {"stage": stage, "loop": loop, "loss": [3.0, 2.0, last]}
+                          for stage, last in (("match", 1.0), ("align", 0.5)) for loop in step_speed.LOOPS]
+                         + [{"reason": "no memory", "stage": "align", "loop": "plain"}])
+    losses = step_speed.step_losses(frame)
+    assert losses["match"]["plain"] == ([64, 128, 192], [3.0, 2.0, 1.0])
+    assert set(losses["align"]) == set(step_speed.LOOPS)
+    figures = speed_plots.loss_figures(frame)
+    assert [figure.axes[0].get_ylabel() for figure in figures] == ["stage 2: KL (nats a token)",
+                                                                   "stage 1: error of mixers, relative"]
+    for figure, last in zip(figures, (1.0, 0.5)):
+        lines = figure.axes[0].lines
+        assert [line.get_ydata()[-1] for line in lines] == [last, last]
+        assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 2  # told apart without colour
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["hybridlib loop", "plain loop"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
