@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import hybridlib as hl
-from hybridlib import ledger, passes, scoring
+from hybridlib import candidates, ledger, passes, scoring
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -222,8 +222,8 @@ def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
 
 def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
     student, teacher = aligned
-    inputs = scoring.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
-    job, tasks = scoring.ScoringJob(inputs, "add", 0, None), []
+    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
+    job, tasks = candidates.ScoringJob(inputs, "add", 0, None), []
 
     class Counting(ThreadPoolExecutor):
         def submit(self, call):
@@ -280,17 +280,17 @@ def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tm
     assert inputs.load() is inputs.load()
     for changes, message in (({"student_sha256": "0"}, "holds other weights than those to be scored"),
                              ({"seed": 1}, "gives other tokens here than where the scoring began")):
-        job = scoring.ScoringJob(dataclasses.replace(inputs, **changes), "add", 0, None)
-        assert message in scoring.measure_candidates(job, [2], 0)[2]
+        job = candidates.ScoringJob(dataclasses.replace(inputs, **changes), "add", 0, None)
+        assert message in candidates.measure_candidates(job, [2], 0)[2]
 
 
 KILLED = """
 import sys, time
 import hybridlib as hl
-from hybridlib import scoring
+from hybridlib import candidates
 
 settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
-train = scoring.match
+train = candidates.match
 
 def match(*args, **kwargs):
     global left
@@ -300,7 +300,7 @@ def match(*args, **kwargs):
         time.sleep(600)
     return train(*args, **kwargs)
 
-scoring.match = match
+candidates.match = match
 hl.Study(settings).scores("gdn", 0, early_stop=stop)
 """
 
@@ -317,8 +317,8 @@ def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tm
         process.communicate()
     found = {r.key: r.started for r in hl.Study(mine).ledger.find("candidate")}
     assert len(found) == before
-    calls, train = [], scoring.match
-    monkeypatch.setattr(scoring, "match", lambda *a, **k: calls.append(k["until"]) or train(*a, **k))
+    calls, train = [], candidates.match
+    monkeypatch.setattr(candidates, "match", lambda *a, **k: calls.append(k["until"]) or train(*a, **k))
     study = hl.Study(mine)
     scores = study.scores("gdn", 0, early_stop=stop)
     assert scores.values == whole.values
@@ -377,7 +377,7 @@ def test_bad_rules_are_refused(arguments, message):
 
 def test_bad_calls_are_refused_before_compute(aligned, tiny_tokens, settings, monkeypatch):
     student, teacher = aligned
-    monkeypatch.setattr(scoring, "match", None)
+    monkeypatch.setattr(candidates, "match", None)
     for arguments, message in (({"executor": 3}, "executor=3 has no submit"), ({"memory": -1}, "memory=-1"),
                                ({"early_stop": hl.EarlyStop(4, 256)}, "budget=4 is not a count from 1 to 3"),
                                ({"early_stop": hl.EarlyStop(1, 64)}, "measure_every=64 is less than a step of 128"),

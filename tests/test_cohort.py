@@ -1,0 +1,158 @@
+"""Candidates that are scored in one model: the scores of candidates alone, and nothing lost by what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import hybridlib as hl
+from hybridlib import candidates, scoring
+
+MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
+NEVER = hl.EarlyStop(1, 256, window=100)
+COUNTED = ("forward_tokens", "training_tokens", "flops")
+
+
+class Kept(dict):
+    """Records in memory."""
+
+    def find(self, layer, tokens):
+        return self.get((layer, tokens))
+
+    def keep(self, layer, tokens, found):
+        self[layer, tokens] = found
+
+
+@pytest.fixture
+def job(aligned, tiny_tokens, tmp_path):
+    student, teacher = aligned
+    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
+    return candidates.ScoringJob(inputs, "add", 1024, None, MATCH, str(tmp_path))
+
+
+@pytest.fixture
+def alone(job):
+    """{(layer, tokens): KL} of candidates that train alone, after 512 and 1,024 tokens."""
+    whole = dataclasses.replace(job, checkpoints=None)
+    return {(layer, until): candidates.measure_candidates(whole, [layer], until)[layer]["kl"]
+            for layer in range(3) for until in (512, 1024)}
+
+
+def together(found):
+    return [one["kl"] for _, one in sorted(found.items())]
+
+
+@pytest.mark.parametrize(("direction", "group", "stop"), [("add", 3, None), ("add", 2, NEVER), ("remove", 3, NEVER)])
+def test_scores_of_a_group_are_those_of_candidates_alone(aligned, tiny_tokens, direction, group, stop, monkeypatch):
+    student, teacher = aligned
+    weights = [p.clone() for p in student.parameters()]
+    made, cohort = [], candidates.Cohort
+    monkeypatch.setattr(candidates, "Cohort", lambda *args: made.append(args[3]) or cohort(*args))
+    arguments = dict(direction=direction, num_tokens=1100, settings=MATCH, early_stop=stop, heldout_tokens=64)
+    one = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=1)
+    assert not made
+    found, kept = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group), Kept()
+    assert [value for values in found.history for value in values] == pytest.approx(
+        [value for values in one.history for value in values], abs=1e-5)
+    assert found.stderr == pytest.approx(one.stderr, abs=1e-5) and len(set(found.values)) == 3
+    assert (found.tokens, found.history_tokens) == (one.tokens, one.history_tokens) and found.ranking == one.ranking
+    assert [getattr(found.cost, name) for name in COUNTED] == [getattr(one.cost, name) for name in COUNTED]
+    softmax = {l: (l,) if direction == "add" else tuple(m for m in range(3) if m != l) for l in range(3)}
+    assert made == [[softmax[l] for l in range(group)]]  # one model for all rounds; a third layer is alone in its task
+    hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group, records=kept)
+    seconds = {until: {kept[l, until]["seconds"] for l in range(2)} for _, until in kept}
+    assert all(len(each) == 1 for each in seconds.values())  # shared out evenly
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), weights, strict=True))
+
+
+def test_either_way_goes_on_from_the_others_checkpoints(job, alone):
+    first = candidates.measure_candidates(job, [0, 1, 2], 512)
+    assert together(first) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
+    job.inputs.forget()
+    for layer in (0, 2):  # 1 stays behind
+        assert candidates.measure_candidates(job, [layer], 1024, 512)[layer]["kl"] == pytest.approx(
+            alone[layer, 1024], abs=1e-5)
+    found = candidates.measure_candidates(job, [0, 1, 2], 1024, 512)
+    assert together(found) == pytest.approx([alone[l, 1024] for l in range(3)], abs=1e-5)
+    assert {one["tokens"] for one in found.values()} == {1024}
+    for layer in range(3):
+        job.checkpoint(layer).unlink()
+    for layer in (0, 1):
+        candidates.measure_candidates(job, [layer], 512)
+    found = candidates.measure_candidates(job, [0, 1], 1024, 512)
+    assert together(found) == pytest.approx([alone[l, 1024] for l in range(2)], abs=1e-5)
+
+
+def test_a_group_that_lives_on_is_one_made_from_its_checkpoints(job, alone):
+    candidates.measure_candidates(job, [0, 1, 2], 512)
+    assert job.inputs.alive
+    found = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 1024, 512)
+    assert together(found) == pytest.approx([alone[l, 1024] for l in range(3)], abs=1e-5)
+    assert not job.inputs.alive
+    lost = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 1024, 512)
+    assert together(lost) == pytest.approx(together(found), abs=1e-6)  # trained again from the start
+
+
+@pytest.mark.parametrize("stop", [None, NEVER])
+def test_one_that_is_not_a_number_is_named_and_costs_no_other_of_its_group(aligned, tiny_tokens, stop):
+    student, teacher = aligned
+    broken, kept = hl.restore(student, teacher, []), Kept()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    arguments = dict(direction="remove", num_tokens=512, settings=MATCH, early_stop=stop)
+    named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
+    with pytest.raises(hl.ScoringFailed, match=named):
+        hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept, group=3)
+    first = 512 if stop is None else 256
+    assert set(kept) == {(0, first), (2, first)}
+    good = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=1)
+    assert [kept[l, first]["kl"] for l in (0, 2)] == pytest.approx(
+        [good.history[0][l] for l in (0, 2)], abs=1e-5)
+
+
+def test_a_group_that_does_not_fit_is_measured_in_turn(job, alone, monkeypatch, caplog):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(candidates, "Cohort", full)
+    found = candidates.measure_candidates(job, [0, 1, 2], 512)
+    assert together(found) == [alone[l, 512] for l in range(3)] and "now in turn" in caplog.text
+
+
+def test_a_damaged_checkpoint_of_a_group_is_named(job):
+    candidates.measure_candidates(job, [0, 1], 512)
+    job.inputs.forget()
+    cut = job.checkpoint(1)
+    cut.write_bytes(cut.read_bytes()[:100])
+    found = candidates.measure_candidates(job, [0, 1], 1024, 512)
+    assert isinstance(found[0], dict) and found[1].startswith("ValueError: checkpoint=") and "truncated" in found[1]
+
+
+@pytest.mark.parametrize(("cuda", "flops", "executor", "expected"), [
+    (True, 1e6, None, 10), (True, 1e9, None, 1), (False, 1e6, None, 1), (True, 1e6, object(), 1)])
+def test_layers_train_together_where_launches_take_longer(tiny_tokens, monkeypatch, cuda, flops, executor, expected):
+    config = SimpleNamespace(num_hidden_layers=30, attention_dropout=0.0)
+    student = SimpleNamespace(config=config, parameters=lambda: iter([SimpleNamespace(is_cuda=cuda)]))
+    monkeypatch.setattr(scoring, "training_flops", lambda model, context: flops)
+    monkeypatch.setattr(scoring, "group_size", lambda *args: 12)
+    settings = hl.MatchSettings(batch_tokens=16_384)
+    assert scoring.task_size(student, tiny_tokens, settings, None, executor) == expected
+    assert scoring.task_size(student, tiny_tokens, settings, 7, executor) == 7
+    assert scoring.task_size(student, tiny_tokens, settings, 64) == 30
+    config.attention_dropout = 0.1
+    assert scoring.task_size(student, tiny_tokens, settings, 7) == 1
+    with pytest.raises(ValueError, match="group=0"):
+        scoring.task_size(student, tiny_tokens, settings, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_group_lives_on_through_rounds(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher("llama").to("cuda")
+    student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True, compile=True)
+    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER, group=1)
+    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER, group=3)
+    assert found.values == pytest.approx(one.values, rel=2e-2)
