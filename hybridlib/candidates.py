@@ -25,9 +25,11 @@ from .evaluate import heldout_kl
 from .hybrid import load_hybrid, restore
 from .ledger import describe_device
 from .passes import TeacherStates
+from .switched import Switched
 from .teachers import load_teacher, sha256_of
 
-__all__ = ["LoadedInputs", "ScoringInputs", "ScoringJob", "measure_candidates", "reason", "weights_sha256"]
+__all__ = ["LoadedInputs", "ScoringInputs", "ScoringJob", "measure_candidates", "reason", "shares_step",
+           "weights_sha256"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 class LoadedInputs:
     """A scoring's inputs as they lie in this process; `states`, of this teacher, are shared by its candidates.
 
-    `alive` has the cohort that trained last, which the next round may go on with; it does not travel.
+    `alive` has what the next task may go on with: the cohort that trained last, the step that candidates share, and
+    their states between rounds. It does not travel.
     """
 
     student: object
@@ -57,8 +60,8 @@ class LoadedInputs:
 
     def forget(self) -> None:
         """Give back what `alive` holds."""
-        for _, cohort in self.alive.values():
-            cohort.release()
+        for name in {"cohort", "step"} & set(self.alive):
+            self.alive[name][1].release()
         self.alive.clear()
 
 
@@ -149,6 +152,9 @@ def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since
     are those of runs alone, so that either way goes on from the other's. Seconds are shared out evenly, and the
     teacher's pass is the first layer's, as it is of candidates measured in turn. If a group cannot be trained as one
     (it may not fit the GPU's memory), its candidates are measured in turn.
+
+    Layers that train alone take turns in one recorded step, as `Switched`, where `shares_step` says so. Without
+    checkpoints their states are kept in memory; what is lost there is trained again.
     """
     if len(layers) > 1 and until:
         inputs = None
@@ -162,11 +168,68 @@ def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since
     found: dict[int, dict | str] = {}
     for layer in layers:
         try:
-            found[layer] = _measure(job, job.inputs.load(), layer, until, since)
+            found[layer] = (_measure_recorded(job, layer, until, since) or
+                            _measure(job, job.inputs.load(), layer, until, since))
         except Exception as error:  # whatever it is, other candidates go on
             logger.warning("the candidate of layer %d failed", layer, exc_info=True)
             found[layer] = reason(error)
     return found
+
+
+def shares_step(job: ScoringJob) -> bool:
+    """Whether layers that train alone take turns in one recorded step: on a GPU, if the settings ask for it."""
+    inputs = job.inputs
+    return (isinstance(inputs, LoadedInputs) and job.settings.cuda_graph and next(inputs.student.parameters()).is_cuda
+            and not inputs.student.config.attention_dropout)
+
+
+def _measure_recorded(job, layer, until, since):
+    """As `_measure`, in a step that all candidates share; None where there is none, or it cannot run."""
+    job = replace(job, inputs=job.inputs.load())
+    inputs, key = job.inputs, ("step", job.num_tokens, job.settings)
+    if not until or not shares_step(job) or inputs.alive.get("without") == key:
+        return None
+    try:
+        return _measure_in_turn(job, key, layer, until, since)
+    except DistillationDiverged:
+        raise
+    except Exception:
+        logger.warning("layer %d could not be measured in the recorded step; now by itself", layer, exc_info=True)
+        inputs.forget()
+        inputs.alive["without"] = key
+        return None
+
+
+def _measure_in_turn(job, key, layer, until, since):
+    inputs = job.inputs
+    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher), inputs.states.computed
+    if inputs.alive.get("step", (None,))[0] != key:
+        inputs.forget()
+        step = Switched(inputs.student, inputs.teacher, inputs.tokens, job.num_tokens, job.settings, inputs.states)
+        inputs.alive.update(step=(key, step), held={})
+    step, held, path = inputs.alive["step"][1], inputs.alive["held"], job.checkpoint(layer)
+    before = held.pop((job.direction, layer), None) if since and path is None else None
+    kept, end = _kept(job, inputs, layer), step.steps
+    step.take(kept, checkpoint=path if steps_done(path) else None, held=before)
+    if until < job.num_tokens:
+        end = max(1, until // step.step_tokens)
+    if step.step > end:
+        raise ValueError(f"checkpoint={str(path)!r} is {step.step} steps into the run, beyond until={until}")
+    with tqdm(total=(end - step.step) * step.step_tokens, unit="tok", unit_scale=True, desc="match",
+              leave=False) as bar:
+        step.train(end, bar=bar, checkpoints=None if path is None else {0: path})
+    if step.errors:
+        raise step.errors[0]
+    spent = step.step * step.step_tokens
+    kl, error = step.heldout_kl(inputs.tokens, job.heldout_tokens)
+    if not math.isfinite(kl):
+        raise DistillationDiverged(_not_finite(kl, spent))
+    if path is None and until < job.num_tokens:
+        held[job.direction, layer] = step.hold()
+    meter.stage_2(_parts_of(inputs, kept), inputs.teacher, spent - since,
+                  heldout_size(inputs.tokens, job.heldout_tokens), inputs.context, inputs.states.computed - taught)
+    return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun,
+            "cost": meter.cost().to_dict(), "device": describe_device(str(step.device))}
 
 
 def _measure(job, inputs, layer, until, since):

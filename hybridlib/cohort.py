@@ -46,6 +46,8 @@ class Cohort:
     time it has an equal share), and `errors[c]` why it stopped, if it did.
     """
 
+    compiled = False  # layers run as they are
+
     def __init__(self, student, teacher, tokens, sets: Sequence[tuple[int, ...]], num_tokens: int,
                  settings: MatchSettings, states: TeacherStates | None = None):
         self.teacher, self.tokens, self.settings, self.states = teacher, tokens, settings, states
@@ -57,8 +59,8 @@ class Cohort:
         self.histories, self.errors = [History("match") for _ in sets], {}
         self._run = {"stage": "match", "num_tokens": num_tokens, "settings": settings.numbers(),
                      "tokens": tokens.fingerprint}
-        self.stack = stacked(student, teacher, sets)
-        self.weights = list(stacked_weights(self.stack))
+        self.stack = self._build(student, teacher)
+        self.weights = list(self._weights())
         mixers = [p for name, p, _ in self.weights if ".self_attn.linear." in name]
         others = [p for name, p, _ in self.weights if ".self_attn.linear." not in name]
         groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
@@ -79,16 +81,18 @@ class Cohort:
             begun, ids = time.perf_counter(), self.tokens.rows(step * self.rows, self.rows)
             batch = [ids.to(self.device, non_blocking=True)]
             if self.states is not None:
-                batch.append(torch.cat([self.states(part) for part in ids.split(self.micro)]))
+                batch.append(torch.cat([self.states(part, compiled=self.compiled) for part in ids.split(self.micro)]))
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, self.steps, self.settings)
             losses, norms = (x.tolist() for x in (self._graphed or self._gradients)(*batch))
             for c in set(range(count)) - set(self.errors):
-                named = () if math.isfinite(losses[c] + norms[c]) else _own(self.weights, c)
+                named = () if math.isfinite(losses[c] + norms[c]) else self._trained(c)
                 try:
                     check_finite("match", step, {None: losses[c]}, norms[c], named, self.histories[c], self.settings)
                 except DistillationDiverged as error:
                     self.errors[c] = error
+            if len(self.errors) == count:
+                break
             _silence(self.weights, self.errors)
             self.optimizer.step()
             self.step = step + 1
@@ -114,10 +118,7 @@ class Cohort:
 
         Raises ValueError for a damaged or foreign one.
         """
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                step = torch.zeros((), device=self.device if group["fused"] else "cpu")
-                self.optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in _MOMENTS}}
+        self._start_moments()
         for c, path in checkpoints.items():
             named, state = self._candidate(c)
             held = {id(p): state.state[p] for _, p in named}
@@ -147,19 +148,43 @@ class Cohort:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 if target is None:
                     with torch.no_grad():
-                        target = last_hidden(self.teacher, part)
+                        target = last_hidden(self.teacher, part, compiled=self.compiled)
                 loss = torch.stack([
                     divergence_from_hidden(target, self.teacher.lm_head.weight, hidden, head, kind=settings.divergence,
                                            alpha=settings.alpha, beta=settings.beta, temperature=settings.temperature)
-                    for hidden, head in _candidates(self.stack, part, count)])
+                    for hidden, head in self._candidates(part)])
                 (loss.sum() * share).backward()
             losses = losses + loss.detach() * share
-        return losses, _clip(self.weights, count, settings.clip)
+        return losses, self._clipped()
+
+    def _build(self, student, teacher):
+        return stacked(student, teacher, self.sets)
+
+    def _weights(self):
+        return stacked_weights(self.stack)
+
+    def _own_weights(self, c):
+        return own_weights(self.stack, c)
+
+    def _candidates(self, ids):
+        return _candidates(self.stack, ids, len(self.sets))
+
+    def _clipped(self):
+        return _clip(self.weights, len(self.sets), self.settings.clip)
+
+    def _trained(self, c):
+        return _own(self.weights, c)
+
+    def _start_moments(self):
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                step = torch.zeros((), device=self.device if group["fused"] else "cpu")
+                self.optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in _MOMENTS}}
 
     def _candidate(self, c):
         """Weights of candidate `c` by their names in its hybrid, and the optimizer's state of them: views of both."""
         named, state = [], {}
-        for name, p, index in own_weights(self.stack, c):
+        for name, p, index in self._own_weights(c):
             own, kept = p.detach()[index], self.optimizer.state.get(p, {})
             named.append((name, own))
             state[own] = {key: value[index] if key in _MOMENTS else value for key, value in kept.items()}

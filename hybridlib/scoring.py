@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .agreement import top_k_jaccard
 from .batched import group_size
-from .candidates import LoadedInputs, ScoringJob, measure_candidates, reason
+from .candidates import LoadedInputs, ScoringJob, measure_candidates, reason, shares_step
 from .checks import check_int, check_number
 from .cost import training_flops
 from .distill import MatchSettings
@@ -141,7 +141,8 @@ def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_s
     """
     rounds: dict[int, list[dict]] = {}
     with ExitStack() as stack:
-        alive = executor is None and num_layers <= group and isinstance(job.inputs, LoadedInputs)
+        alive = executor is None and isinstance(job.inputs, LoadedInputs) and (
+            num_layers <= group or group == 1 and shares_step(job))  # states stay in memory
         if isinstance(job.inputs, LoadedInputs):
             stack.callback(job.inputs.forget)
         if early_stop is not None and job.checkpoints is None and not alive:

@@ -11,6 +11,7 @@ import torch
 
 import hybridlib as hl
 from hybridlib import candidates, scoring
+from hybridlib.switched import Switched
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -40,6 +41,17 @@ def alone(job):
     whole = dataclasses.replace(job, checkpoints=None)
     return {(layer, until): candidates.measure_candidates(whole, [layer], until)[layer]["kl"]
             for layer in range(3) for until in (512, 1024)}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Candidates take turns in one step, as on a GPU; the candidates that did."""
+    taken, take = [], Switched.take
+    for module in (candidates, scoring):
+        monkeypatch.setattr(module, "shares_step", lambda job: True)
+    monkeypatch.setattr(Switched, "take", lambda self, kept, **k: taken.append((id(self), kept)) or take(
+        self, kept, **k))
+    return taken
 
 
 def together(found):
@@ -130,6 +142,67 @@ def test_a_damaged_checkpoint_of_a_group_is_named(job):
     cut.write_bytes(cut.read_bytes()[:100])
     found = candidates.measure_candidates(job, [0, 1], 1024, 512)
     assert isinstance(found[0], dict) and found[1].startswith("ValueError: checkpoint=") and "truncated" in found[1]
+
+
+@pytest.mark.parametrize(("family", "mixer", "direction", "stop"), [
+    ("llama_tied_bias", "gla", "add", NEVER), ("qwen3", "gdn", "remove", None)])
+def test_candidates_that_take_turns_in_one_step_have_the_scores_of_their_own_runs(
+        tiny_teacher, tiny_tokens, recorded, monkeypatch, family, mixer, direction, stop):
+    teacher = tiny_teacher(family)
+    student = hl.linearize(teacher, mixer)
+    with torch.no_grad():
+        student.model.embed_tokens.weight.add_(0.01)  # none of the teacher's
+    weights = [p.clone() for p in student.parameters()]
+    arguments = dict(direction=direction, num_tokens=640, settings=MATCH, early_stop=stop, group=1)
+    found = hl.score_layers(student, teacher, tiny_tokens, **arguments)
+    turns = 1 if stop is None else 3
+    assert len({model for model, _ in recorded}) == 1 and len(recorded) == 3 * turns
+    monkeypatch.setattr(candidates, "shares_step", lambda job: False)
+    one = hl.score_layers(student, teacher, tiny_tokens, **arguments)
+    assert len(recorded) == 3 * turns
+    assert [value for values in found.history for value in values] == pytest.approx(
+        [value for values in one.history for value in values], abs=1e-5)
+    assert found.stderr == pytest.approx(one.stderr, abs=1e-5) and len(set(found.values)) == 3
+    assert found.tokens == one.tokens and [getattr(found.cost, name) for name in COUNTED] == [
+        getattr(one.cost, name) for name in COUNTED]
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), weights, strict=True))
+
+
+def test_the_shared_step_goes_on_from_checkpoints_from_memory_or_from_the_start(job, alone, recorded, monkeypatch):
+    in_memory = dataclasses.replace(job, checkpoints=None)
+    for layer in range(3):
+        for kind in (job, in_memory):
+            assert candidates.measure_candidates(kind, [layer], 512)[layer]["kl"] == pytest.approx(
+                alone[layer, 512], abs=1e-5)
+    for layer in (2, 0):
+        for kind in (job, in_memory, in_memory):  # the third time nothing is held
+            assert candidates.measure_candidates(kind, [layer], 1024, 512)[layer]["kl"] == pytest.approx(
+                alone[layer, 1024], abs=1e-5)
+    assert len(recorded) == 12
+    monkeypatch.setattr(candidates, "shares_step", lambda job: False)  # and a run alone from its checkpoint
+    assert candidates.measure_candidates(job, [1], 1024, 512)[1]["kl"] == pytest.approx(alone[1, 1024], abs=1e-5)
+
+
+def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligned, tiny_tokens, recorded):
+    student, teacher = aligned
+    broken, kept = hl.restore(student, teacher, []), Kept()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    arguments = dict(direction="remove", num_tokens=512, settings=MATCH, group=1)
+    named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
+    with pytest.raises(hl.ScoringFailed, match=named):
+        hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept)
+    assert len(recorded) == 3
+    good = hl.score_layers(student, teacher, tiny_tokens, **arguments)
+    assert [kept[l, 512]["kl"] for l in (0, 2)] == pytest.approx([good.values[l] for l in (0, 2)], abs=1e-5)
+
+
+def test_where_the_shared_step_cannot_run_candidates_have_their_own(job, alone, recorded, monkeypatch, caplog):
+    tried = []
+    monkeypatch.setattr(candidates, "Switched", lambda *args: tried.append(1) or {}["cannot be compiled"])
+    found = {l: candidates.measure_candidates(job, [l], 512)[l] for l in range(3)}
+    assert together(found) == [alone[l, 512] for l in range(3)] and "now by itself" in caplog.text
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("cuda", "flops", "executor", "expected"), [

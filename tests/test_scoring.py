@@ -6,11 +6,15 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -267,6 +271,29 @@ def test_two_dask_workers_give_the_same_scores(settings, whole, tmp_path):
     assert len(study.ledger.find("candidate")) == 3 * 4
 
 
+def own_gpu(places):
+    os.environ["CUDA_VISIBLE_DEVICES"] = places.get()  # before this worker asks CUDA for anything
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_worker_a_gpu_gives_the_same_scores(settings, tmp_path):
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    on_gpu = dataclasses.replace(settings, device="cuda", results=str(tmp_path / "one"))
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for name in names[:2]:
+        places.put(name)
+    begun = time.perf_counter()
+    expected = hl.Study(on_gpu).scores("gdn", 0)
+    here, begun = time.perf_counter() - begun, time.perf_counter()
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("candidate-*", "score-*.json"))
+    with ProcessPoolExecutor(2, context, own_gpu, (places,)) as pool:
+        study = hl.Study(dataclasses.replace(on_gpu, results=str(tmp_path / "two")), executor=pool)
+        found = study.scores("gdn", 0)
+    print(f"{here:.1f} s in one process, {time.perf_counter() - begun:.1f} s by two workers, their start included")
+    assert found.values == pytest.approx(expected.values, rel=1e-2) and len(study.ledger.find("candidate")) == 3
+
+
 def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
     submitit = pytest.importorskip("submitit", reason="needs submitit, of the extra cluster")
     executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="debug")
@@ -290,31 +317,53 @@ import hybridlib as hl
 from hybridlib import candidates
 
 settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
-train = candidates.match
 
-def match(*args, **kwargs):
-    global left
-    left -= 1
-    if left < 0:
-        print("waiting", flush=True)
-        time.sleep(600)
-    return train(*args, **kwargs)
+def counted(train):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            print("waiting", flush=True)
+            time.sleep(600)
+        return train(*args, **kwargs)
+    return call
 
-candidates.match = match
-hl.Study(settings).scores("gdn", 0, early_stop=stop)
+candidates.match, candidates.Cohort.train = counted(candidates.match), counted(candidates.Cohort.train)
+hl.Study(settings, group=int(sys.argv[4])).scores("gdn", 0, early_stop=stop)
 """
 
 
-@pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
-def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch):
-    mine = fresh(settings, tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(mine), repr(stop), str(before)],
+def kill(settings, stop, before, group=1):
+    """Score in another process and kill it when it has trained so many times and is about to do so again."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(settings), repr(stop), str(before), str(group)],
                                stdout=subprocess.PIPE, cwd=Path(hl.__file__).parent.parent)
     try:
         assert process.stdout.readline() == b"waiting\n"
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, whole, tmp_path):
+    mine, stop = fresh(settings, tmp_path), hl.EarlyStop(1, 128, window=4)
+    kill(mine, stop, 3, group=2)  # in the second round, once layers 0 and 1 are through
+    study = hl.Study(mine)
+    found = {r.key: (r.started, r.parameters["layer"]) for r in study.ledger.find("candidate")}
+    assert sorted(layer for _, layer in found.values()) == [0, 0, 1, 1, 2]
+    scores = study.scores("gdn", 0, early_stop=stop)
+    assert scores.values == pytest.approx(whole.values, rel=1e-5)
+    records = {r.key: (r.started, r.parameters["layer"]) for r in study.ledger.find("candidate")}
+    assert len(records) == 3 * 4 and found.items() <= records.items()
+    grouped = hl.Study(dataclasses.replace(mine, recompute=True), group=3).scores("gdn", 0)
+    assert grouped.values == pytest.approx(whole.values, rel=1e-5)
+    assert {r.key for r in hl.Study(settings).ledger.find("candidate")} <= {
+        r.key for r in study.ledger.find("candidate")}  # no record depends on how layers are grouped
+
+
+@pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
+def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch):
+    mine = fresh(settings, tmp_path)
+    kill(mine, stop, before)
     found = {r.key: r.started for r in hl.Study(mine).ledger.find("candidate")}
     assert len(found) == before
     calls, train = [], candidates.match
