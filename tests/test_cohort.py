@@ -28,17 +28,20 @@ class Kept(dict):
         self[layer, tokens] = found
 
 
+def job_of(student, teacher, tokens, checkpoints=None):
+    inputs = candidates.LoadedInputs(student, teacher, tokens, hl.TeacherStates(teacher))
+    return candidates.ScoringJob(inputs, "add", 1024, None, MATCH, checkpoints)
+
+
 @pytest.fixture
 def job(aligned, tiny_tokens, tmp_path):
-    student, teacher = aligned
-    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
-    return candidates.ScoringJob(inputs, "add", 1024, None, MATCH, str(tmp_path))
+    return job_of(*aligned, tiny_tokens, str(tmp_path))
 
 
-@pytest.fixture
-def alone(job):
+@pytest.fixture(scope="module")
+def alone(aligned, tiny_tokens):
     """{(layer, tokens): KL} of candidates that train alone, after 512 and 1,024 tokens."""
-    whole = dataclasses.replace(job, checkpoints=None)
+    whole = job_of(*aligned, tiny_tokens)
     return {(layer, until): candidates.measure_candidates(whole, [layer], until)[layer]["kl"]
             for layer in range(3) for until in (512, 1024)}
 

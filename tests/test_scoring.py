@@ -19,8 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import hybridlib as hl
 from hybridlib import candidates, ledger, passes, scoring
@@ -30,21 +28,11 @@ NEVER = hl.EarlyStop(1, 256, window=100)
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_teacher, tmp_path_factory):
+def settings(tiny_files, tmp_path_factory):
     """Of a study whose teacher and corpus are files, so that other processes find them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    words = {f"w{i}": i for i in range(63)} | {"<end>": 63}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny_teacher("llama").save_pretrained(folder / "teacher")
-    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>").save_pretrained(folder / "teacher")
-    (folder / "corpus").mkdir()
-    for name, documents in (("train", range(40)), ("heldout", range(40, 50))):
-        texts = [" ".join(f"w{(n + 5 * i * (n % 3 + 1)) % 63}" for i in range(47)) for n in documents]
-        (folder / "corpus" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return hl.StudySettings(teacher=str(folder / "teacher"), corpus=str(folder / "corpus"), context=16,
-                            align_tokens=512, score_tokens=512, match_tokens=128, batch_tokens=64, heldout_tokens=128,
-                            seeds=1, recall_pairs=2, budget=1, device="cpu", results=str(folder / "whole"))
+    return hl.StudySettings(**tiny_files, context=16, align_tokens=512, score_tokens=512, match_tokens=128,
+                            batch_tokens=64, heldout_tokens=128, seeds=1, recall_pairs=2, budget=1, device="cpu",
+                            results=str(tmp_path_factory.mktemp("inputs") / "whole"))
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ STOP = hl.EarlyStop(0.25, 128, window=2)
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speed")
+def study(tiny_files, tmp_path_factory):
     return hl.Study(scoring_speed.CostSettings(
-        context=32, align_tokens=64, score_tokens=256, match_tokens=64, batch_tokens=128, heldout_tokens=64, seeds=1,
-        device="cpu", results=str(folder), engine_tokens=256, engine_heldout_tokens=64, engine_points=2))
+        **tiny_files, context=16, align_tokens=256, score_tokens=256, match_tokens=64, batch_tokens=128,
+        heldout_tokens=64, seeds=1, device="cpu", results=str(tmp_path_factory.mktemp("speed")), engine_tokens=256,
+        engine_heldout_tokens=64, engine_points=2))
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def test_every_loop_gives_the_same_scores_and_is_a_record(study, compared, monke
     expected = study.scores("gdn", 0)
     for loop in rows.index:
         assert rows.loc[loop, "values"] == pytest.approx(expected.values, abs=1e-5)  # two rounds: none can end early
-        assert rows.loc[loop, "tokens"] == 8 * 256
+        assert rows.loc[loop, "tokens"] == 3 * 256
     assert rows.loc["plain", "values"] == list(expected.values)
-    assert list(rows["group"]) == [1, 1, 8] and list(rows.loc["engine", "history_tokens"]) == [128, 256]
+    assert list(rows["group"]) == [1, 1, 3] and list(rows.loc["engine", "history_tokens"]) == [128, 256]
     assert len(study.ledger.find("scoring_speed")) == 3
     monkeypatch.setattr(scoring_speed, "score_layers", None)
     monkeypatch.setattr(scoring_speed, "match", None)
@@ -89,8 +89,8 @@ def test_a_scoring_that_went_on_to_the_end_is_said_to_have(study):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"engine_loops": ["fast"]}, "engine_loops='fast'"), ({"engine_loops": "plain"}, "is not a list"),
-    ({"engine_tokens": 16}, "engine_tokens=16"), ({"engine_heldout_tokens": 128}, "engine_heldout_tokens=128"),
-    ({"engine_points": 9}, "engine_points=9"), ({"engine_window": 1}, "engine_window=1"),
+    ({"engine_tokens": 8}, "engine_tokens=8"), ({"engine_heldout_tokens": 128}, "engine_heldout_tokens=128"),
+    ({"engine_points": 17}, "engine_points=17"), ({"engine_window": 1}, "engine_window=1"),
     ({"engine_group": -1}, "engine_group=-1")])
 def test_bad_settings_are_refused(study, change, message):
     with pytest.raises(ValueError, match=message):
