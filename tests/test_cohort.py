@@ -30,7 +30,7 @@ class Kept(dict):
 
 def job_of(student, teacher, tokens, checkpoints=None):
     inputs = candidates.LoadedInputs(student, teacher, tokens, hl.TeacherStates(teacher))
-    return candidates.ScoringJob(inputs, "add", 1024, None, MATCH, checkpoints)
+    return candidates.ScoringJob(inputs, "add", 512, None, MATCH, checkpoints)
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def job(aligned, tiny_tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(aligned, tiny_tokens):
-    """{(layer, tokens): KL} of candidates that train alone, after 512 and 1,024 tokens."""
+    """{(layer, tokens): KL} of candidates that train alone, after 256 and 512 tokens."""
     whole = job_of(*aligned, tiny_tokens)
     return {(layer, until): candidates.measure_candidates(whole, [layer], until)[layer]["kl"]
-            for layer in range(3) for until in (512, 1024)}
+            for layer in range(3) for until in (256, 512)}
 
 
 @pytest.fixture
@@ -67,10 +67,11 @@ def test_scores_of_a_group_are_those_of_candidates_alone(aligned, tiny_tokens, d
     weights = [p.clone() for p in student.parameters()]
     made, cohort = [], candidates.Cohort
     monkeypatch.setattr(candidates, "Cohort", lambda *args: made.append(args[3]) or cohort(*args))
-    arguments = dict(direction=direction, num_tokens=1100, settings=MATCH, early_stop=stop, heldout_tokens=64)
+    arguments = dict(direction=direction, num_tokens=700, settings=MATCH, early_stop=stop, heldout_tokens=64)
     one = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=1)
     assert not made
-    found, kept = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group), Kept()
+    kept = Kept()
+    found = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group, records=kept)
     assert [value for values in found.history for value in values] == pytest.approx(
         [value for values in one.history for value in values], abs=1e-5)
     assert found.stderr == pytest.approx(one.stderr, abs=1e-5) and len(set(found.values)) == 3
@@ -78,37 +79,36 @@ def test_scores_of_a_group_are_those_of_candidates_alone(aligned, tiny_tokens, d
     assert [getattr(found.cost, name) for name in COUNTED] == [getattr(one.cost, name) for name in COUNTED]
     softmax = {l: (l,) if direction == "add" else tuple(m for m in range(3) if m != l) for l in range(3)}
     assert made == [[softmax[l] for l in range(group)]]  # one model for all rounds; a third layer is alone in its task
-    hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group, records=kept)
     seconds = {until: {kept[l, until]["seconds"] for l in range(2)} for _, until in kept}
     assert all(len(each) == 1 for each in seconds.values())  # shared out evenly
     assert all(torch.equal(p, q) for p, q in zip(student.parameters(), weights, strict=True))
 
 
 def test_either_way_goes_on_from_the_others_checkpoints(job, alone):
-    first = candidates.measure_candidates(job, [0, 1, 2], 512)
-    assert together(first) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
+    first = candidates.measure_candidates(job, [0, 1, 2], 256)
+    assert together(first) == pytest.approx([alone[l, 256] for l in range(3)], abs=1e-5)
     job.inputs.forget()
     for layer in (0, 2):  # 1 stays behind
-        assert candidates.measure_candidates(job, [layer], 1024, 512)[layer]["kl"] == pytest.approx(
-            alone[layer, 1024], abs=1e-5)
-    found = candidates.measure_candidates(job, [0, 1, 2], 1024, 512)
-    assert together(found) == pytest.approx([alone[l, 1024] for l in range(3)], abs=1e-5)
-    assert {one["tokens"] for one in found.values()} == {1024}
+        assert candidates.measure_candidates(job, [layer], 512, 256)[layer]["kl"] == pytest.approx(
+            alone[layer, 512], abs=1e-5)
+    found = candidates.measure_candidates(job, [0, 1, 2], 512, 256)
+    assert together(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
+    assert {one["tokens"] for one in found.values()} == {512}
     for layer in range(3):
         job.checkpoint(layer).unlink()
     for layer in (0, 1):
-        candidates.measure_candidates(job, [layer], 512)
-    found = candidates.measure_candidates(job, [0, 1], 1024, 512)
-    assert together(found) == pytest.approx([alone[l, 1024] for l in range(2)], abs=1e-5)
+        candidates.measure_candidates(job, [layer], 256)
+    found = candidates.measure_candidates(job, [0, 1], 512, 256)
+    assert together(found) == pytest.approx([alone[l, 512] for l in range(2)], abs=1e-5)
 
 
 def test_a_group_that_lives_on_is_one_made_from_its_checkpoints(job, alone):
-    candidates.measure_candidates(job, [0, 1, 2], 512)
+    candidates.measure_candidates(job, [0, 1, 2], 256)
     assert job.inputs.alive
-    found = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 1024, 512)
-    assert together(found) == pytest.approx([alone[l, 1024] for l in range(3)], abs=1e-5)
+    found = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 512, 256)
+    assert together(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
     assert not job.inputs.alive
-    lost = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 1024, 512)
+    lost = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 512, 256)
     assert together(lost) == pytest.approx(together(found), abs=1e-6)  # trained again from the start
 
 
@@ -134,16 +134,16 @@ def test_a_group_that_does_not_fit_is_measured_in_turn(job, alone, monkeypatch, 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(candidates, "Cohort", full)
-    found = candidates.measure_candidates(job, [0, 1, 2], 512)
-    assert together(found) == [alone[l, 512] for l in range(3)] and "now in turn" in caplog.text
+    found = candidates.measure_candidates(job, [0, 1, 2], 256)
+    assert together(found) == [alone[l, 256] for l in range(3)] and "now in turn" in caplog.text
 
 
 def test_a_damaged_checkpoint_of_a_group_is_named(job):
-    candidates.measure_candidates(job, [0, 1], 512)
+    candidates.measure_candidates(job, [0, 1], 256)
     job.inputs.forget()
     cut = job.checkpoint(1)
     cut.write_bytes(cut.read_bytes()[:100])
-    found = candidates.measure_candidates(job, [0, 1], 1024, 512)
+    found = candidates.measure_candidates(job, [0, 1], 512, 256)
     assert isinstance(found[0], dict) and found[1].startswith("ValueError: checkpoint=") and "truncated" in found[1]
 
 
@@ -175,15 +175,15 @@ def test_the_shared_step_goes_on_from_checkpoints_from_memory_or_from_the_start(
     in_memory = dataclasses.replace(job, checkpoints=None)
     for layer in range(3):
         for kind in (job, in_memory):
-            assert candidates.measure_candidates(kind, [layer], 512)[layer]["kl"] == pytest.approx(
-                alone[layer, 512], abs=1e-5)
+            assert candidates.measure_candidates(kind, [layer], 256)[layer]["kl"] == pytest.approx(
+                alone[layer, 256], abs=1e-5)
     for layer in (2, 0):
         for kind in (job, in_memory, in_memory):  # the third time nothing is held
-            assert candidates.measure_candidates(kind, [layer], 1024, 512)[layer]["kl"] == pytest.approx(
-                alone[layer, 1024], abs=1e-5)
+            assert candidates.measure_candidates(kind, [layer], 512, 256)[layer]["kl"] == pytest.approx(
+                alone[layer, 512], abs=1e-5)
     assert len(recorded) == 12
     monkeypatch.setattr(candidates, "shares_step", lambda job: False)  # and a run alone from its checkpoint
-    assert candidates.measure_candidates(job, [1], 1024, 512)[1]["kl"] == pytest.approx(alone[1, 1024], abs=1e-5)
+    assert candidates.measure_candidates(job, [1], 512, 256)[1]["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
 
 
 def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligned, tiny_tokens, recorded):
@@ -203,8 +203,8 @@ def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligne
 def test_where_the_shared_step_cannot_run_candidates_have_their_own(job, alone, recorded, monkeypatch, caplog):
     tried = []
     monkeypatch.setattr(candidates, "Switched", lambda *args: tried.append(1) or {}["cannot be compiled"])
-    found = {l: candidates.measure_candidates(job, [l], 512)[l] for l in range(3)}
-    assert together(found) == [alone[l, 512] for l in range(3)] and "now by itself" in caplog.text
+    found = {l: candidates.measure_candidates(job, [l], 256)[l] for l in range(3)}
+    assert together(found) == [alone[l, 256] for l in range(3)] and "now by itself" in caplog.text
     assert len(tried) == 1
 
 
