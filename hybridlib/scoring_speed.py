@@ -58,7 +58,7 @@ class CostSettings(SelectorSettings):
     engine_tokens: int = 4_096
     engine_heldout_tokens: int = 1_024
     engine_points: int = 4
-    engine_window: int = 2
+    engine_window: int = 3
     engine_group: int = 0
 
     def __post_init__(self):

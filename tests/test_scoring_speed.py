@@ -18,7 +18,7 @@ def study(tiny_files, tmp_path_factory):
     return hl.Study(scoring_speed.CostSettings(
         **tiny_files, context=16, align_tokens=256, score_tokens=256, match_tokens=64, batch_tokens=128,
         heldout_tokens=64, seeds=1, device="cpu", results=str(tmp_path_factory.mktemp("speed")), engine_tokens=256,
-        engine_heldout_tokens=64, engine_points=2))
+        engine_heldout_tokens=64, engine_points=2, engine_window=2))
 
 
 @pytest.fixture(scope="module")
