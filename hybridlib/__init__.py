@@ -5,6 +5,7 @@ from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, k
                         top_k_jaccard)
 from .batched import match_sets
 from .agreement import (contiguity)
+from .candidates import ScoringInputs
 from .corpus import Tokens, load_tokens
 from .cost import Cost, Meter, forward_flops, training_flops
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
@@ -20,7 +21,7 @@ from .postnas import PostNAS, search_once_for_all, train_once_for_all
 from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
-from .scoring import EarlyStop, ScoringFailed, ScoringInputs
+from .scoring import EarlyStop, ScoringFailed
 from .selection import budget_layers, select
 from .selectors import SELECTORS, Selection, Selector, find_selector
 from .speculative import SkipSearch, score_acceptance, search_skips

@@ -6,24 +6,18 @@ each set of softmax layers, therefore share every launch: their weights are stac
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .checks import check_int
-from .distill import DistillationDiverged, History, MatchSettings, check_finite, rate_at
-from .evaluate import compare, mean_stderr
-from .graphs import Graphed
+from .cohort import Cohort
+from .distill import MatchSettings
 from .hybrid import check_layers, check_same_shape, linear_layers
-from .objectives import divergence_from_hidden
-from .passes import last_hidden
-from .recall import RecallTask, encode_all, exact_match, generate_recall, judge, pad_left, recall_logits
-from .stacked import stacked, stacked_weights
+from .recall import RecallTask, encode_all, generate_recall
 
 __all__ = ["match_sets"]
 
@@ -75,7 +69,7 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
             raise ValueError("recall is given, but tokens has no tokenizer; load tokens with the teacher's")
         check_int("recall_examples", recall_examples, 1)
         examples = encode_all(generate_recall(recall, recall_examples, seed=1), tokens.tokenizer, student.config)
-    size = group or _group_size(student, tokens, settings, len(sets))
+    size = group or group_size(student, tokens, settings, len(sets))
     order = sorted(range(len(sets)), key=sets.__getitem__)  # neighbours share layers, and with them launches
     results = {}
     with tqdm(total=len(sets) * num_tokens, unit="tok", unit_scale=True, desc="match sets", leave=False) as bar:
@@ -115,7 +109,7 @@ def _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_
     return sets
 
 
-def _group_size(student, tokens, settings, most):
+def group_size(student, tokens, settings, most):
     """How many candidates to train at once, by memory; see `match_sets`."""
     config, parameter = student.config, next(student.parameters())
     weights = sum(p.numel() for p in student.parameters())
@@ -132,72 +126,17 @@ def _group_size(student, tokens, settings, most):
 
 def _match_group(student, teacher, tokens, sets, num_tokens, settings, examples, measure_at, bar):
     """Results of `match_sets`, but for their seconds, of sets that are trained at once."""
-    device, count = next(student.parameters()).device, len(sets)
-    stack = stacked(student, teacher, sets)
-    weights = list(stacked_weights(stack))
-    mixers = [p for name, p, _ in weights if ".self_attn.linear." in name]
-    others = [p for name, p, _ in weights if ".self_attn.linear." not in name]
-    groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
-    optimizer = torch.optim.AdamW([{"params": params, "peak": rate} for params, rate in groups if params], lr=0.0,
-                                  betas=settings.betas, weight_decay=settings.weight_decay,
-                                  fused=device.type == "cuda")
-    rows = max(1, settings.batch_tokens // tokens.context)
-    micro = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
-    steps, each = max(1, num_tokens // (rows * tokens.context)), rows * tokens.context
-    histories, errors = [History("match") for _ in sets], {}
-    stops = [min(steps, -(-point // each)) for point in measure_at]
+    cohort = Cohort(student, teacher, tokens, sets, num_tokens, settings)
+    stops = [cohort.steps_for(point) for point in measure_at]
     measured = {}  # step: figures of each candidate
-
-    def gradients(batch):
-        optimizer.zero_grad(set_to_none=True)
-        losses = torch.zeros(count, device=device)
-        for part in batch.split(micro):
-            share = len(part) / rows
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                with torch.no_grad():
-                    target = last_hidden(teacher, part)
-                loss = torch.stack([
-                    divergence_from_hidden(target, teacher.lm_head.weight, hidden, head, kind=settings.divergence,
-                                           alpha=settings.alpha, beta=settings.beta, temperature=settings.temperature)
-                    for hidden, head in _candidates(stack, part, count)])
-                (loss.sum() * share).backward()
-            losses = losses + loss.detach() * share
-        return losses, _clip(weights, count, settings.clip)
-
-    def measure(step):
-        if step not in measured:
-            measured[step] = _figures(stack, teacher, tokens, examples, count)
-            stack.train()
-
-    stack.train()
-    graphed = Graphed(gradients) if settings.cuda_graph and device.type == "cuda" else None
-    compute = graphed or gradients
-    for step in range(steps):
-        if step in stops:
-            measure(step)
-        batch = tokens.rows(step * rows, rows).to(device, non_blocking=True)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = param_group["peak"] * rate_at(step, steps, settings)
-        losses, norms = (x.tolist() for x in compute(batch))
-        for c in set(range(count)) - set(errors):
-            named = () if math.isfinite(losses[c] + norms[c]) else _own(weights, c)
-            try:
-                check_finite("match", step, {None: losses[c]}, norms[c], named, histories[c], settings)
-            except DistillationDiverged as error:
-                errors[c] = f"layers {sets[c]}: {error}"
-            else:
-                histories[c].tokens.append((step + 1) * each)
-                histories[c].losses.append(losses[c])
-        _silence(weights, errors)
-        optimizer.step()
-        bar.update(each * count)
-        bar.set_postfix(loss=f"{min(losses):.4f} to {max(losses):.4f}")
-    optimizer.zero_grad(set_to_none=True)
-    if graphed:
-        graphed.release()
-    measure(steps)
-    return [_result(sets[c], histories[c], errors.get(c), {step: m[c] for step, m in measured.items()}, stops, each)
-            for c in range(count)]
+    for step in sorted({*stops, cohort.steps}):
+        cohort.train(step, bar=bar)
+        if step == cohort.steps:
+            cohort.release()
+        measured[step] = cohort.figures(tokens, examples)
+    errors = {c: f"layers {sets[c]}: {error}" for c, error in cohort.errors.items()}
+    return [_result(sets[c], cohort.histories[c], errors.get(c), {step: m[c] for step, m in measured.items()}, stops,
+                    cohort.step_tokens) for c in range(len(sets))]
 
 
 def _result(layers, history, error, measured, stops, each):
@@ -211,74 +150,5 @@ def _result(layers, history, error, measured, stops, each):
     return result | {"error": error} if error else result
 
 
-@torch.no_grad()
-def _figures(stack, teacher, tokens, examples, count, batch_tokens=8192):
-    """The figures of `evaluate.evaluate` for each candidate."""
-    device = next(stack.parameters()).device
-    stack.eval()
-    kl, sums = [[] for _ in range(count)], torch.zeros(count, 2, dtype=torch.float64)
-    for ids in tokens.heldout.split(max(1, batch_tokens // tokens.context)):
-        ids = ids.to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            theirs = teacher.lm_head(last_hidden(teacher, ids)).float()
-            for c, (hidden, head) in enumerate(_candidates(stack, ids, count)):
-                row_kl, *row_sums = compare(theirs, F.linear(hidden, head).float(), ids)
-                kl[c] += row_kl
-                sums[c] += torch.tensor(row_sums, dtype=torch.float64)
-    nats, agree = (sums / len(tokens.heldout)).unbind(1)
-    right = _recall(stack, tokens.tokenizer, examples, count) if examples else [None] * count
-    return [dict(zip(("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr"),
-                     (*mean_stderr(kl[c]), nats[c].exp().item(), agree[c].item(),
-                      *((None, None) if right[c] is None else exact_match(right[c]))))) for c in range(count)]
-
-
-def _recall(stack, tokenizer, examples, count, batch_rows=128):
-    """For each candidate, which answers are right, as `recall.score_recall` judges them; the logits of 128 rows."""
-    device, right = next(stack.parameters()).device, [[] for _ in range(count)]
-    for part in _parts(examples, max(1, batch_rows // count)):
-        ids, mask, shift = pad_left([ids for ids, _ in part], tokenizer, device)
-        predicted = recall_logits(stack, ids.repeat(count, 1), mask.repeat(count, 1)).argmax(-1).cpu()
-        ids = ids.cpu()  # at once: a number at a time would wait for the GPU as often
-        for c, predicted in enumerate(predicted.unflatten(0, (count, -1))):
-            right[c] += [exact for exact, _, _ in judge(predicted, ids, shift, part)]
-    return right
-
-
-def _candidates(stack, ids, count):
-    """For each candidate, its last hidden states on `ids` (rows, time), (rows, time, width), and its output head."""
-    hidden = last_hidden(stack, ids.repeat(count, 1)).unflatten(0, (count, -1))
-    return list(zip(hidden.unbind(0), stack.lm_head.weight.unbind(0), strict=True))
-
-
 def _parts(items, size):
     return (items[i:i + size] for i in range(0, len(items), size))
-
-
-def _clip(weights, count, clip):
-    """Scale every candidate's gradient to a norm of at most `clip`; returns the norms before, (candidates,)."""
-    first = weights[0][1]
-    squares = torch.zeros(count, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
-    for _, p, members in weights:
-        squares = squares.index_add(0, members, p.grad.flatten(1).to(squares.dtype).square().sum(1))
-    norms = squares.sqrt()
-    factors = (clip / (norms + 1e-6)).clamp(max=1)
-    for _, p, members in weights:
-        p.grad.mul_(factors[members].view(-1, *[1] * (p.dim() - 1)))
-    return norms
-
-
-def _silence(weights, errors):
-    """Put 0 in the place of the gradients of the candidates that went wrong."""
-    for _, p, members in weights if errors else ():
-        p.grad[[i for i, c in enumerate(members.tolist()) if c in errors]] = 0
-
-
-def _own(weights, c):
-    """(name, weight) of candidate `c`, each with its gradient."""
-    named = []
-    for name, p, members in weights:
-        for i in (members == c).nonzero().flatten().tolist():
-            own = p.detach()[i]
-            own.grad = p.grad[i]
-            named.append((name, own))
-    return named

@@ -7,7 +7,7 @@ second notebook, or a reader without the GPU, draws from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -114,8 +114,8 @@ def run_contest(study: Study) -> Contest:
     each set.
     """
     s = study.settings
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()
-             if k not in ("device", "results", "recompute")}
+    names = {f.name for f in fields(SelectorSettings)} - {"device", "results", "recompute"}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
 
     def compute():
         rows, refused = [], {}

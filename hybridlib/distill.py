@@ -256,7 +256,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
     run = {"stage": stage, "num_tokens": num_tokens, "settings": settings.numbers(),
            "tokens": tokens.fingerprint, "weights": {n: list(p.shape) for n, p in named}}
     if checkpoint is not None and Path(checkpoint).exists():
-        history, begun = _load_checkpoint(Path(checkpoint), run, named, optimizer)
+        history, begun = load_checkpoint(Path(checkpoint), run, named, optimizer)
         if begun > end:
             raise ValueError(f"checkpoint={str(checkpoint)!r} is {history.tokens[-1]} tokens into the run, beyond "
                              f"until={until}; delete it to start anew")
@@ -297,7 +297,7 @@ def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callab
             bar.update(rows * tokens.context)
             bar.set_postfix(loss=f"{loss:.4f}")
             if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
-                _save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
+                save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
     optimizer.zero_grad(set_to_none=True)
     if graphed:
         graphed.release()
@@ -346,7 +346,7 @@ def _first_bad_layer(named):
     return None
 
 
-def _save_checkpoint(path, run, named, optimizer, history, step):
+def save_checkpoint(path, run, named, optimizer, history, step):
     tensors = {f"weight/{n}": p.detach() for n, p in named}
     for n, p in named:
         tensors |= {f"{key}/{n}": value for key, value in optimizer.state.get(p, {}).items()}
@@ -368,7 +368,7 @@ def _save_checkpoint(path, run, named, optimizer, history, step):
 
 
 @torch.no_grad()
-def _load_checkpoint(path, run, named, optimizer):
+def load_checkpoint(path, run, named, optimizer):
     try:
         with safe_open(path, "pt") as f:
             state = json.loads(f.metadata()["state"])

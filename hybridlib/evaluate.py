@@ -61,17 +61,18 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
 
 
 def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192,
-               states: TeacherStates | None = None):
+               states: TeacherStates | None = None, compiled: bool = False):
     """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows.
 
-    `states`, of this teacher, spare its pass where another model was measured on the same rows.
+    `states`, of this teacher, spare its pass where another model was measured on the same rows; `compiled` runs the
+    model's layers through ``torch.compile``.
     """
-    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states)
+    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states, compiled)
     return mean_stderr([value for batch in rows for value in batch[0]])
 
 
 @torch.no_grad()
-def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None):
+def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None, compiled=False):
     """A batch at a time: KL of each row, and sums over rows of the model's nats, the agreement, the teacher's nats."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
@@ -84,7 +85,7 @@ def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = last_hidden(teacher, ids) if states is None else states(ids)
             theirs = teacher.lm_head(hidden).float()  # (rows, context, vocab)
-            mine = model.lm_head(last_hidden(model, ids)).float()
+            mine = model.lm_head(last_hidden(model, ids, compiled=compiled)).float()
         yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
     model.train(was_training)
 

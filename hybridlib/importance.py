@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from .candidates import LoadedInputs, ScoringInputs, ScoringJob
 from .checks import check_choice, check_executor, check_int
 from .cost import Cost, Meter, heldout_size
 from .distill import MatchSettings
 from .hybrid import linear_layers
 from .objectives import alignment_loss
 from .passes import TeacherStates, attention_io
-from .scoring import CandidateRecords, EarlyStop, LoadedInputs, ScoringInputs, ScoringJob, score_candidates
+from .scoring import CandidateRecords, EarlyStop, score_candidates, task_size
 
 __all__ = ["LayerScores", "score_layers"]
 
@@ -62,7 +63,7 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
                  heldout_tokens: int | None = None, settings: MatchSettings | None = None, normalize: bool = True,
                  early_stop: EarlyStop | None = None, executor=None, inputs: ScoringInputs | None = None,
                  records: CandidateRecords | None = None, checkpoints: str | Path | None = None,
-                 memory: int = 4 * 2**30) -> LayerScores:
+                 memory: int = 4 * 2**30, group: int | None = None) -> LayerScores:
     """Score every layer of an aligned all-linear student.
 
     Parameters
@@ -87,6 +88,9 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
         for the time of the call. A candidate needs three times its weights in it. Without `early_stop` it is used
         where `num_tokens` is more than ``settings.checkpoint_every``.
     memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
+    group : candidates that train together, in one stacked model; the scores do not depend on it, but for rounding. None
+        is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
+        `scoring.task_size`.
 
     A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
 
@@ -112,11 +116,13 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     if early_stop is not None:
         early_stop.count(num_layers)
     settings = settings or MatchSettings()
+    group = task_size(student, tokens, settings, group, executor)
     in_parts = early_stop is not None or num_tokens > settings.checkpoint_every
     inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher, memory))
     job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings,
                      str(Path(checkpoints).resolve()) if checkpoints and in_parts else None)
-    rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records)
+    rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records,
+                              group=group)
     sign, found = -1 if direction == "add" else 1, list(rounds.values())
     history = tuple(tuple(sign * c["kl"] for c in one) for one in found)
     every = [c for one in found for c in one]

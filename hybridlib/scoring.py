@@ -1,45 +1,37 @@
 """The scoring engine: the candidates of stage-2 scores as tasks that do not depend on one another.
 
 A candidate is a hybrid with one layer swapped, trained for a while and measured. Candidates are computed here, one
-after the other, or by an executor: `concurrent.futures` pools of processes, ``client.get_executor()`` of
-dask.distributed, or an executor of submitit (SLURM). What a candidate gave is handed on as soon as it is there, so
-that it can be kept; one that fails does not stop the others. With `EarlyStop` they advance in rounds.
+after the other or several in one model, or by an executor: `concurrent.futures` pools of processes,
+``client.get_executor()`` of dask.distributed, or an executor of submitit (SLURM). What a candidate gave is handed on as
+soon as it is there, so that it can be kept; one that fails does not stop the others. With `EarlyStop` they advance in
+rounds.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Protocol
 
 from tqdm.auto import tqdm
 
 from .agreement import top_k_jaccard
+from .batched import group_size
+from .candidates import LoadedInputs, ScoringJob, measure_candidates, reason, shares_step
 from .checks import check_int, check_number
-from .cost import Meter, heldout_size
-from .corpus import Tokens, load_tokens
-from .distill import DistillationDiverged, MatchSettings, match
-from .evaluate import heldout_kl
-from .hybrid import load_hybrid, restore
-from .ledger import describe_device
-from .passes import TeacherStates
-from .teachers import load_teacher, sha256_of
+from .cost import training_flops
+from .distill import MatchSettings
 
-__all__ = ["CandidateRecords", "EarlyStop", "LoadedInputs", "ScoringFailed", "ScoringInputs", "ScoringJob",
-           "measure_candidates", "score_candidates", "weights_sha256"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["CandidateRecords", "EarlyStop", "ScoringFailed", "score_candidates", "task_size"]
 
 POLL_SECONDS = 0.2  # between two looks at jobs that cannot be waited for together
+SMALL_STEP = 1e12  # FLOPs; an H100 computes them in about the time that a step's thousands of launches take
 
 
 class ScoringFailed(RuntimeError):
@@ -100,100 +92,6 @@ class EarlyStop:
                    for a, b in combinations(history[-self.window:], 2))
 
 
-@dataclass(frozen=True)
-class LoadedInputs:
-    """A scoring's inputs as they lie in this process; `states`, of this teacher, are shared by its candidates."""
-
-    student: object
-    teacher: object
-    tokens: Tokens
-    states: TeacherStates
-
-    @property
-    def context(self) -> int:
-        return self.tokens.context
-
-    def load(self) -> LoadedInputs:
-        return self
-
-
-@dataclass(frozen=True)
-class ScoringInputs:
-    """Where a scoring's inputs are, so that a worker can load them itself; it keeps what it loaded last.
-
-    Parameters
-    ----------
-    student : folder of the aligned student, one that every worker sees.
-    student_sha256 : of its weights, see `weights_sha256`; a worker refuses others.
-    teacher, corpus, context, seed : as `load_teacher` and `load_tokens` take them.
-    max_tokens, heldout_tokens : training and held-out tokens to load; of the latter `heldout_rows` (first, end) are
-        measured on.
-    fingerprint : of the tokens; a worker that reads others refuses.
-    device : to compute on, as `load_teacher` takes it: ``"cuda"`` is the first GPU that the worker sees.
-    memory : bytes for the teacher's states, see `TeacherStates`.
-    """
-
-    student: str
-    student_sha256: str
-    teacher: str
-    corpus: str
-    context: int
-    seed: int
-    max_tokens: int
-    heldout_tokens: int
-    heldout_rows: tuple[int, int]
-    fingerprint: str
-    device: str = "auto"
-    memory: int = 4 * 2**30
-
-    def load(self) -> LoadedInputs:
-        """Load everything; raises ValueError if it is not what the scoring began with."""
-        return _load(self)
-
-
-@lru_cache(maxsize=1)
-def _load(inputs):
-    if weights_sha256(inputs.student) != inputs.student_sha256:
-        raise ValueError(f"student={inputs.student!r} holds other weights than those to be scored; "
-                         "let every worker see the same folder")
-    teacher = load_teacher(inputs.teacher, device=inputs.device)
-    whole = load_tokens(inputs.corpus, teacher.tokenizer, inputs.context, inputs.seed, max_tokens=inputs.max_tokens,
-                        heldout_tokens=inputs.heldout_tokens)
-    rows = whole.heldout[slice(*inputs.heldout_rows)]
-    tokens = Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
-    if tokens.fingerprint != inputs.fingerprint:
-        raise ValueError(f"corpus={inputs.corpus!r} gives other tokens here than where the scoring began; "
-                         "let every worker see the same files")
-    student = load_hybrid(inputs.student, device=inputs.device, teacher=teacher)
-    return LoadedInputs(student, teacher.model, tokens, TeacherStates(teacher.model, inputs.memory))
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """The sha256 over the safetensors files of a saved hybrid."""
-    return sha256_of(*sorted(Path(folder).glob("*.safetensors")))
-
-
-@dataclass(frozen=True)
-class ScoringJob:
-    """What all candidates of a scoring share. Pickled, it is small if its inputs are `ScoringInputs`.
-
-    Parameters
-    ----------
-    direction, num_tokens, heldout_tokens, settings : as `score_layers` takes them.
-    checkpoints : folder in which candidates leave their state between rounds; None if there is one round.
-    """
-
-    inputs: LoadedInputs | ScoringInputs
-    direction: str
-    num_tokens: int
-    heldout_tokens: int | None
-    settings: MatchSettings = field(default_factory=MatchSettings)
-    checkpoints: str | None = None
-
-    def checkpoint(self, layer: int) -> Path | None:
-        return None if self.checkpoints is None else Path(self.checkpoints) / f"layer-{layer}.safetensors"
-
-
 class CandidateRecords(Protocol):
     """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured."""
 
@@ -204,39 +102,26 @@ class CandidateRecords(Protocol):
         """Keep what was measured, on disk before this returns."""
 
 
-def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since: int = 0) -> dict[int, dict | str]:
-    """The task: train the candidates of `layers` from `since` tokens to `until` and measure each.
+def task_size(student, tokens, settings: MatchSettings, group: int | None, executor=None) -> int:
+    """Layers a task: `group`, or where it is None what is likely to be fast.
 
-    Returns, a layer each, ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` (of this
-    call), ``cost`` (of this call, a dict) and ``device``; or, if the candidate failed, why. Candidates that train
-    together in one model would do so here: the layers of a call belong to one job and may share all they like.
+    Layers train together where a student is so small that launching a step's kernels takes a GPU longer than running
+    them: there, and without an executor, as many as memory holds, in even groups. That is taken to be so where a step
+    needs fewer than `SMALL_STEP` FLOPs by `cost.training_flops`. Elsewhere it is one: on a CPU nothing is launched, and
+    a stacked step takes longer than its parts. Candidates that draw random numbers (dropout) train alone in any case.
     """
-    found: dict[int, dict | str] = {}
-    for layer in layers:
-        try:
-            found[layer] = _measure(job, job.inputs.load(), layer, until, since)
-        except Exception as error:  # whatever it is, other candidates go on
-            logger.warning("the candidate of layer %d failed", layer, exc_info=True)
-            found[layer] = _reason(error)
-    return found
-
-
-def _measure(job, inputs, layer, until, since):
-    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher), inputs.states.computed
-    layers = range(inputs.student.config.num_hidden_layers)
-    kept = [layer] if job.direction == "add" else [m for m in layers if m != layer]
-    model, spent = restore(inputs.student, inputs.teacher, kept), 0
-    if until:
-        spent = match(model, inputs.teacher, inputs.tokens, job.num_tokens, settings=job.settings, until=until,
-                      checkpoint=job.checkpoint(layer), states=inputs.states).tokens[-1]
-    kl, error = heldout_kl(model, inputs.teacher, inputs.tokens, heldout_tokens=job.heldout_tokens,
-                           states=inputs.states)
-    if not math.isfinite(kl):
-        raise DistillationDiverged(f"its held-out KL after {spent} tokens is {kl}; try a lower learning rate")
-    meter.stage_2(model, inputs.teacher, spent - since, heldout_size(inputs.tokens, job.heldout_tokens),
-                  inputs.context, inputs.states.computed - taught)
-    return {"kl": kl, "kl_stderr": error, "tokens": spent, "seconds": time.perf_counter() - begun,
-            "cost": meter.cost().to_dict(), "device": describe_device(str(next(model.parameters()).device))}
+    num_layers = student.config.num_hidden_layers
+    if group is not None:
+        check_int("group", group, 1)
+    if student.config.attention_dropout:
+        return 1
+    if group is not None:
+        return min(group, num_layers)
+    flops = training_flops(student, tokens.context) * settings.step_rows(tokens.context) * tokens.context
+    if executor is not None or not next(student.parameters()).is_cuda or flops >= SMALL_STEP:
+        return 1
+    tasks = -(-num_layers // group_size(student, tokens, settings, num_layers))
+    return -(-num_layers // tasks)
 
 
 def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_stop: EarlyStop | None = None,
@@ -250,13 +135,17 @@ def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_s
     executor : anything with the `submit` of a `concurrent.futures.Executor`, whose futures have `done`, `result` and
         `cancel`; None computes here.
     records : asked before a candidate is computed, and told as soon as it is measured.
-    group : layers a task.
+    group : layers a task; of several, the candidates train together.
 
     Raises ScoringFailed, once all other candidates of the round are kept, and ValueError for a bad `early_stop`.
     """
     rounds: dict[int, list[dict]] = {}
     with ExitStack() as stack:
-        if early_stop is not None and job.checkpoints is None:
+        alive = executor is None and isinstance(job.inputs, LoadedInputs) and (
+            num_layers <= group or group == 1 and shares_step(job))  # states stay in memory
+        if isinstance(job.inputs, LoadedInputs):
+            stack.callback(job.inputs.forget)
+        if early_stop is not None and job.checkpoints is None and not alive:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridlib-scoring-"))
             job = replace(job, checkpoints=folder)
         sign = -1 if job.direction == "add" else 1
@@ -295,13 +184,13 @@ def _round(job, num_layers, until, since, executor, records, group):
             try:
                 measured = result()
             except Exception as error:  # of the worker, not of a candidate
-                measured = dict.fromkeys(layers, _reason(error))
+                measured = dict.fromkeys(layers, reason(error))
             for l, one in measured.items():
                 try:
                     if records is not None and isinstance(one, dict):
                         records.keep(l, until, one)
                 except OSError as error:
-                    one = _reason(error)
+                    one = reason(error)
                 (failed if isinstance(one, str) else found)[l] = one
                 bar.update()
     if failed:
@@ -330,9 +219,3 @@ def _completed(calls: Mapping[tuple, Callable], executor) -> Iterator[tuple[tupl
     finally:
         for future in futures:
             future.cancel()
-
-
-def _reason(error):
-    """One line on what went wrong."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -17,12 +17,12 @@ from itertools import combinations
 import numpy as np
 from tqdm.auto import tqdm
 
+from .candidates import LoadedInputs, ScoringInputs
 from .checks import check_choice, check_executor, check_int
 from .distill import MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import check_layers, linear_layers, restore
 from .passes import TeacherStates
-from .scoring import LoadedInputs, ScoringInputs
 from .selection import budget_layers
 
 __all__ = ["SearchResult", "beam", "distilled_kl", "exhaustive", "greedy_backward", "greedy_forward", "interactions",

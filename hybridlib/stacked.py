@@ -8,6 +8,7 @@ the rows of its own candidates, so that no candidate computes, or holds weights 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from .hybrid import restore
 
-__all__ = ["stacked", "stacked_weights"]
+__all__ = ["own_weights", "stacked", "stacked_weights"]
 
 
 def stacked(student: nn.Module, teacher: nn.Module, sets: Sequence[Sequence[int]]) -> nn.Module:
@@ -47,6 +48,18 @@ def stacked_weights(stack: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch
             yield name, p, getattr(stack.get_submodule(layer).self_attn, f"{own.split('.')[0]}_members")
         else:
             yield name, p, everyone
+
+
+def own_weights(stack: nn.Module, candidate: int) -> Iterator[tuple[str, nn.Parameter, tuple]]:
+    """(name, parameter, index) of each weight of one candidate: ``parameter[index]`` is the weight that its hybrid has
+    under `name`."""
+    for name, p, members in stacked_weights(stack):
+        for place in (members == candidate).nonzero().flatten().tolist():
+            own = re.sub(r"self_attn\.(linear|softmax)\.(stacked\.)?", "self_attn.", name)
+            if own.endswith("norm.norm.weight"):  # of shape (candidates, 1, dim)
+                yield own.removesuffix("norm.weight") + "weight", p, (place, 0)
+            else:
+                yield own, p, (place,)
 
 
 def _stack(module, count):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .candidates import ScoringInputs, weights_sha256
 from .checks import check_choice, check_device, check_executor, check_int, check_number
 from .corpus import Tokens, load_tokens
 from .distill import AlignSettings, MatchSettings, align, match
@@ -26,7 +27,7 @@ from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
 from .mixers import MIXERS
 from .recall import RecallTask
-from .scoring import EarlyStop, ScoringInputs, weights_sha256
+from .scoring import EarlyStop
 from .selection import budget_layers, select
 from .selectors import Selection, run_selector
 from .teachers import SMOLLM2, Teacher, load_teacher
@@ -136,11 +137,14 @@ class Study:
     ----------
     executor : scores layers by tasks, as in `score_layers`. Workers load teacher, corpus and aligned student by the
         names in `settings`, on its device, and must see the folder of records.
+    group : layers that are scored together, as in `score_layers`. No record depends on it.
     """
 
-    def __init__(self, settings: StudySettings | None = None, executor=None):
+    def __init__(self, settings: StudySettings | None = None, executor=None, group: int | None = None):
         check_executor(executor)
-        self.settings, self.executor = settings or StudySettings(), executor
+        if group is not None:
+            check_int("group", group, 1)
+        self.settings, self.executor, self.group = settings or StudySettings(), executor, group
         folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
         self.ledger = Ledger(folder, device=str(check_device(self.settings.device)))
         self._tokens: dict[tuple[int, int], Tokens] = {}
@@ -232,7 +236,8 @@ class Study:
             inputs = self._inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
             return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
-                                early_stop=early_stop, executor=self.executor, inputs=inputs, records=records,
+                                early_stop=early_stop, executor=self.executor, group=self.group, inputs=inputs,
+                                records=records,
                                 checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem
                                 ).to_dict()
 

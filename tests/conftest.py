@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import papermill
@@ -109,3 +110,22 @@ def aligned(tiny_teacher, tiny_tokens):
     student = hl.linearize(teacher)
     hl.align(student, teacher, tiny_tokens, 2048, settings=hl.AlignSettings(batch_tokens=128, learning_rate=1e-2))
     return student, teacher
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny_teacher, tmp_path_factory):
+    """``teacher`` and ``corpus`` of a study's settings: folders of a tiny teacher and of text with a pattern."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("files")
+    words = {f"w{i}": i for i in range(63)} | {"<end>": 63}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_teacher("llama").save_pretrained(folder / "teacher")
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>").save_pretrained(folder / "teacher")
+    (folder / "corpus").mkdir()
+    for name, documents in (("train", range(40)), ("heldout", range(40, 50))):
+        texts = [" ".join(f"w{(n + 5 * i * (n % 3 + 1)) % 63}" for i in range(47)) for n in documents]
+        (folder / "corpus" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return {"teacher": str(folder / "teacher"), "corpus": str(folder / "corpus")}

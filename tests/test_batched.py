@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.batched import _group_size
+from hybridlib.batched import group_size
 from hybridlib.stacked import stacked, stacked_weights
 
 SETTINGS = hl.MatchSettings(batch_tokens=64, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5, weight_decay=0.1)
@@ -86,7 +86,7 @@ def test_in_single_precision_they_differ_by_rounding(tiny_teacher, tokens):
 
 def test_the_trained_weights_are_those_of_single_runs(tiny_teacher, tokens, monkeypatch):
     kept = []
-    monkeypatch.setattr("hybridlib.batched.stacked", lambda *args: kept.append(stacked(*args)) or kept[0])
+    monkeypatch.setattr("hybridlib.cohort.stacked", lambda *args: kept.append(stacked(*args)) or kept[0])
     teacher = in_double(tiny_teacher("qwen2"))
     student = student_of(teacher)
     hl.match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS)
@@ -125,7 +125,7 @@ def test_the_size_of_groups_changes_nothing_nor_does_their_order(tiny_teacher, t
 def test_groups_fit_the_memory_that_a_micro_batch_needs(tiny_teacher, tokens):
     student = hl.linearize(tiny_teacher("llama"))
     huge = dataclasses.replace(SETTINGS, batch_tokens=10**12)
-    assert [_group_size(student, tokens, settings, 4) for settings in
+    assert [group_size(student, tokens, settings, 4) for settings in
             (SETTINGS, huge, dataclasses.replace(huge, micro_batch_tokens=64))] == [4, 1, 4]
 
 

@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(teacher, tiny_tokens, tmp_path,
     monkeypatch.setattr("hybridlib.distill.os.replace", full)
     from hybridlib import distill
     with pytest.raises(OSError, match="the one before it, if any, is unchanged"):
-        distill._save_checkpoint(path, {}, [], torch.optim.AdamW([torch.zeros(1)]), hl.History("match"), 1)
+        distill.save_checkpoint(path, {}, [], torch.optim.AdamW([torch.zeros(1)]), hl.History("match"), 1)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 

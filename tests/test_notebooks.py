@@ -18,12 +18,14 @@ from hybridlib import Ledger, StudySettings, budget_layers
 from hybridlib.contest import SelectorSettings
 from hybridlib.oracle import OracleSettings
 from hybridlib.published import PublishedSettings
+from hybridlib.scoring_speed import CostSettings
 from hybridlib.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)
 SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, SelectorSettings)
-            | {ORACLE: OracleSettings, PUBLISHED: PublishedSettings, SPEED: SpeedSettings})
+            | {"cost_of_selection": CostSettings, ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
+               SPEED: SpeedSettings})
 PROFILED = (*CONTESTS, ORACLE, SPEED)  # those with profiles of their own
 NAMES = {name: [field.name for field in fields(kind)] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
@@ -101,7 +103,7 @@ def test_a_profile_of_one_notebook_sets_every_parameter_to_an_allowed_value(name
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_of_selectors_are_the_shared_one_and_a_list_alike_in_both(name):
     values = profile(name, CONTESTS[0])
-    assert values == profile(name, CONTESTS[1])
+    assert values == {k: v for k, v in profile(name, CONTESTS[1]).items() if not k.startswith("engine_")}
     assert {k: v for k, v in values.items() if k != "selectors"} == profile(name)
 
 
@@ -173,11 +175,15 @@ def test_runs_of_the_notebooks_of_selectors_show_sets_agreement_quality_and_cost
         shown[name] = [output.data for output in outputs if "data" in output]
         assert sum("text/html" in data for data in shown[name]) >= 3
         verdicts[name] = "".join(cells["verdict"].outputs[0].data["text/markdown"])
+    verdicts["engine"] = "".join(output.data["text/markdown"] for output in cells["engine"].outputs
+                                 if "text/markdown" in output.get("data", {}))
     assert sum("image/svg+xml" in data for data in shown["selectors"]) == 5
     assert sum("image/svg+xml" in data for data in shown["cost_of_selection"]) == 4
     assert "**GA-S2** against **uniform**" in verdicts["selectors"]
     assert "**gate gradient** against **GA-S2**: 1/" in verdicts["cost_of_selection"]
     assert "KL (nats a token) against FLOPs (estimated), from the cheapest: **" in verdicts["cost_of_selection"]
+    assert "the engine took" in verdicts["engine"] and "Jaccard of the best layers" in verdicts["engine"]
+    assert {r.parameters["loop"] for r in Ledger(smoke_results).find("scoring_speed")} == {"plain", "engine"}
     assert len(Ledger(smoke_results).find("contest")) == 1  # the second notebook read what the first had found
 
 

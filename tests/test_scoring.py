@@ -6,41 +6,33 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import hybridlib as hl
-from hybridlib import ledger, passes, scoring
+from hybridlib import candidates, ledger, passes, scoring
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_teacher, tmp_path_factory):
+def settings(tiny_files, tmp_path_factory):
     """Of a study whose teacher and corpus are files, so that other processes find them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    words = {f"w{i}": i for i in range(63)} | {"<end>": 63}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<end>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny_teacher("llama").save_pretrained(folder / "teacher")
-    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>").save_pretrained(folder / "teacher")
-    (folder / "corpus").mkdir()
-    for name, documents in (("train", range(40)), ("heldout", range(40, 50))):
-        texts = [" ".join(f"w{(n + 5 * i * (n % 3 + 1)) % 63}" for i in range(47)) for n in documents]
-        (folder / "corpus" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return hl.StudySettings(teacher=str(folder / "teacher"), corpus=str(folder / "corpus"), context=16,
-                            align_tokens=512, score_tokens=512, match_tokens=128, batch_tokens=64, heldout_tokens=128,
-                            seeds=1, recall_pairs=2, budget=1, device="cpu", results=str(folder / "whole"))
+    return hl.StudySettings(**tiny_files, context=16, align_tokens=512, score_tokens=512, match_tokens=128,
+                            batch_tokens=64, heldout_tokens=128, seeds=1, recall_pairs=2, budget=1, device="cpu",
+                            results=str(tmp_path_factory.mktemp("inputs") / "whole"))
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +214,8 @@ def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
 
 def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
     student, teacher = aligned
-    inputs = scoring.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
-    job, tasks = scoring.ScoringJob(inputs, "add", 0, None), []
+    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
+    job, tasks = candidates.ScoringJob(inputs, "add", 0, None), []
 
     class Counting(ThreadPoolExecutor):
         def submit(self, call):
@@ -267,6 +259,29 @@ def test_two_dask_workers_give_the_same_scores(settings, whole, tmp_path):
     assert len(study.ledger.find("candidate")) == 3 * 4
 
 
+def own_gpu(places):
+    os.environ["CUDA_VISIBLE_DEVICES"] = places.get()  # before this worker asks CUDA for anything
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_worker_a_gpu_gives_the_same_scores(settings, tmp_path):
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    on_gpu = dataclasses.replace(settings, device="cuda", results=str(tmp_path / "one"))
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for name in names[:2]:
+        places.put(name)
+    begun = time.perf_counter()
+    expected = hl.Study(on_gpu).scores("gdn", 0)
+    here, begun = time.perf_counter() - begun, time.perf_counter()
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("candidate-*", "score-*.json"))
+    with ProcessPoolExecutor(2, context, own_gpu, (places,)) as pool:
+        study = hl.Study(dataclasses.replace(on_gpu, results=str(tmp_path / "two")), executor=pool)
+        found = study.scores("gdn", 0)
+    print(f"{here:.1f} s in one process, {time.perf_counter() - begun:.1f} s by two workers, their start included")
+    assert found.values == pytest.approx(expected.values, rel=1e-2) and len(study.ledger.find("candidate")) == 3
+
+
 def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
     submitit = pytest.importorskip("submitit", reason="needs submitit, of the extra cluster")
     executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="debug")
@@ -280,45 +295,67 @@ def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tm
     assert inputs.load() is inputs.load()
     for changes, message in (({"student_sha256": "0"}, "holds other weights than those to be scored"),
                              ({"seed": 1}, "gives other tokens here than where the scoring began")):
-        job = scoring.ScoringJob(dataclasses.replace(inputs, **changes), "add", 0, None)
-        assert message in scoring.measure_candidates(job, [2], 0)[2]
+        job = candidates.ScoringJob(dataclasses.replace(inputs, **changes), "add", 0, None)
+        assert message in candidates.measure_candidates(job, [2], 0)[2]
 
 
 KILLED = """
 import sys, time
 import hybridlib as hl
-from hybridlib import scoring
+from hybridlib import candidates
 
 settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
-train = scoring.match
 
-def match(*args, **kwargs):
-    global left
-    left -= 1
-    if left < 0:
-        print("waiting", flush=True)
-        time.sleep(600)
-    return train(*args, **kwargs)
+def counted(train):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            print("waiting", flush=True)
+            time.sleep(600)
+        return train(*args, **kwargs)
+    return call
 
-scoring.match = match
-hl.Study(settings).scores("gdn", 0, early_stop=stop)
+candidates.match, candidates.Cohort.train = counted(candidates.match), counted(candidates.Cohort.train)
+hl.Study(settings, group=int(sys.argv[4])).scores("gdn", 0, early_stop=stop)
 """
 
 
-@pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
-def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch):
-    mine = fresh(settings, tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(mine), repr(stop), str(before)],
+def kill(settings, stop, before, group=1):
+    """Score in another process and kill it when it has trained so many times and is about to do so again."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(settings), repr(stop), str(before), str(group)],
                                stdout=subprocess.PIPE, cwd=Path(hl.__file__).parent.parent)
     try:
         assert process.stdout.readline() == b"waiting\n"
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, whole, tmp_path):
+    mine, stop = fresh(settings, tmp_path), hl.EarlyStop(1, 128, window=4)
+    kill(mine, stop, 3, group=2)  # in the second round, once layers 0 and 1 are through
+    study = hl.Study(mine)
+    found = {r.key: (r.started, r.parameters["layer"]) for r in study.ledger.find("candidate")}
+    assert sorted(layer for _, layer in found.values()) == [0, 0, 1, 1, 2]
+    scores = study.scores("gdn", 0, early_stop=stop)
+    assert scores.values == pytest.approx(whole.values, rel=1e-5)
+    records = {r.key: (r.started, r.parameters["layer"]) for r in study.ledger.find("candidate")}
+    assert len(records) == 3 * 4 and found.items() <= records.items()
+    grouped = hl.Study(dataclasses.replace(mine, recompute=True), group=3).scores("gdn", 0)
+    assert grouped.values == pytest.approx(whole.values, rel=1e-5)
+    assert {r.key for r in hl.Study(settings).ledger.find("candidate")} <= {
+        r.key for r in study.ledger.find("candidate")}  # no record depends on how layers are grouped
+
+
+@pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
+def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch):
+    mine = fresh(settings, tmp_path)
+    kill(mine, stop, before)
     found = {r.key: r.started for r in hl.Study(mine).ledger.find("candidate")}
     assert len(found) == before
-    calls, train = [], scoring.match
-    monkeypatch.setattr(scoring, "match", lambda *a, **k: calls.append(k["until"]) or train(*a, **k))
+    calls, train = [], candidates.match
+    monkeypatch.setattr(candidates, "match", lambda *a, **k: calls.append(k["until"]) or train(*a, **k))
     study = hl.Study(mine)
     scores = study.scores("gdn", 0, early_stop=stop)
     assert scores.values == whole.values
@@ -377,7 +414,7 @@ def test_bad_rules_are_refused(arguments, message):
 
 def test_bad_calls_are_refused_before_compute(aligned, tiny_tokens, settings, monkeypatch):
     student, teacher = aligned
-    monkeypatch.setattr(scoring, "match", None)
+    monkeypatch.setattr(candidates, "match", None)
     for arguments, message in (({"executor": 3}, "executor=3 has no submit"), ({"memory": -1}, "memory=-1"),
                                ({"early_stop": hl.EarlyStop(4, 256)}, "budget=4 is not a count from 1 to 3"),
                                ({"early_stop": hl.EarlyStop(1, 64)}, "measure_every=64 is less than a step of 128"),

@@ -1,0 +1,125 @@
+"""A hybrid that can become any other: every layer has both branches, and a switch says which of them counts.
+
+Where a step is recorded as a CUDA graph, each set of softmax layers would have to be compiled and recorded anew. A
+switch is a number on the GPU, so that one recorded step serves all candidates: their weights are written into the one
+model, one candidate after the other. The branch that does not count costs its share of the step, and its gradient is 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .cohort import Cohort
+from .evaluate import heldout_kl
+from .hybrid import restore
+from .passes import last_hidden
+
+__all__ = ["Switched"]
+
+
+class Switched(Cohort):
+    """One candidate at a time, in a model, a step and a CUDA graph that all of them share.
+
+    Parameters as those of `Cohort`, without sets. Layers are compiled if ``settings.compile`` says so and there is a
+    GPU. After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
+    """
+
+    def __init__(self, student, teacher, tokens, num_tokens, settings, states=None):
+        self.compiled = settings.compile and next(student.parameters()).is_cuda
+        self._student = student
+        super().__init__(student, teacher, tokens, [()], num_tokens, settings, states)
+
+    @torch.no_grad()
+    def take(self, softmax: Sequence[int], *, checkpoint: Path | None = None, held: tuple | None = None) -> None:
+        """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it."""
+        fresh = type(self.histories[0])
+        self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [fresh("match")], {}, 0
+        self.optimizer.state.clear()
+        for l, layer in enumerate(self.stack.model.layers):
+            layer.self_attn.keeps.fill_(l in softmax)
+        for name, p, _ in self.weights:
+            own, branch, layer = _origin(name)
+            p.copy_((self.teacher if branch == "softmax" else self._student).get_parameter(own))
+            if branch is not None and (branch == "softmax") != (layer in softmax):
+                p.nan_to_num_()  # it does not count, and must not be felt
+        if checkpoint is not None:
+            self.resume({0: checkpoint})
+        elif held is not None:
+            self._start_moments()
+            (named, state), (weights, moments, history, self.step) = self._candidate(0), held
+            self.histories = [copy.deepcopy(history)]
+            for name, p in named:
+                p.copy_(weights[name])
+                for key, value in moments[name].items():
+                    state.state[p][key].copy_(value)
+
+    def hold(self) -> tuple:
+        """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
+        named, state = self._candidate(0)
+        size = 3 * sum(p.nbytes for _, p in named)
+        room = self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > 2 * size
+        device = self.device if room else "cpu"
+
+        def kept(tensor):
+            return tensor.to(device, copy=True)
+
+        return ({name: kept(p) for name, p in named},
+                {name: {key: kept(value) for key, value in state.state[p].items()} for name, p in named},
+                copy.deepcopy(self.histories[0]), self.step)
+
+    def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
+        """`evaluate.heldout_kl` of the candidate."""
+        return heldout_kl(self.stack, self.teacher, tokens, heldout_tokens=heldout_tokens, states=self.states,
+                          compiled=self.compiled)
+
+    def _build(self, student, teacher):
+        every = range(student.config.num_hidden_layers)
+        linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
+        for own, layer in zip(linear.model.layers, model.model.layers, strict=True):
+            layer.self_attn = _Switch(own.self_attn, layer.self_attn)
+        return model.to(next(student.parameters()).device).requires_grad_()
+
+    def _weights(self):
+        return [(name, p, None) for name, p in self.stack.named_parameters()]
+
+    def _own_weights(self, c):
+        for name, p, _ in self.weights:
+            own, branch, layer = _origin(name)
+            if branch is None or (branch == "softmax") == (layer in self.sets[0]):
+                yield own, p, ()
+
+    def _candidates(self, ids):
+        return [(last_hidden(self.stack, ids, compiled=self.compiled), self.stack.lm_head.weight)]
+
+    def _clipped(self):
+        return torch.nn.utils.clip_grad_norm_([p for _, p, _ in self.weights], self.settings.clip)[None]
+
+    def _trained(self, c):
+        return [(name, p) for name, p, _ in self.weights]
+
+
+def _origin(name):
+    """(name in a hybrid, branch, layer) of a weight of a switched model; no branch outside attention."""
+    head, part, own = name.partition(".self_attn.")
+    if not part:
+        return name, None, None
+    branch, _, rest = own.partition(".")
+    return f"{head}.self_attn.{rest}", branch, int(head.split(".")[2])
+
+
+class _Switch(nn.Module):
+    """A layer's attention: the mixer, or softmax where `keeps` is true."""
+
+    def __init__(self, mixer: nn.Module, attention: nn.Module):
+        super().__init__()
+        self.linear, self.softmax = mixer, attention
+        self.register_buffer("keeps", torch.zeros((), dtype=torch.bool), persistent=False)
+
+    def forward(self, hidden_states, **kwargs):
+        linear, softmax = self.linear(hidden_states, **kwargs)[0], self.softmax(hidden_states, **kwargs)[0]
+        return torch.where(self.keeps, softmax, linear), None

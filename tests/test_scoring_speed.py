@@ -1,0 +1,97 @@
+"""The comparison of scoring loops: what is timed gives the same scores, and the words say what the numbers say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+import hybridlib as hl
+from hybridlib import scoring_speed
+
+STOP = hl.EarlyStop(0.25, 128, window=2)
+
+
+@pytest.fixture(scope="module")
+def study(tiny_files, tmp_path_factory):
+    return hl.Study(scoring_speed.CostSettings(
+        **tiny_files, context=16, align_tokens=256, score_tokens=256, match_tokens=64, batch_tokens=128,
+        heldout_tokens=64, seeds=1, device="cpu", results=str(tmp_path_factory.mktemp("speed")), engine_tokens=256,
+        engine_heldout_tokens=64, engine_points=2, engine_window=2))
+
+
+@pytest.fixture(scope="module")
+def compared(study):
+    return scoring_speed.compare_scoring(study, early_stop=STOP, loops=("together", "plain", "recorded", "engine"))
+
+
+def test_every_loop_gives_the_same_scores_and_is_a_record(study, compared, monkeypatch):
+    rows = compared.set_index("loop")
+    assert list(rows.index) == ["plain", "engine", "together"]  # nothing is recorded on a CPU
+    assert rows["reason"].isna().all() and (rows["seconds"] > 0).all()
+    expected = study.scores("gdn", 0)
+    for loop in rows.index:
+        assert rows.loc[loop, "values"] == pytest.approx(expected.values, abs=1e-5)  # two rounds: none can end early
+        assert rows.loc[loop, "tokens"] == 3 * 256
+    assert rows.loc["plain", "values"] == list(expected.values)
+    assert list(rows["group"]) == [1, 1, 3] and list(rows.loc["engine", "history_tokens"]) == [128, 256]
+    assert len(study.ledger.find("scoring_speed")) == 3
+    monkeypatch.setattr(scoring_speed, "score_layers", None)
+    monkeypatch.setattr(scoring_speed, "match", None)
+    again = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("plain", "engine", "together"))
+    assert again["seconds"].tolist() == compared["seconds"].tolist()
+    found, = scoring_speed.recorded_scoring_speed(study.ledger)
+    assert found["loop"].tolist() == ["plain", "engine", "together"]
+    assert scoring_speed.engine_words(found) == scoring_speed.engine_words(compared)
+    assert scoring_speed.compare_engines(study)["seconds"].tolist() == compared["seconds"].tolist()[:2]
+
+
+def test_a_loop_that_fails_is_named_and_costs_no_other(study, compared, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(scoring_speed, "score_layers", fails)
+    found = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("plain", "shared"))
+    assert found["reason"].isna().tolist() == [True, False]
+    table = scoring_speed.engine_table(found)
+    assert table["seconds"].iloc[1] == "could not run: RuntimeError: no memory left"
+    assert "were not both run" in scoring_speed.engine_words(found)
+
+
+def frame(values, seconds, tokens=(8000, 2000), reached=500):
+    common = {"aligned": {"teacher": "lab"}, "device": "a GPU", "num_tokens": 1000, "heldout_tokens": 64, "group": 1,
+              "reason": None, "peak_bytes": None}
+    plain = common | {"loop": "plain", "seconds": 60.0, "tokens": tokens[0], "values": [8, 7, 6, 5, 4, 3, 2, 1],
+                      "history_tokens": [1000]}
+    return pd.DataFrame([plain, common | {"loop": "engine", "seconds": seconds, "tokens": tokens[1], "values": values,
+                                          "history_tokens": [250, reached]}])
+
+
+@pytest.mark.parametrize(("values", "seconds", "met", "said"), [
+    ([9, 7, 6, 5, 4, 3, 2, 1], 10.0, True, ("**6.00 times**", "25% of the tokens", "1.00 at 12.5%", "500 tokens")),
+    ([9, 7, 6, 5, 4, 3, 2, 1], 20.0, False, ("**3.00 times**", "20.0 s")),
+    ([7, 8, 6, 5, 4, 3, 2, 1], 10.0, False, ("0.00 at 12.5%", "1.00 at 25%", "Spearman 0.976")),
+    ([8, 5, 6, 7, 4, 3, 2, 1], 10.0, False, ("1.00 at 12.5%", "0.33 at 25%", "1.00 at 50%"))])
+def test_the_aim_is_met_by_both_time_and_sets(values, seconds, met, said):
+    text = scoring_speed.engine_words(frame(values, seconds))
+    assert ("is **met** here" in text) == met and all(part in text for part in said)
+    table = scoring_speed.engine_table(frame(values, seconds))
+    assert table["times as fast"].tolist() == ["1.00", f"{60 / seconds:.2f}"]
+
+
+def test_a_scoring_that_went_on_to_the_end_is_said_to_have(study):
+    assert "did not stop early" in scoring_speed.engine_words(frame(range(8, 0, -1), 9.0, (8000, 8000), 1000))
+    assert scoring_speed.engine_words(pd.DataFrame()) == "The comparison of scoring loops was left out."
+    nothing = hl.Study(dataclasses.replace(study.settings, engine_loops=[]))
+    assert scoring_speed.compare_engines(nothing).empty
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"engine_loops": ["fast"]}, "engine_loops='fast'"), ({"engine_loops": "plain"}, "is not a list"),
+    ({"engine_tokens": 8}, "engine_tokens=8"), ({"engine_heldout_tokens": 128}, "engine_heldout_tokens=128"),
+    ({"engine_points": 17}, "engine_points=17"), ({"engine_window": 1}, "engine_window=1"),
+    ({"engine_group": -1}, "engine_group=-1")])
+def test_bad_settings_are_refused(study, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(study.settings, **change)
