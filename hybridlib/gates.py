@@ -141,7 +141,9 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     is sure: the norm of a mixer's output (at the first token it sees only the sign of q.k) can make KL bend within a
     gate of 0.01, and then order 2 may err more than order 1. Where student and teacher share all weights but
     attention, KL is least, 0, at gates of 1: the slope there is 0 but for rounding, and only order 2 ranks layers for
-    removal. Source: ours; the diagonal is that of integrated gradients (arXiv 1703.01365).
+    removal. GA-S2 itself ranks layers anew on other text, if its stage 2 is short; selector ``"ga-s2-again"`` says how
+    far, and so what agreement with it means. Source: ours; the diagonal is that of integrated gradients (arXiv
+    1703.01365).
     """
     check_number("at", at, 0, 1)
     check_int("order", order, 1, 2)
@@ -186,11 +188,13 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
                        tuple(stderr.tolist()), cost.training_tokens, cost.seconds, cost)
 
 
-def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: int = 1) -> float:
-    """Estimated FLOPs of `gate_gradient`, a token measured on, in rows of `context` tokens; nothing is computed."""
+def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: int = 1, *,
+                        frozen: bool = True) -> float:
+    """Estimated FLOPs of `gate_gradient`, a token measured on (or, not `frozen`, a token trained on with order and
+    steps 1), in rows of `context` tokens; nothing is computed."""
     passes = _passes(student.config.num_hidden_layers, order, steps)
     return (forward_flops(teacher, context)
-            + passes * training_flops(gated_model(student, teacher), context, frozen=True))
+            + passes * training_flops(gated_model(student, teacher), context, frozen=frozen))
 
 
 def _passes(num_layers, order, steps):

@@ -160,7 +160,7 @@ def _rad(study, mixer, seed, evaluations, gamma):
 
 
 def _gate_gradient(study, mixer, seed, at, order, steps, share, train):
-    """`share`: read no more held-out rows than cost this share of GA-S2's FLOPs, at least two; None reads all.
+    """`share`: all costs at most this share of GA-S2's FLOPs, by fewer held-out rows, but at least two; None reads all.
     `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first; 0 is none."""
     s, settings = study.settings, None
     check_number("train", train, 0, 1)
@@ -175,7 +175,8 @@ def _gate_gradient(study, mixer, seed, at, order, steps, share, train):
         held = num_tokens = heldout_size(tokens, None)
         if share is not None:
             whole = one_run_a_layer_flops(student, teacher, s.score_tokens, held, s.context)
-            rows = int(share * whole / gate_gradient_flops(student, teacher, s.context, order, steps) / s.context)
+            left = share * whole - train_tokens * gate_gradient_flops(student, teacher, s.context, frozen=False)
+            rows = int(left / gate_gradient_flops(student, teacher, s.context, order, steps) / s.context)
             num_tokens = min(held, max(2, rows) * s.context)
         return gate_gradient(student, teacher, tokens, at=at, order=order, steps=steps, num_tokens=num_tokens,
                              train_tokens=train_tokens, settings=settings).to_dict()
@@ -336,7 +337,7 @@ SELECTORS: dict[str, Selector] = {
     "gate-gradient-turns": Selector("gate gradient, in turn", "ours", "stage 2",
                                     "weights trained with each gate open in turn rank layers as weights trained for "
                                     "each would; layers add up", _gate_gradient,
-                                    {"at": 0.0, "order": 1, "steps": 1, "share": None, "train": 0.25}),
+                                    {"at": 0.0, "order": 1, "steps": 1, "share": 0.1, "train": 0.25}),
     "learned-gates": Selector("learned gates", "FlashMorph (arXiv 2606.30562)", "student",
                               "gates between 0 and 1 order layers as whole ones would", _learned_gates,
                               {"num_tokens": None}),

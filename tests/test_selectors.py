@@ -110,6 +110,12 @@ def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
     cheap = study.selection("gate-gradient", share=3.5 * row / whole.flops).cost
     assert cheap.flops == pytest.approx(3 * row) and cheap.training_tokens == 3 * 16 < held
     assert study.selection("gate-gradient", share=None).cost.training_tokens == held
+    turns = study.selection("gate-gradient-turns", train=128 / size, share=None).cost
+    assert turns.training_tokens == 128 + held
+    training = 128 * hl.gate_gradient_flops(student, teacher, 16, frozen=False)
+    assert turns.flops == pytest.approx(training + held / 16 * row)
+    fewer = study.selection("gate-gradient-turns", train=128 / size, share=(turns.flops - 0.5 * row) / whole.flops).cost
+    assert fewer.training_tokens == 128 + held - 16
     with pytest.raises(ValueError, match="^share=0"):
         study.select("gate-gradient", share=0)
     with pytest.raises(ValueError, match="^train=2"):
