@@ -7,10 +7,11 @@ from .batched import match_sets
 from .agreement import (contiguity)
 from .candidates import ScoringInputs
 from .corpus import Tokens, load_tokens
-from .cost import Cost, Meter, forward_flops, training_flops
+from .cost import Cost, Meter, forward_flops, one_run_a_layer_flops, training_flops
 from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
 from .evaluate import Evaluation, evaluate, heldout_kl
-from .gates import GateSettings, LearnedGates, gate_gradient, gated_model, learned_gates, set_gates
+from .gates import (GateSettings, LearnedGates, gate_gradient, gate_gradient_flops, gated_model, learned_gates,
+                    set_gates)
 from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
 from .importance import LayerScores, score_layers
 from .ledger import Ledger, Record
@@ -35,11 +36,11 @@ __all__ = [
     "SearchResult", "Selection", "Selector", "SkipSearch", "Study", "StudySettings", "Teacher", "TeacherStates",
     "Tokens", "ablate", "align", "alignment_loss", "beam", "bootstrap_interval", "budget_layers", "cache_memory",
     "chance_jaccard", "contiguity", "distilled_kl", "divergence", "divergence_from_hidden", "evaluate", "exhaustive",
-    "find_selector", "forward_flops", "gate_gradient", "gated_model", "generate_recall", "greedy_backward",
-    "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall", "kl_divergence", "learned_gates",
-    "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher", "load_tokens", "match", "match_sets",
-    "notebook_settings", "paired_difference", "rank_of", "regret", "restore", "results_folder", "score_acceptance",
-    "score_associative_recall", "score_halo", "score_layers", "score_perplexity", "score_recall", "search_once_for_all",
-    "search_skips", "select", "set_gates", "softmax_layers", "spearman", "top_k_jaccard", "train_once_for_all",
-    "training_flops",
+    "find_selector", "forward_flops", "gate_gradient", "gate_gradient_flops", "gated_model", "generate_recall",
+    "greedy_backward", "greedy_forward", "heldout_kl", "interactions", "interval", "jaccard", "kendall",
+    "kl_divergence", "learned_gates", "linear_layers", "linearize", "load_hybrid", "load_recall", "load_teacher",
+    "load_tokens", "match", "match_sets", "notebook_settings", "one_run_a_layer_flops", "paired_difference", "rank_of",
+    "regret", "restore", "results_folder", "score_acceptance", "score_associative_recall", "score_halo", "score_layers",
+    "score_perplexity", "score_recall", "search_once_for_all", "search_skips", "select", "set_gates", "softmax_layers",
+    "spearman", "top_k_jaccard", "train_once_for_all", "training_flops",
 ]

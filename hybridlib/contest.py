@@ -23,7 +23,8 @@ from .study import Study, StudySettings
 from .style import format_interval, format_number
 
 __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest", "run_contest"]
+           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest",
+           "repeat_words", "run_contest"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
@@ -277,6 +278,27 @@ def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2"
             word = "cannot be told apart" if low <= 0 <= high else OWN[0] if mean < 0 else OWN[1]
             parts.append(f"KL {format_interval(mean, low, high, 4)} nats a token above its, **{word}**")
         lines.append(f"- **{title}** against **{reference}**: {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def repeat_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2",
+                 again: str = "GA-S2, other text") -> str:
+    """How far two runs of one selector rank layers alike, the second on other text, and how each of `titles` ranks them
+    against one run and against the mean of both, in Markdown: what does not repeat itself nothing can agree with."""
+    rows = contest.chosen
+    values = {t: rows[rows["selector"] == t].set_index("seed")["values"] for t in (reference, again, *titles)}
+    if any(values[t].empty for t in (reference, again)):
+        return f"- **{reference}** was not run twice, so how far it repeats itself is not known."
+    seeds = values[reference].index
+    ceiling = [spearman(values[reference][s], values[again][s]) for s in seeds]
+    both = {s: np.add(values[reference][s], values[again][s]) / 2 for s in seeds}
+    lines = [f"- **{reference}** against itself, trained on other text: Spearman {_spread(ceiling)}."]
+    for title in titles:
+        if values[title].empty or any(v is None for v in values[title]):
+            continue
+        one, mean = ([spearman(values[title][s], of[s]) for s in seeds] for of in (values[reference], both))
+        lines.append(f"- **{title}**: Spearman {_spread(one)} with one run of {reference}, {_spread(mean)} with the "
+                     "mean of its two.")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from .ledger import describe_device
 from .mixers import GatedDeltaNet, GatedLinearAttention
 
-__all__ = ["Cost", "Meter", "forward_flops", "heldout_size", "training_flops"]
+__all__ = ["Cost", "Meter", "forward_flops", "heldout_size", "one_run_a_layer_flops", "training_flops"]
 
 _STATE_FLOPS = {GatedDeltaNet: 7, GatedLinearAttention: 5}  # for each entry of the state: see `forward_flops`
 
@@ -162,6 +162,20 @@ def training_flops(module: nn.Module, context: float, *, frozen: bool = False) -
     """
     products, mixing = _flops(module, context)
     return (2 if frozen else 3) * products + 3 * mixing
+
+
+def one_run_a_layer_flops(student: nn.Module, teacher: nn.Module, num_tokens: int, heldout_tokens: int,
+                          context: int) -> float:
+    """Estimated FLOPs of scoring every layer by a stage 2 of its own (GA-S2, GR-S2) with the teacher's pass shared.
+
+    Each of the L layers costs `num_tokens` of training of the `student` with that layer's attention restored and a pass
+    over `heldout_tokens`; the teacher makes one pass over both for all. Layers are taken to be alike.
+    """
+    mixer, attention = student.model.layers[0].self_attn, teacher.model.layers[0].self_attn
+    trained, read = (flops(student, context) - flops(mixer, context) + flops(attention, context)
+                     for flops in (training_flops, forward_flops))
+    return (student.config.num_hidden_layers * (num_tokens * trained + heldout_tokens * read)
+            + (num_tokens + heldout_tokens) * forward_flops(teacher, context))
 
 
 def _flops(module, context):

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
-from .cost import Meter
-from .distill import DistillationDiverged
+from .cost import Meter, forward_flops, training_flops
+from .distill import DistillationDiverged, MatchSettings, _train
 from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
 from .objectives import divergence_from_hidden
 from .passes import last_hidden
 from .selection import budget_layers
 
-__all__ = ["GateSettings", "GatedAttention", "LearnedGates", "gate_gradient", "gated_model", "learned_gates",
-           "set_gates"]
+__all__ = ["GateSettings", "GatedAttention", "LearnedGates", "gate_gradient", "gate_gradient_flops", "gated_model",
+           "learned_gates", "set_gates"]
 
 
 class GatedAttention(nn.Module):
@@ -95,7 +96,8 @@ def set_gates(model, gates: torch.Tensor) -> None:
 
 
 def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, steps: int = 1,
-                  skip: int = 0, num_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+                  skip: int = 0, num_tokens: int | None = None, batch_tokens: int = 8192, train_tokens: int = 0,
+                  settings: MatchSettings | None = None) -> LayerScores:
     """Score every layer by how KL(teacher || gated model) falls as its gate opens: -dKL/dg_l, all layers at once.
 
     Parameters
@@ -113,12 +115,16 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
     num_tokens : tokens to measure on, None for all rows.
     batch_tokens : tokens a forward pass; the scores do not depend on it.
+    train_tokens : first train copies of the weights, all in one gated model, in a stage 2 of so many tokens in which
+        each row has the gate of one layer open, the layers taking turns; 0 for none. Only at 0 and with `tokens` a
+        `corpus.Tokens`.
+    settings : of that stage 2; it runs without CUDA graphs and ``torch.compile``.
 
     Returns
     -------
     `LayerScores` of metric ``"gate"``, direction ``"remove"`` if `at` is 1 and ``"add"`` otherwise. `measured` is the
     slope (order 1) or the change predicted (order 2) in nats a token, mean and standard error over rows; `values` is
-    its negative. `tokens` counts those that went forward and backward through the gated model.
+    its negative. `tokens` counts those that went forward and backward through the gated model, in training too.
 
     Raises ValueError for arguments outside these, or a student as `gated_model` refuses it.
 
@@ -128,23 +134,32 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     (0.005 in float32), in that dtype, with an error of second order in that distance. (An exact second backward pass
     would also be one for each layer, and the kernels of attention and mixers offer none.) That is more than the L
     forward passes of ``score_layers(num_tokens=0)``, which measures what order 2 predicts: use it to see why slopes
-    err.
+    err. Training costs a pass of the teacher, and of the gated model forward and backward with its weights, for each of
+    its tokens; it is one for all layers, where GA-S2 has one a layer.
 
     Assumptions: the slope at a corner stands for the whole way to the next one, and layers do not interact. Neither
     is sure: the norm of a mixer's output (at the first token it sees only the sign of q.k) can make KL bend within a
     gate of 0.01, and then order 2 may err more than order 1. Where student and teacher share all weights but
     attention, KL is least, 0, at gates of 1: the slope there is 0 but for rounding, and only order 2 ranks layers for
-    removal. Source: ours; the diagonal is that of integrated gradients (arXiv 1703.01365).
+    removal. GA-S2 itself ranks layers anew on other text, if its stage 2 is short; selector ``"ga-s2-again"`` says how
+    far, and so what agreement with it means. Source: ours; the diagonal is that of integrated gradients (arXiv
+    1703.01365).
     """
     check_number("at", at, 0, 1)
     check_int("order", order, 1, 2)
     check_int("steps", steps, 1)
+    check_int("train_tokens", train_tokens, 0)
+    if train_tokens and (at != 0 or not hasattr(tokens, "rows")):
+        raise ValueError(f"train_tokens={train_tokens} with at={at} and tokens a {type(tokens).__name__}; training "
+                         "before the slope takes at=0 and Tokens")
     if steps > 1 and (order != 1 or at != 0):
         raise ValueError(f"steps={steps} with order={order} and at={at}; steps above 1 take order=1 and at=0")
     rows = _rows(tokens, num_tokens)
     check_int("batch_tokens", batch_tokens, rows.shape[1])
     check_int("skip", skip, 0, rows.shape[1] - 1)
     meter, model = Meter(teacher), gated_model(student, teacher)
+    if train_tokens:
+        model = _open_in_turn(student, teacher, tokens, train_tokens, settings, meter)
     num_layers, device = len(model.model.layers), next(student.parameters()).device
     slope_at = partial(_slope, model, teacher, skip)
     corner = torch.full((num_layers,), float(at), dtype=torch.float64)
@@ -165,12 +180,26 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
         table.append(slope)
     slopes = torch.cat(table, 1)
     measured, stderr = slopes.mean(1), slopes.std(1) / slopes.shape[1] ** 0.5  # nan for a single row
-    passes = steps if order == 1 else 1 + 2 * num_layers
+    passes = _passes(num_layers, order, steps)
     meter.forward(teacher, rows.numel(), rows.shape[1])
     meter.train(model, passes * rows.numel(), rows.shape[1], frozen=True, passes=passes)
     cost = meter.cost()
     return LayerScores("remove" if at == 1 else "add", "gate", tuple((-measured).tolist()), tuple(measured.tolist()),
                        tuple(stderr.tolist()), cost.training_tokens, cost.seconds, cost)
+
+
+def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: int = 1, *,
+                        frozen: bool = True) -> float:
+    """Estimated FLOPs of `gate_gradient`, a token measured on (or, not `frozen`, a token trained on with order and
+    steps 1), in rows of `context` tokens; nothing is computed."""
+    passes = _passes(student.config.num_hidden_layers, order, steps)
+    return (forward_flops(teacher, context)
+            + passes * training_flops(gated_model(student, teacher), context, frozen=frozen))
+
+
+def _passes(num_layers, order, steps):
+    """Passes of the gated model, forward and backward."""
+    return steps if order == 1 else 1 + 2 * num_layers
 
 
 @dataclass(frozen=True)
@@ -285,6 +314,29 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, cost.training_tokens,
                          cost.seconds, cost)
     return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(seen), tuple(kl), tuple(total))
+
+
+def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
+    """A gated model of weights of its own, after a stage 2 in which row i has the gate of layer i mod L open."""
+    settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
+    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
+    turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
+
+    def step_loss(share, rows):
+        set_gates(model, torch.stack([next(turns) for _ in rows], 1))
+        loss = divergence_from_hidden(_hidden(teacher, rows), teacher.lm_head.weight, last_hidden(model, rows),
+                                      model.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
+                                      beta=settings.beta, temperature=settings.temperature)
+        (loss * share).backward()
+        return {None: loss.detach()}
+
+    named = list(model.named_parameters())
+    groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)
+              for linear, rate in ((True, settings.mixer_learning_rate), (False, settings.learning_rate))]
+    spent = _train("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
+    meter.forward(teacher, spent, tokens.context)
+    meter.train(model, spent, tokens.context)
+    return model.requires_grad_(False)
 
 
 def _sharing(module, frozen):

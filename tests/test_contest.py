@@ -154,3 +154,16 @@ def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(
         quality_and_cost(known.chosen, "speed", "flops", front, ylabel="", xlabel="")
     with pytest.raises(ValueError, match="no row with both"):
         quality_and_cost(known.chosen.assign(flops=float("nan")), "kl", "flops", [], ylabel="", xlabel="")
+
+
+def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
+    assert c.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
+    lines = c.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
+    assert lines[0] == "- **GA-S2** against itself, trained on other text: Spearman 1.00."  # dear has its values
+    assert lines[1:] == ["- **cheap**: Spearman 0.90 (0.80 to 1.00) with one run of GA-S2, 0.90 (0.80 to 1.00) with "
+                         "the mean of its two."]
+    twice = c.Contest(known.rows.copy(), {}, {}, 4, {}, "this CPU")
+    other = twice.rows["selector"] == "dear"
+    twice.rows.loc[other, "values"] = twice.rows.loc[other, "values"].map(lambda v: (4.0, 2.0, 3.0, 0.0))
+    # seed 0: rank differences 0 1 1 0, 1 - 6 x 2 / 60; seed 1: 0 1 2 1 (2 against 3 for layer 3), 1 - 6 x 6 / 60
+    assert c.repeat_words(twice, [], again="dear").endswith("Spearman 0.60 (0.40 to 0.80).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -144,6 +145,32 @@ def test_removal_has_no_slope_where_the_all_softmax_model_is_the_teacher(tiny_te
     assert change.values == pytest.approx((second / 2).mean(1).tolist(), rel=1e-4) and min(change.values) > 1e-3
 
 
+@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+def test_training_in_turn_is_stage_2_of_the_restored_hybrid_and_the_slope_is_taken_there(tiny_teacher, all_in_float64,
+                                                                                        mixer):
+    student, teacher = pair(tiny_teacher, mixer=mixer)
+    tokens = hl.Tokens(ROWS[:1], ROWS)
+    settings = hl.MatchSettings(batch_tokens=12, learning_rate=1e-3, mixer_learning_rate=1e-2)
+    found = hl.gate_gradient(student, teacher, tokens, train_tokens=12, settings=settings)  # a step, with layer 0 open
+    hybrid = hl.restore(student, teacher, [0])
+    hl.match(hybrid, teacher, tokens, 12, settings=settings)
+    linear, softmax = copy.deepcopy(student), copy.deepcopy(teacher)
+    trained = hybrid.state_dict()
+    attention = {n.split("self_attn.")[1]: p for n, p in trained.items() if n.startswith("model.layers.0.self_attn.")}
+    softmax.model.layers[0].self_attn.load_state_dict(attention)
+    linear.load_state_dict({n: p for n, p in trained.items() if not n.startswith("model.layers.0.self_attn.")},
+                           strict=False)
+    expected = []
+    for l in range(3):
+        kl = [plain_kl(gated_model(linear, softmax, step * torch.eye(3, dtype=torch.float64)[l]), teacher).mean()
+              for step in (-1e-5, 1e-5)]
+        expected.append((kl[1] - kl[0]).item() / 2e-5)
+    assert found.measured == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    before = hl.gate_gradient(student, teacher, tokens).measured
+    assert max(abs(a / b - 1) for a, b in zip(found.measured, before, strict=True)) > 0.02
+    assert found.tokens == 12 + 36 and found.cost.forward_tokens == 12 + 36
+
+
 def test_the_integrated_gradient_sums_to_the_change_of_kl(tiny_teacher):
     student, teacher = pair(tiny_teacher, other_weights=True)
     with torch.no_grad():
@@ -240,7 +267,8 @@ def test_bad_calls_are_refused(tiny_teacher):
     for arguments, message in (({"at": 1.5}, "at=1.5"), ({"order": 3}, "order=3"), ({"steps": 0}, "steps=0"),
                                ({"steps": 4, "order": 2}, "steps=4 with order=2"), ({"steps": 4, "at": 1.0}, "at=1.0"),
                                ({"skip": 12}, "skip=12"), ({"num_tokens": 5}, "num_tokens=5"),
-                               ({"batch_tokens": 5}, "batch_tokens=5")):
+                               ({"batch_tokens": 5}, "batch_tokens=5"), ({"train_tokens": -1}, "train_tokens=-1"),
+                               ({"train_tokens": 12}, "train_tokens=12 with at=0.0 and tokens a Tensor")):
         with pytest.raises(ValueError, match=message):
             hl.gate_gradient(student, teacher, ROWS, **arguments)
     for rows in (ROWS.float(), ROWS[0], ROWS[:0], [[1, 2]]):

@@ -78,13 +78,58 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
 
 
-def test_recall_over_two_hops_is_refused_where_the_teacher_cannot_and_measured_where_it_is_let(lab_study, monkeypatch):
-    with pytest.raises(ValueError, match=r"^task=RecallTask\(name='multi_hop', pairs=8.* is beyond the teacher"):
-        lab_study().select("ar-mh", num_examples=40)
-    monkeypatch.setattr(ablation, "_refuse_chance", lambda *a: None)
+def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
     found = lab_study().selection("ar-mh", num_examples=40)
     check(lab_study(), found, 2)
     assert found.cost.passes == 9
+    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
+             if r.parameters["task"]["hops"] == 2]
+    assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
+    monkeypatch.setattr(ablation, "_refuse_chance", lambda *a: None)
+    first = lab_study().selection("ar-mh", num_examples=24)
+    assert [r.parameters["task"]["name"] for r in lab_study().ledger.find("score", selector="ar", num_examples=24)
+            ] == ["multi_hop"] and first.values != found.values
+
+
+def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
+    def refuse(task, *rest):
+        raise ablation.TaskTooHard(f"{task.name} is beyond it")
+    monkeypatch.setattr(ablation, "_refuse_chance", refuse)
+    with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
+        lab_study().select("ar-mh", num_examples=8)
+
+
+def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
+    size = tiny_tokens.train.numel()  # no row twice, so that the teacher reads every row for the first time
+    study = make(score_tokens=size, heldout_tokens=128)
+    whole = study.selection("ga-s2").cost
+    student, teacher = study.aligned("gdn", 0), study.teacher.model
+    held = len(study.tokens(0, size, "score").heldout) * 16
+    assert hl.one_run_a_layer_flops(student, teacher, size, held, 16) == pytest.approx(whole.flops)
+    row = 16 * hl.gate_gradient_flops(student, teacher, 16)
+    cheap = study.selection("gate-gradient", share=3.5 * row / whole.flops).cost
+    assert cheap.flops == pytest.approx(3 * row) and cheap.training_tokens == 3 * 16 < held
+    assert study.selection("gate-gradient", share=None).cost.training_tokens == held
+    turns = study.selection("gate-gradient-turns", train=128 / size, share=None).cost
+    assert turns.training_tokens == 128 + held
+    training = 128 * hl.gate_gradient_flops(student, teacher, 16, frozen=False)
+    assert turns.flops == pytest.approx(training + held / 16 * row)
+    fewer = study.selection("gate-gradient-turns", train=128 / size, share=(turns.flops - 0.5 * row) / whole.flops).cost
+    assert fewer.training_tokens == 128 + held - 16
+    with pytest.raises(ValueError, match="^share=0"):
+        study.select("gate-gradient", share=0)
+    with pytest.raises(ValueError, match="^train=2"):
+        study.select("gate-gradient", train=2)
+
+
+def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
+    study = make()
+    rest = hl.Tokens(tiny_tokens.train[128 // 16:], study.tokens(0, 256, "score").heldout)
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, rest, num_tokens=128,
+                              settings=study.match_settings)
+    assert study.selection("ga-s2-again").values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
+    with pytest.raises(ValueError, match="'ga-s2-again' needs twice score_tokens"):
+        make(score_tokens=10**6).select("ga-s2-again")
 
 
 def test_the_names_are_those_of_the_rules_and_each_is_described():
@@ -110,7 +155,7 @@ def test_searches_find_what_plain_loops_find(make, measured):
 
 def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     study, heldout = make(), 64
-    gradient, trained = study.selection("gate-gradient").cost, LAYERS * 128
+    gradient, trained = study.selection("gate-gradient", share=None).cost, LAYERS * 128
     assert (gradient.forward_tokens, gradient.training_tokens, gradient.passes) == (heldout, heldout, 2)
     assert study.selection("gate-gradient-2").cost.training_tokens == (1 + 2 * LAYERS) * heldout
     assert study.selection("gate-gradient-path").cost.training_tokens == 8 * heldout
