@@ -15,7 +15,7 @@ Products are of the inputs' dtype (float32: three TF32 products each), sums and 
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
 
 Gated linear attention with a dim of 32 runs with 64, the rest zeros: at 32 beside another dim results on a GPU were
-found to be wrong.
+found to be wrong. In float32 it takes dims up to 64: at 128 a launch fails. Triton's interpreter takes all.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
         return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
                 f"{v.shape[-1]}")
+    if (operator == "gated_linear_attention" and v.dtype == torch.float32 and 128 in (q.shape[-1], v.shape[-1])
+            and not _interpreted()):
+        return "the fused kernels of gated linear attention take dims of 32 and 64 in float32, not 128"
     return None
 
 
