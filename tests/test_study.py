@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import hybridlib as hl
-from hybridlib import scoring as scoring_module
+from hybridlib import candidates as candidates_module
 from hybridlib import study as study_module
 
 SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
@@ -82,7 +82,7 @@ def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkey
 def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path, monkeypatch):
     whole = small_study(results=str(tmp_path / "whole")).scores("gdn", 0)
     small_study.calls.clear()
-    train, left = scoring_module.match, [2]
+    train, left = candidates_module.match, [2]
 
     def killed(*args, **kwargs):
         left[0] -= 1
@@ -90,7 +90,7 @@ def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path,
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(scoring_module, "match", killed)
+    monkeypatch.setattr(candidates_module, "match", killed)
     with pytest.raises(KeyboardInterrupt):
         small_study().scores("gdn", 0)
     assert [r.parameters["layer"] for r in small_study().ledger.find("candidate")] == [0, 1]
