@@ -1,4 +1,4 @@
-"""Draw the README's figure, book/images/importance.png, from the records that `make book` left.
+"""Draw the README's figure, book/images/oracle.png, from the records in data/results/h100.
 
 Usage: python book/figure.py
 """
@@ -8,23 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import hybridlib as hl
-from hybridlib import plots
+from hybridlib import oracle, oracle_report
 
-LABELS = {"gdn": "gated delta rule", "gla": "gated linear attention"}
+SHOWN = ("ga-s2", "ga-s1", "uniform", "first")
 
 
 def main():
-    ledger = hl.Ledger(hl.results_folder())
-    found = {label: ledger.find("score", mixer=mixer, direction="add", metric="kl") for mixer, label in LABELS.items()}
-    if not all(found.values()):
-        raise SystemExit(f"{ledger.folder} has no scores of both mixers; run `make book` first")
-    scores = {}
-    for label, records in found.items():
-        longest = max(r.tokens for r in records)
-        scores[label] = [r.metrics["values"] for r in records if r.tokens == longest]
-    path = Path(__file__).resolve().parent / "images" / "importance.png"
+    records, choices = oracle.recorded_oracle(hl.Ledger(hl.results_folder("h100")), "gdn")
+    if not records:
+        raise SystemExit("data/results/h100 has no record of the oracle; run notebooks/oracle.ipynb on a GPU first")
+    judged = oracle.judge(records, choices)
+    titles = {name: hl.SELECTORS[name].title for name in SHOWN}
+    judged = judged.assign(selector=judged["selector"].replace(titles))
+    path = Path(__file__).resolve().parent / "images" / "oracle.png"
     path.parent.mkdir(exist_ok=True)
-    plots.layer_scores(scores, "score: \u2212KL (nats a token)").savefig(path)
+    oracle_report.landscape(oracle.oracle_table(records), judged, selectors=tuple(titles.values())).savefig(path)
 
 
 if __name__ == "__main__":
