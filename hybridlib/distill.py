@@ -185,7 +185,7 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
         return {l: loss.detach() for l, loss in losses.items()}
 
     groups = [(named, settings.learning_rate)]
-    return _train("align", student, tokens, num_tokens, settings, groups, step_loss, checkpoint)
+    return train_steps("align", student, tokens, num_tokens, settings, groups, step_loss, checkpoint)
 
 
 def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
@@ -223,11 +223,11 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
 
     groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
     targets = None if states is None else partial(states, compiled=compiled)
-    return _train("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint, until, targets)
+    return train_steps("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint, until, targets)
 
 
-def _train(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint, until=None,
-           targets: Callable | None = None) -> History:
+def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint, until=None,
+                targets: Callable | None = None) -> History:
     """The loop. `step_loss` takes a share of the step, its rows and, if there are `targets`, what they make of them."""
     check_int("num_tokens", num_tokens, tokens.context)
     if until is not None:

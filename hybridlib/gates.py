@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
 from .cost import Meter, forward_flops, training_flops
-from .distill import DistillationDiverged, MatchSettings, _train
+from .distill import DistillationDiverged, MatchSettings, train_steps
 from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
 from .objectives import divergence_from_hidden
@@ -333,7 +333,7 @@ def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
     named = list(model.named_parameters())
     groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)
               for linear, rate in ((True, settings.mixer_learning_rate), (False, settings.learning_rate))]
-    spent = _train("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
+    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
     meter.forward(teacher, spent, tokens.context)
     meter.train(model, spent, tokens.context)
     return model.requires_grad_(False)

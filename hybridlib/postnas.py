@@ -13,7 +13,7 @@ from torch import nn
 
 from .checks import check_int
 from .cost import Cost, Meter, heldout_size
-from .distill import MatchSettings, _train
+from .distill import MatchSettings, train_steps
 from .evaluate import heldout_kl
 from .gates import gated_model
 from .hybrid import check_layers, restore
@@ -96,7 +96,7 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
     named = {branch: [(n, p) for n, p in model.named_parameters() if f".self_attn.{branch}." in n]
              for branch in ("linear", "softmax")}
     groups = [(named["linear"], settings.mixer_learning_rate), (named["softmax"], settings.learning_rate)]
-    history = _train("once for all", model, tokens, num_tokens, settings, groups, step_loss, None)
+    history = train_steps("once for all", model, tokens, num_tokens, settings, groups, step_loss, None)
     return model, history
 
 

@@ -15,7 +15,8 @@ Products are of the inputs' dtype (float32: three TF32 products each), sums and 
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
 
 Gated linear attention with a dim of 32 runs with 64, the rest zeros: at 32 beside another dim results on a GPU were
-found to be wrong. In float32 it takes dims up to 64: at 128 a launch fails. Triton's interpreter takes all.
+found to be wrong. In float32 it takes dims up to 64: with one of 128 a launch was found to fail. Triton's
+interpreter takes all.
 """
 
 from __future__ import annotations

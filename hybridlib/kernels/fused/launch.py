@@ -1,9 +1,10 @@
 """Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
 
-The table is from measurements on one H100. `override` goes before it, by the kernel's name ("delta_rule.scan"). Where
-ptxas runs out of registers it may compute addresses in shared memory from the stack pointer (12.8, tiles of 32 columns
-in half precision): a launch in the table has been looked through for that or, for gated linear attention's scan and
-gradients at 64 dims, compared with float64 at full size. `segments_of` says when scans are cut along time;
+`override` goes before the table, by the kernel's name ("delta_rule.scan"). In half precision the gated delta rule's
+launches and those of gated linear attention at 64 dims are the fastest of those tried on one H100; the others were
+chosen to compile without, or with few, spilled registers. Other launches may be wrong: Triton 3.6 with ptxas 12.8
+makes some, of narrow tiles above all, that read or write where they should not. Those of the table are held against
+float64 by `hybridlib.exactness`, maps and joins at 64 dims only. `segments_of` says when scans are cut along time;
 `override_segments` goes before it.
 """
 
