@@ -118,11 +118,6 @@ def test_lengths(operator, dtype, time):
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
 @pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64), (64, 128), (64, 32)])
 def test_dims(operator, dtype, key_dim, value_dim):
-    if operator == "gla" and dtype == torch.float32 and 128 in (key_dim, value_dim):
-        inputs, _ = make_inputs(operator, 8, key_dim, value_dim, dtype, device="cuda")
-        with pytest.raises(ValueError, match="take dims of 32 and 64 in float32, not 128"):
-            kernels.gated_linear_attention(*inputs, backend="fused")
-        return
     check(operator, *make_inputs(operator, 130, key_dim, value_dim, dtype, device="cuda"), BOUNDS[dtype])
 
 
@@ -157,8 +152,6 @@ def test_results_are_the_same_in_every_run(operator, dtype, time):
 @pytest.mark.parametrize("time, heads, dim, decay", [(4097, 2, 64, "near none"), (8192, 9, 64, "mild"),
                                                      (8000, 1, 64, "mixed"), (6000, 2, 128, "mild")])
 def test_segments(operator, dtype, time, heads, dim, decay):
-    if operator == "gla" and dtype == torch.float32 and dim == 128:
-        pytest.skip("the fused kernels of gated linear attention take dims of 32 and 64 in float32, not 128")
     inputs, state = make_inputs(operator, time, dim, dim, dtype, decay, batch=1, heads=heads, device="cuda")
     assert launch.segments_of(inputs[0], inputs[2], 1) >= 3
     check(operator, inputs, state, BOUNDS[dtype])
@@ -354,6 +347,8 @@ def interpreted_checks():
         check(operator, inputs, state, 1e-4)
         inputs, state = make_inputs(operator, 1, 32, 64, torch.float32, batch=2, heads=1)
         check(operator, inputs, state, 1e-4)
+    inputs, state = make_inputs("gla", 20, 128, 128, torch.float32, "mixed", batch=1, heads=1)
+    check("gla", inputs, state, 1e-4)
     for beta in ("zero", "one"):
         for repeat_keys in (True, False):
             inputs, state = make_inputs("gdn", 70, 32, 32, torch.float32, beta=beta, repeat_keys=repeat_keys, heads=1)

@@ -5,9 +5,7 @@ backend          what it is                                            where it 
 ===============  ====================================================  =============================================
 ``"reference"``  the recurrence, a token at a time                     everywhere; slow; float64 for tests
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
-``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64;
-                                                                       gated linear attention in half precision, with
-                                                                       dims 64 and 128
+``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64
 ``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
 ``"auto"``       ``"fused"`` on a GPU where it can run, else            everywhere
                  ``"fla"`` there for half precision, else
@@ -142,7 +140,7 @@ def _choose(operator, inputs, initial_state, backend):
     if backend == "auto" and not v.is_cuda:
         return "chunked"
     if backend in ("auto", "fused"):
-        refusal = fused.why_not_for(operator, q, v)
+        refusal = fused.why_not_for(q, v)
         if refusal is None:
             return "fused"
         if backend == "fused":

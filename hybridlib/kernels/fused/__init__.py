@@ -15,8 +15,8 @@ Products are of the inputs' dtype (float32: three TF32 products each), sums and 
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
 
 Gated linear attention with a dim of 32 runs with 64, the rest zeros: at 32 beside another dim results on a GPU were
-found to be wrong. In float32 it takes dims up to 64: with one of 128 a launch was found to fail. Triton's
-interpreter takes all.
+found to be wrong. In float32 a dim of 128 runs as two of 64, for key dims add up and value dims do not meet: with 128 a
+launch on a GPU was found to fail.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _why_not():
     return None
 
 
-def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the fused kernels cannot take this call of an operator, by its function's name; None if they can."""
+def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the fused kernels cannot take a call with these; None if they can."""
     reason = why_not()
     if reason is not None:
         return reason
@@ -68,9 +68,6 @@ def why_not_for(operator: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
     if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
         return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
                 f"{v.shape[-1]}")
-    if (operator == "gated_linear_attention" and v.dtype == torch.float32 and 128 in (q.shape[-1], v.shape[-1])
-            and not _interpreted()):
-        return "the fused kernels of gated linear attention take dims of 32 and 64 in float32, not 128"
     return None
 
 
@@ -96,6 +93,8 @@ def _run(name, inputs, scale, initial_state, cu_seqlens):
         initial_state = None if initial_state is None else pad(initial_state, more[1] + more[0])
         o, state = _run(name, inputs, scale, initial_state, cu_seqlens)
         return o[..., :value_dim], state[..., :key_dim, :value_dim]
+    if name == "gated_linear_attention" and dtype == torch.float32 and max(key_dim, value_dim) > 64:
+        return _by_parts(inputs, scale, initial_state, cu_seqlens)
     inputs = [x if x.dtype == dtype else x.to(dtype) for x in inputs[:3]] + list(inputs[3:])
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
     if torch.compiler.is_compiling():
@@ -106,6 +105,21 @@ def _run(name, inputs, scale, initial_state, cu_seqlens):
     if keep:
         return _Fused.apply(ops.module(name), float(scale), cu_seqlens, initial_state, *inputs)
     return ops.module(name).forward(*inputs, float(scale), initial_state, cu_seqlens, False)[:2]
+
+
+def _by_parts(inputs, scale, initial_state, cu_seqlens):
+    """Gated linear attention, 64 of the key dims and 64 of the value dims at a time."""
+    keys, values = (range(0, inputs[i].shape[-1], 64) for i in (0, 2))
+    outputs, states = [], []
+    for column in values:
+        parts = []
+        for row in keys:
+            part = [x[..., start:start + 64] for x, start in zip(inputs, (row, row, column, row))]
+            first = None if initial_state is None else initial_state[..., row:row + 64, column:column + 64]
+            parts.append(_run("gated_linear_attention", part, scale, first, cu_seqlens))
+        outputs.append(sum(o for o, _ in parts))
+        states.append(torch.cat([state for _, state in parts], -2))
+    return torch.cat(outputs, -1), torch.cat(states, -1)
 
 
 class _Fused(torch.autograd.Function):

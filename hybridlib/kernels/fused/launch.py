@@ -44,17 +44,17 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
-_FLOAT32 = {
+_FLOAT32 = {  # gated linear attention: 64 dims at most
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.scan_back": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
     "delta_rule.maps": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
-    "linear_attention.scan": (Launch(4, 1, 16), Launch(4, 1, 16)),
-    "linear_attention.outputs": (Launch(8, 1, 16), Launch(8, 1, 16)),
-    "linear_attention.gradients": (Launch(8, 1, 16), Launch(8, 1, 16)),
-    "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
+    "linear_attention.scan": Launch(4, 1, 16),
+    "linear_attention.outputs": Launch(8, 1, 16),
+    "linear_attention.gradients": Launch(8, 1, 16),
+    "linear_attention.join": Launch(4, 1, 16),
 }
 
 
