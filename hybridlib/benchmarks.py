@@ -7,8 +7,9 @@ in bytes.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pandas as pd
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from . import kernels
 from .checks import check_choice, check_device, check_int, check_number
 from .hybrid import cache_memory, linearize, restore
+from .kernels import flash_qla
 from .ledger import Ledger
 from .mixers import MIXERS
 from .selection import select
@@ -24,10 +26,10 @@ from .teachers import Teacher
 from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph
 
 __all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "OPERATORS", "check_shape", "dtype_name", "memory_floor",
-           "operator_inputs", "time_decoding", "time_operator"]
+           "operator_inputs", "operator_with", "refusal", "time_decoding", "time_operator"]
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention", "softmax_attention")
-BACKENDS = ("reference", "chunked", "fused", "fla", "softmax")
+BACKENDS = ("reference", "chunked", "fused", "fla", "flash_qla", "softmax")
 DIRECTIONS = ("forward", "forward+backward")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -40,7 +42,8 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
     Parameters
     ----------
     operator : one of `OPERATORS`; ``"softmax_attention"`` is torch's scaled_dot_product_attention, causal.
-    backend : as `kernels` names them; ``"softmax"`` for softmax attention.
+    backend : as `kernels` names them; ``"flash_qla"``, FlashQLA's gated delta rule, an optional package that only
+        measurements use; ``"softmax"`` for softmax attention.
     shape : (batch, time, heads, dim); keys and values are of the same dim.
     dtype : of q, k, v and beta, ``"auto"`` is bfloat16 on a GPU and float32 on a CPU; log_decay is float32, as in the
         mixers.
@@ -54,7 +57,7 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
     Raises ValueError for a bad argument.
     """
     check_choice("operator", operator, OPERATORS)
-    check_choice("backend", backend, ("softmax",) if operator == OPERATORS[2] else BACKENDS[:4])
+    check_choice("backend", backend, ("softmax",) if operator == OPERATORS[2] else BACKENDS[:5])
     batch, length, heads, dim = check_shape(shape)
     check_choice("direction", direction, DIRECTIONS)
     check_int("repeats", repeats, 1)
@@ -64,7 +67,7 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
                   "dtype": dtype, "direction": direction, "repeats": repeats, "max_seconds": max_seconds}
 
     def compute():
-        reason = kernels.available_backends().get(backend)
+        reason = refusal(operator, backend, dim, dim, dtype, device)
         if reason is not None:
             return {"reason": reason}
         copied = time_copy(ledger, device=device)["bytes_per_second"]
@@ -80,7 +83,7 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
             try:
                 graph = time_graph(calls, repeats=repeats, max_seconds=max_seconds)
                 metrics |= {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
-            except RuntimeError as error:
+            except Exception as error:  # backends are other people's code
                 metrics["graph_reason"] = sentence(error)
         return metrics
 
@@ -104,6 +107,20 @@ def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32",
     elif operator == "gated_linear_attention":
         inputs |= {"log_decay": F.logsigmoid(normal(dim)) / 16}
     return inputs
+
+
+def operator_with(operator: str, backend: str) -> Callable:
+    """The linear operator with a backend of `BACKENDS`: takes what `kernels`' function does, without its `backend`."""
+    if backend == "flash_qla":
+        return flash_qla.gated_delta_rule
+    return functools.partial(getattr(kernels, operator), backend=backend)
+
+
+def refusal(operator: str, backend: str, key_dim: int, value_dim: int, dtype: str, device: torch.device) -> str | None:
+    """Why a backend of `BACKENDS` cannot be measured here, in one sentence; None if it can, or a call must tell."""
+    if backend == "flash_qla":
+        return flash_qla.why_not(operator, key_dim, value_dim, dtype, device)
+    return kernels.available_backends().get(backend)
 
 
 def memory_floor(inputs: Mapping[str, torch.Tensor], direction: str = "forward") -> int:
@@ -182,10 +199,11 @@ class _Stamps:
 def _call(operator, backend, tensors, backward):
     """A function without arguments that runs the operator on `tensors`, with the gradients of all if `backward`."""
     inputs = [x.requires_grad_(backward) for x in tensors.values()]
+    run = operator_with(operator, backend) if operator != "softmax_attention" else None
 
     def forward():
-        if operator != "softmax_attention":
-            return getattr(kernels, operator)(*inputs, backend=backend)[0]
+        if run is not None:
+            return run(*inputs)[0]
         q, k, v = (x.transpose(1, 2) for x in inputs)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 

@@ -18,8 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from . import kernels
-from .benchmarks import BACKENDS, DTYPES, OPERATORS
+from .benchmarks import BACKENDS, DTYPES, OPERATORS, operator_with, refusal
 from .checks import check_choice, check_device
 from .ledger import Ledger
 from .timing import measured, sentence, wait
@@ -89,7 +88,8 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
 
     Parameters
     ----------
-    operator : ``"gated_delta_rule"`` or ``"gated_linear_attention"``. backend : as `kernels` names them.
+    operator : ``"gated_delta_rule"`` or ``"gated_linear_attention"``.
+    backend : as `kernels` names them, or ``"flash_qla"``, see `benchmarks.time_operator`.
     cases : names among `CASES`.
     dtype : of q, k, v and beta, ``"float32"``, ``"bfloat16"`` or ``"float16"``; log_decay and the initial state are
         float32. The truth starts from the same rounded inputs.
@@ -105,7 +105,7 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
     Raises ValueError for a bad argument, or if no case is left.
     """
     check_choice("operator", operator, _FUNCTIONS)
-    check_choice("backend", backend, BACKENDS[:4])
+    check_choice("backend", backend, BACKENDS[:5])
     check_choice("dtype", dtype, DTYPES[1:])
     device = check_device(device)
     chosen = cases_for(operator, backend, dtype, cases)
@@ -116,7 +116,8 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
                   "cases": {name: str(case) for name, case in chosen.items()}}
 
     def compute():
-        reason = kernels.available_backends().get(backend)
+        first = next(iter(chosen.values()))
+        reason = refusal(operator, backend, first.key_dim, first.value_dim, dtype, device)
         if reason is not None:
             return {"reason": reason}
         errors, equal, reasons = {}, {}, {}
@@ -140,8 +141,9 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
     """The cases among `names` that make sense for an operator, a backend and a dtype, in their order.
 
     Left out: strengths for gated linear attention, which has none; strong decays in float16, where exp(-20) is 0; over
-    1,000 tokens for ``"reference"``, which goes token by token; and for ``"fla"``, which tunes itself anew for other
-    sizes and multiplies float32 in TF32, all but half precision, dims of 64, 9 heads and at least 64 tokens a sequence.
+    1,000 tokens for ``"reference"``, which goes token by token; for ``"fla"``, which tunes itself anew for other
+    sizes and multiplies float32 in TF32, all but half precision, dims of 64, 9 heads and at least 64 tokens a sequence;
+    and for ``"flash_qla"`` what it has not: all but the gated delta rule in half precision at dims of 128, not packed.
 
     Raises ValueError for an unknown name.
     """
@@ -153,7 +155,9 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
                     or dtype == "float16" and case.decay.startswith("strong")
                     or backend == "reference" and case.time > 1000
                     or backend == "fla" and (dtype == "float32" or case.time < 64 or case.borders
-                                             or (case.heads, case.key_dim, case.value_dim) != (9, 64, 64)))
+                                             or (case.heads, case.key_dim, case.value_dim) != (9, 64, 64))
+                    or backend == "flash_qla" and (operator != "gated_delta_rule" or dtype == "float32" or case.borders
+                                                   or (case.key_dim, case.value_dim) != (128, 128)))
         if not left_out:
             chosen[name] = case
     return chosen
@@ -211,9 +215,8 @@ class _Asked:
         """Output, final state and gradients, by name; of some `rows` of the batch, computed in `dtype`."""
         tensors = {name: x[rows].to(dtype or x.dtype).requires_grad_() for name, x in self.inputs.items()}
         *operands, state = tensors.values()
-        borders = torch.tensor(self.case.borders, device=state.device) if self.case.borders else None
-        run = getattr(kernels, self.operator)
-        o, final = run(*operands, initial_state=state, backend=backend, cu_seqlens=borders)
+        packed = {"cu_seqlens": torch.tensor(self.case.borders, device=state.device)} if self.case.borders else {}
+        o, final = operator_with(self.operator, backend)(*operands, initial_state=state, **packed)
         weights = [weight[rows].to(x.dtype) for x, weight in zip((o, final), self.weights)]
         grads = torch.autograd.grad((o, final), list(tensors.values()), weights)
         wait(state.device)  # what fails on a GPU fails here

@@ -80,7 +80,6 @@ def time_objective(ledger: Ledger, implementation: str, shape: Iterable[int], *,
         metrics = time_calls([call], device, **clock) | {"gpu_seconds": None}
         if device.type == "cuda":
             try:
-                _check_that_it_never_waits(call)
                 graph = time_graph([call], **clock)
                 metrics |= {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
             except RuntimeError as error:
@@ -167,15 +166,6 @@ def _call(implementation, inputs, backward):
         return loss.detach(), *torch.autograd.grad(loss, wanted)
 
     return call
-
-
-def _check_that_it_never_waits(call):
-    """Raise RuntimeError if `call` waits for the GPU: to find out during a capture would spoil later ones."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _truth(inputs):

@@ -48,7 +48,7 @@ class SpeedSettings:
     Parameters
     ----------
     teacher, mixer, corpus, device, results, recompute : as in `StudySettings`.
-    operators, backends, shapes : of the operators' timings; ``"softmax"`` among the backends is softmax attention.
+    operators, backends, shapes : as `time_operator` takes them; ``"softmax"`` among the backends is softmax attention.
     dtype : of operators, objectives and decoding; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
     repeats : samples of a timing; max_seconds : its samples end sooner once they have taken this long.
     exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
@@ -66,7 +66,7 @@ class SpeedSettings:
     mixer: str = "gdn"
     corpus: str = "lab"
     operators: list[str] = OPERATORS[:2]
-    backends: list[str] = BACKENDS
+    backends: list[str] = ("reference", "chunked", "fused", "fla", "softmax")
     shapes: list[list[int]] = ((4, 256, 4, 32), (2, 512, 4, 32), (1, 1024, 4, 32))
     dtype: str = "auto"
     repeats: int = 20

@@ -7,9 +7,11 @@ call before. A timing is a dict of ``seconds`` (the median of its samples), ``lo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -62,7 +64,8 @@ def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: flo
     """Time on the GPU alone: all calls are captured into one CUDA graph, whose replays need nothing from Python.
 
     Parameters as for `time_calls`. Raises ValueError where there is no GPU, RuntimeError for calls that cannot be
-    captured (they wait for the device, or copy from it).
+    captured (they wait for the device, or copy from it). Where torch sees a call wait, no capture is begun: one that
+    fails midway would spoil later ones.
     """
     device = _check(calls, "cuda", repeats, max_seconds, together)
     side = torch.cuda.Stream(device)
@@ -70,6 +73,9 @@ def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: flo
     with torch.cuda.stream(side):
         for call in calls:
             call()
+        with _no_waiting():
+            for call in calls:
+                call()
     torch.cuda.current_stream(device).wait_stream(side)
     wait(device)
     graph = torch.cuda.CUDAGraph()
@@ -89,6 +95,19 @@ def time_graph(calls: Sequence[Callable], *, repeats: int = 20, max_seconds: flo
         wait(device)
         samples.append(start.elapsed_time(end) / 1000 / (in_a_row * len(calls)))
     return _summary(samples)
+
+
+@contextlib.contextmanager
+def _no_waiting():
+    """Within it, what waits for the GPU raises RuntimeError, in any thread, as far as torch sees it."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():  # torch warns that it does not see everything
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def copy_speed(device: str | torch.device = "auto", num_bytes: int | None = None, *, repeats: int = 20) -> dict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import types
+import warnings
 
 import pandas as pd
 import pytest
@@ -13,8 +15,10 @@ import torch
 import hybridlib as hl
 from hybridlib import objective_speed as objectives
 from hybridlib import objectives as losses
+from hybridlib import timing
 
 SHAPE = (6, 4, 9)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
@@ -158,16 +162,45 @@ def test_bad_arguments_are_refused_before_any_compute(ledger, change, sentence):
     assert not ledger.folder.exists()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_call_that_waits_is_not_captured(monkeypatch, tmp_path):
-    ledger = hl.Ledger(tmp_path / "records")
-    row = objectives.time_objective(ledger, "hybridlib", (512, 64, 4096), repeats=3)
-    assert row["reason"] is None and row["gpu_seconds"] > 0 and row["peak_bytes"] > 0
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_s_mode_that_finds_what_waits_is_then_as_it_was(monkeypatch, fails):
+    modes = [1]  # torch's number of "warn"
 
+    def set_mode(mode):
+        modes.append(mode)
+        if mode == "error":
+            warnings.warn("this mode does not see everything", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="^this waits$") if fails else contextlib.nullcontext():
+            with timing._no_waiting():
+                assert modes == [1, "error"]
+                if fails:
+                    raise RuntimeError("this waits")
+    assert modes == [1, "error", 1]
+
+
+@needs_gpu
+def test_a_graph_times_the_objective_on_the_gpu(tmp_path):
+    row = objectives.time_objective(hl.Ledger(tmp_path), "hybridlib", (512, 64, 4096), repeats=3)
+    assert row["reason"] is None and row.get("graph_reason") is None, row
+    assert row["gpu_seconds"] > 0 and row["peak_bytes"] > 0, row
+
+
+@needs_gpu
+def test_a_call_that_waits_is_not_captured(monkeypatch, tmp_path):
     def waits(**inputs):
         loss = losses.divergence_from_hidden(**inputs)
         return loss if loss.item() > 0 else -loss
 
+    captured, capture = [], torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda *graphs: captured.append(1) or capture(*graphs))
     monkeypatch.setitem(objectives.IMPLEMENTATIONS, "plain", waits)
-    row = objectives.time_objective(ledger, "plain", (512, 64, 4096), repeats=3)
-    assert row["reason"] is None and row["gpu_seconds"] is None and "synchroniz" in row["graph_reason"]
+    row = objectives.time_objective(hl.Ledger(tmp_path), "plain", (512, 64, 4096), repeats=3)
+    assert row["reason"] is None and row["gpu_seconds"] is None and row["graph_reason"], row
+    assert not captured and torch.cuda.get_sync_debug_mode() == 0, row
+    row = objectives.time_objective(hl.Ledger(tmp_path), "hybridlib", (512, 64, 4096), repeats=3)
+    assert captured and row.get("graph_reason") is None and row["gpu_seconds"] > 0, row  # nothing was spoilt

@@ -14,6 +14,7 @@ backend          what it is                                            where it 
 
 Float32 is not for ``"fla"`` unless it is asked for: Triton, which flash-linear-attention is written in, multiplies
 float32 in TF32 unless told otherwise. ``"fused"`` multiplies it in three TF32 products, to float32's own error.
+``"fla"`` runs flash-linear-attention's own kernels, also where FlashQLA is installed, to which it hands some calls.
 
 Sequences may be packed into one of batch 1 with `cu_seqlens`, (sequences + 1,) integers from 0 to time, where each
 begins and the last ends. ``"fused"`` takes them at once, the other backends one after another.

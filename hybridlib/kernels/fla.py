@@ -2,12 +2,18 @@
 
 Its kernels are written in Triton: they need an NVIDIA GPU, and `import fla` fails where triton is missing. `why_not`
 says so before anything is imported.
+
+Where FlashQLA is installed too, flash-linear-attention hands it the gated delta rule at dims of 128, whichever of the
+two was imported first. It reads in an environment variable, at each call, whether it may; here it may not, so that what
+runs is always its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import os
 
 import torch
 from torch.torch_version import TorchVersion
@@ -41,12 +47,23 @@ def why_not(delta_rule_gradients: bool = False) -> str | None:
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state):
-    """Run FLA's chunked gated delta rule; arguments and result as `hybridlib.kernels.gated_delta_rule`."""
+    """Run FLA's chunked gated delta rule, its own; arguments and result as `hybridlib.kernels.gated_delta_rule`."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     q, k, beta = q.to(v.dtype), k.to(v.dtype), beta.to(v.dtype)
-    return chunk_gated_delta_rule(q, k, v, log_decay.float(), beta, scale=scale, output_final_state=True,
-                                  initial_state=None if initial_state is None else initial_state.float())
+    with _without_flash_qla():
+        return chunk_gated_delta_rule(q, k, v, log_decay.float(), beta, scale=scale, output_final_state=True,
+                                      initial_state=None if initial_state is None else initial_state.float())
+
+
+@contextlib.contextmanager
+def _without_flash_qla():
+    before = os.environ.get("FLA_FLASH_QLA")
+    os.environ["FLA_FLASH_QLA"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("FLA_FLASH_QLA") if before is None else os.environ.update(FLA_FLASH_QLA=before)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state):
