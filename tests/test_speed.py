@@ -214,12 +214,13 @@ def test_words_and_tables_of_operators_say_what_was_measured():
 
 
 def test_curves_are_per_token_with_softmax_beside_each_operator():
-    curves = speed.operator_curves(operators())
+    curves = speed_plots.operator_curves(operators())
     assert set(curves["panel"]) == {"gated delta rule, forward"}
     fused = curves[curves["backend"] == "fused"]
     assert list(fused["time"]) == [100, 200] and fused["microseconds"].tolist() == pytest.approx([10, 10])
     assert curves[curves["backend"] == "softmax"]["microseconds"].item() == pytest.approx(20)
-    assert speed.operator_curves(operators(), "gpu_seconds").empty and speed.operator_curves(pd.DataFrame()).empty
+    assert speed_plots.operator_curves(operators(), "gpu_seconds").empty
+    assert speed_plots.operator_curves(pd.DataFrame()).empty
     figure = plots.scaling_curves(curves, "time", "microseconds", "backend", panel="panel", floor="floor",
                                   xlabel="tokens in a row", ylabel="microseconds a token")
     lines = figure.axes[0].lines
