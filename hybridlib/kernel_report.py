@@ -22,7 +22,8 @@ def kernel_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Every launch of a call: its time with quartiles, its share, what it could take at least, what it asks of a GPU.
 
     ``floor`` and ``products`` are the shares of its time that moving its bytes at the speed of a copy would take, and
-    its matrix products at the speed of one large product. ``fit`` is how many programs a multiprocessor holds at once.
+    its matrix products at the speed of one large product; what the kernel before left in the cache comes faster than a
+    copy. ``fit`` is how many programs a multiprocessor holds at once.
     """
     table = [_place(row, number) | {
         "kernel": _label(one),

@@ -103,6 +103,35 @@ def test_bytes_and_flops_are_those_that_the_interpreter_touches_and_multiplies()
     assert len(found) == 26 and {name for name, _ in found} >= {"linear_attention.join"}
 
 
+def test_first_launches_and_later_ones_are_watched():
+    def _invert(k, inverse, time, sequences, heads, KEY_DIM, PRECISION):
+        pass
+
+    class Compiled:
+        name, n_regs, n_spills, metadata = "_invert_on_gpu", 96, 2, SimpleNamespace(shared=512)
+
+        def __getitem__(self, grid):
+            return lambda *arguments: ran.append((grid, len(arguments)))
+
+    class Kernel:
+        fn = staticmethod(_invert)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, num_warps, num_stages: ran.append((num_warps, num_stages)) or Compiled()
+
+    ran, kernel, use = [], Kernel(), launch.Launch(1, 2)
+    place, two = SimpleNamespace(key=("a key",)), torch.ones(2, dtype=torch.bfloat16)
+    arguments = torch.ones(4), two, 65, 2, 3, 16, "tf32"
+    with launches.watch_launches("gated_delta_rule") as seen:
+        for _ in range(2):
+            launch.Place.launch(place, kernel, use, (3, 4, 1), *arguments)
+    launch.Place.launch(place, kernel, use, (3, 4, 1), *arguments)
+    assert ran == [(1, 2), ((3, 4, 1), 7), ((3, 4, 1), 7)] and len(seen) == 2 and seen[0] == seen[1]
+    flops = 2 * (10 * 16**2 * 16 + 40 * 16**3) * 2 * 2 * 3  # 2 sequences of 2 chunks, 3 heads
+    assert seen[0] == {"name": "delta_rule.invert", "symbol": "_invert_on_gpu", "programs": 12, "warps": 1,
+                       "registers": 96, "spills": 2, "shared": 512, "flops": flops, "bytes": 20}
+
+
 @pytest.mark.parametrize("warps, registers, shared, expected", [
     (4, 128, 0, 4),  # a warp takes 4,096 registers, a quarter of 16,384 has room for 4 of them: 16 warps
     (4, 255, 0, 2),  # 8,192 a warp, 2 in a quarter: 8 warps
