@@ -21,6 +21,7 @@ from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, d
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
 from .exactness import CASES, cases_for, measure_exactness
+from .kernel_speed import measure_kernels
 from .ledger import Ledger
 from .mixers import MIXERS
 from .objective_speed import IMPLEMENTATIONS, check_objective_shape, time_objective
@@ -30,15 +31,15 @@ from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
 
-__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words",
-           "operator_curves", "operator_table", "operator_words", "recorded_speed", "refusals", "speed_settings",
-           "step_bars", "step_table", "step_words"]
+__all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words", "operator_table",
+           "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars", "step_table", "step_words"]
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
-         "steps": "step_speed", "decoding": "decoding_speed"}
+         "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed", "scaling": "kernel_scaling",
+         "counters": "kernel_counters"}
 _LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
           "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS, "shapes": None, "objective_shapes": None,
-          "contexts": None, "shares": None}
+          "contexts": None, "shares": None, "kernel_shapes": None}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class SpeedSettings:
     plain_backend : of the mixers in the plain loop.
     contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
     decode_batch : prompts at once; new_tokens : generated for each.
+    kernel_shapes : shapes whose calls of the fused operators are taken apart, kernel by kernel, on a GPU.
 
-    An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
+    An empty list of shapes, exactness_cases, objective_shapes, stages, contexts or kernel_shapes leaves that part out.
     """
 
     teacher: str = "lab"
@@ -87,6 +89,7 @@ class SpeedSettings:
     shares: list[float] = (1.0, 0.5, 0.25, 0.125)
     decode_batch: int = 1
     new_tokens: int = 16
+    kernel_shapes: list[list[int]] = ()
     device: str = "auto"
     results: str = ""
     recompute: bool = False
@@ -100,7 +103,7 @@ class SpeedSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
             for value in getattr(self, name) if allowed else ():
                 check_choice(name, value, allowed)
-        for shape in self.shapes:
+        for shape in (*self.shapes, *self.kernel_shapes):
             check_shape(shape)
         for shape in self.objective_shapes:
             check_objective_shape(shape)
@@ -220,6 +223,12 @@ class SpeedStudy:
                                            batch=s.decode_batch, new_tokens=s.new_tokens, recompute=s.recompute)
                              for share in s.shares for context in s.contexts])
 
+    def kernels(self) -> dict[str, pd.DataFrame]:
+        """What the fused operators spend kernel by kernel: see `measure_kernels`. Last of all: it brings a profiler."""
+        s = self.settings
+        return measure_kernels(self.ledger, s.operators, s.kernel_shapes, dtype=s.dtype, device=self.device,
+                               repeats=s.repeats, recompute=s.recompute)
+
 
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
@@ -235,33 +244,6 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
             latest[repr(sorted(asked.items()))] = r.parameters | r.metrics
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
-
-
-def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
-    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and microseconds a token.
-
-    Columns ``microseconds``, of the clock ``"seconds"`` (as launched) or ``"gpu_seconds"``, and ``floor``. Shapes with
-    the heads and dim that most shapes have; of those of one length, the one with most tokens. Softmax attention is
-    repeated beside each operator. Empty if nothing was timed by that clock.
-    """
-    check_choice("clock", clock, ("seconds", "gpu_seconds"))
-    rows = _timed(frame)
-    rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
-    if rows.empty:
-        return pd.DataFrame()
-    heads, dim = rows.groupby(["heads", "dim"])["time"].nunique().idxmax()
-    rows = rows[(rows["heads"] == heads) & (rows["dim"] == dim)].sort_values(["batch"], kind="stable")
-    rows = rows.drop_duplicates(["operator", "backend", "time", "direction", "dtype"], keep="last").sort_index()
-    linear, softmax = rows[rows["operator"] != OPERATORS[2]], rows[rows["operator"] == OPERATORS[2]]
-    names = list(dict.fromkeys(linear["operator"])) or [OPERATORS[2]]
-    rows = pd.concat([linear, *(softmax.assign(operator=name) for name in names)])
-    tokens = rows["batch"] * rows["time"]
-    rows = rows.assign(panel=rows["operator"].str.replace("_", " ") + ", " + rows["direction"],
-                       microseconds=1e6 * rows[clock].astype(float) / tokens,
-                       floor=1e6 * rows["floor_seconds"].astype(float) / tokens)
-    if len(linear):
-        rows.loc[rows["backend"] == "softmax", "floor"] = float("nan")  # a panel's floor is that of its operator
-    return rows[["panel", "backend", "batch", "time", "heads", "dim", "microseconds", "floor"]].reset_index(drop=True)
 
 
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:

@@ -1,18 +1,50 @@
-"""Figures of the speed study: each function takes a table of `SpeedStudy` and returns a list, empty without records."""
+"""Figures of the speed study: those that draw take a table of `SpeedStudy` and return a list, empty without records."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from . import plots
-from .speed import decoding_table, operator_curves, step_bars
+from .benchmarks import OPERATORS
+from .checks import check_choice
+from .kernel_report import scaling_points
+from .speed import decoding_table, step_bars
 from .step_speed import LOSSES, PHASES, step_losses
+from .style import MUTED, Plot, finish, house_style, log_ticks, look
 
-__all__ = ["decoding_figures", "loss_figures", "operator_figures", "step_figures"]
+__all__ = ["decoding_figures", "kernel_figures", "loss_figures", "operator_curves", "operator_figures", "step_figures"]
 
 _PHASES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
 _CLOCKS = {"seconds": "microseconds a token, as launched", "gpu_seconds": "microseconds a token, GPU time"}
+
+
+def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
+    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and microseconds a token.
+
+    Columns ``microseconds``, of the clock ``"seconds"`` (as launched) or ``"gpu_seconds"``, and ``floor``. Shapes with
+    the heads and dim that most shapes have; of those of one length, the one with most tokens. Softmax attention is
+    repeated beside each operator. Empty if nothing was timed by that clock.
+    """
+    check_choice("clock", clock, ("seconds", "gpu_seconds"))
+    rows = frame[frame["reason"].isna()] if len(frame) else frame
+    rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
+    if rows.empty:
+        return pd.DataFrame()
+    heads, dim = rows.groupby(["heads", "dim"])["time"].nunique().idxmax()
+    rows = rows[(rows["heads"] == heads) & (rows["dim"] == dim)].sort_values(["batch"], kind="stable")
+    rows = rows.drop_duplicates(["operator", "backend", "time", "direction", "dtype"], keep="last").sort_index()
+    linear, softmax = rows[rows["operator"] != OPERATORS[2]], rows[rows["operator"] == OPERATORS[2]]
+    names = list(dict.fromkeys(linear["operator"])) or [OPERATORS[2]]
+    rows = pd.concat([linear, *(softmax.assign(operator=name) for name in names)])
+    tokens = rows["batch"] * rows["time"]
+    rows = rows.assign(panel=rows["operator"].str.replace("_", " ") + ", " + rows["direction"],
+                       microseconds=1e6 * rows[clock].astype(float) / tokens,
+                       floor=1e6 * rows["floor_seconds"].astype(float) / tokens)
+    if len(linear):
+        rows.loc[rows["backend"] == "softmax", "floor"] = float("nan")  # a panel's floor is that of its operator
+    return rows[["panel", "backend", "batch", "time", "heads", "dim", "microseconds", "floor"]].reset_index(drop=True)
 
 
 def operator_figures(frame: pd.DataFrame) -> list[Figure]:
@@ -39,3 +71,37 @@ def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
     table = decoding_table(frame)
     return [plots.scaling_curves(table, "context", column, "label", xlabel="tokens of context", ylabel=text)
             for column, text in (("cache_mib", "cache (MiB)"), ("tokens_per_second", "tokens a second")) if len(table)]
+
+
+def kernel_figures(frame: pd.DataFrame) -> list[Figure]:
+    """Seconds of each kernel against its programs, both logarithmic, a panel an operator and call: scaling records.
+
+    A dashed line stands at the number of multiprocessors, up to which each program has one of its own.
+    """
+    points = scaling_points(frame)
+    if points.empty:
+        return []
+    names, kernels = list(dict.fromkeys(points["panel"])), list(dict.fromkeys(points["kernel"]))
+    edge = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (5, 2))}
+    with house_style():
+        figure = Plot(figsize=(7, 0.9 + 2.5 * -(-len(names) // 2)), layout="constrained")
+        grid = figure.subplots(-(-len(names) // 2), 2, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(names):]:
+            axes.remove()
+        for axes, name in zip(grid.flat, names):
+            part = points[points["panel"] == name]
+            for i, kernel in enumerate(kernels):
+                line = part[part["kernel"] == kernel].sort_values("programs")
+                axes.plot(line["programs"], line["microseconds"], **look(i), markeredgecolor="white", markersize=6,
+                          markeredgewidth=0.6)
+            axes.axvline(part["multiprocessors"].iloc[0], **edge, zorder=1)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid()
+            axes.set_title(name, fontsize=9, loc="left")
+        log_ticks(grid[0, 0].xaxis, *grid[0, 0].get_xlim())
+        log_ticks(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
+        figure.supxlabel("programs of the kernel", fontsize=9)
+        figure.supylabel("microseconds", fontsize=9)
+        handles = [Line2D([], [], **look(i), label=kernel) for i, kernel in enumerate(kernels)]
+        return [finish(figure, [*handles, Line2D([], [], **edge, label="multiprocessors")])]

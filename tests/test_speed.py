@@ -214,12 +214,13 @@ def test_words_and_tables_of_operators_say_what_was_measured():
 
 
 def test_curves_are_per_token_with_softmax_beside_each_operator():
-    curves = speed.operator_curves(operators())
+    curves = speed_plots.operator_curves(operators())
     assert set(curves["panel"]) == {"gated delta rule, forward"}
     fused = curves[curves["backend"] == "fused"]
     assert list(fused["time"]) == [100, 200] and fused["microseconds"].tolist() == pytest.approx([10, 10])
     assert curves[curves["backend"] == "softmax"]["microseconds"].item() == pytest.approx(20)
-    assert speed.operator_curves(operators(), "gpu_seconds").empty and speed.operator_curves(pd.DataFrame()).empty
+    assert speed_plots.operator_curves(operators(), "gpu_seconds").empty
+    assert speed_plots.operator_curves(pd.DataFrame()).empty
     figure = plots.scaling_curves(curves, "time", "microseconds", "backend", panel="panel", floor="floor",
                                   xlabel="tokens in a row", ylabel="microseconds a token")
     lines = figure.axes[0].lines
@@ -288,7 +289,8 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
     assert exactness.exactness_words(found["exactness"]) == exactness.exactness_words(exact)
     about = speed.about_speed(found)
     assert about.startswith("10 records (exactness, objectives), measured on ")
-    assert "No GPU record of operators, steps, decoding is committed yet." in about and "gpu.yaml" in about
+    assert "No GPU record of operators, steps, decoding, kernels, scaling, counters is committed yet." in about
+    assert "gpu.yaml" in about
     fewer = exactness.measure_exactness(study.ledger, "gated_delta_rule", "chunked", ["length 1"], device="cpu")
     latest = speed.recorded_speed(study.ledger)["exactness"]
     assert len(latest) == 2 and list(latest.iloc[0]["errors"]) == list(fewer["errors"]) == ["length 1"]

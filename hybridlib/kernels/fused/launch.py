@@ -11,11 +11,13 @@ float64 by `hybridlib.exactness`, maps and joins at 64 dims only. `segments_of` 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "by_token", "override", "override_segments", "precision", "segments_of", "stride"]
+__all__ = ["SIZE", "Launch", "Place", "by_token", "override", "override_segments", "precision", "segments_of", "stride",
+           "watch"]
 
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
@@ -31,6 +33,7 @@ class Launch(NamedTuple):
 
 override: dict[str, Launch] = {}
 override_segments: int | None = None  # the same in a forward pass and its backward pass
+watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
@@ -102,10 +105,13 @@ class Place:
         key = None if self.key is None else (id(kernel), use, part, self.key)
         _, compiled = _compiled.get(key, (kernel, None))
         if compiled is not None:
-            return compiled[grid](*arguments)
-        compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
-        if key is not None and compiled is not None:  # None from Triton's interpreter
-            _compiled[key] = kernel, compiled
+            compiled[grid](*arguments)
+        else:
+            compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
+            if key is not None and compiled is not None:  # None from Triton's interpreter
+                _compiled[key] = kernel, compiled
+        if watch is not None:
+            watch(kernel, use, grid, arguments, compiled)
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:

@@ -1,0 +1,179 @@
+"""What the records of `kernel_speed` say: tables, points for a figure, and words.
+
+They are read from tables of one row a record, as `kernel_speed.measure_kernels` returns them; records that have a
+``reason`` in place of numbers are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+__all__ = ["bound_by", "counter_table", "kernel_table", "kernel_tables", "kernel_words", "scaling_points"]
+
+_FLAT = 1.25  # times as long is as long, or nearly so
+_GROWTH = 4  # times as many programs, at least, must have been tried to say so
+_WAITS = 3  # reasons that a line names
+_NONE = "\u2013"
+
+
+def kernel_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every launch of a call: its time with quartiles, its share, what it could take at least, what it asks of a GPU.
+
+    ``floor`` and ``products`` are the shares of its time that moving its bytes at the speed of a copy would take, and
+    its matrix products at the speed of one large product; what the kernel before left in the cache comes faster than a
+    copy. ``fit`` is how many programs a multiprocessor holds at once.
+    """
+    table = [_place(row, number) | {
+        "kernel": _label(one),
+        "time, \u00b5s": f"{_micro(one):.3g} [{_micro(one, 'low'):.3g}, {_micro(one, 'high'):.3g}]",
+        "share": _percent(one["seconds"] / row["kernel_seconds"]),
+        "floor": _percent(one["floor_seconds"] / one["seconds"]), "products": _percent(_products(row, one)),
+        "programs": one["programs"], "fit": one["resident"], "waves": f"{one['waves']:.2f}", "warps": one["warps"],
+        "registers": one["registers"], "spills": one["spills"], "shared, KiB": f"{one['shared'] / 1024:.3g}"}
+        for row, number, one in _launches(frame)]
+    return pd.DataFrame(table).set_index(["operator", "shape", "launch"]) if table else pd.DataFrame()
+
+
+def counter_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every launch of a call as the GPU counted it: shares of peaks, warps of a scheduler, what they wait for."""
+    table = [_place(row, number) | {
+        "kernel": _label(one), "issue slots": _percent(one["issue"]), "tensor cores": _percent(one["tensor"]),
+        "DRAM": _percent(one["dram"]), "L1 and shared": _percent(one["l1"]), "occupancy": _percent(one["occupancy"]),
+        "warps": _count(one["active"]), "eligible": _count(one["eligible"]), "waits": _waits(one) or _NONE}
+        for row, number, one in _launches(frame)]
+    return pd.DataFrame(table).set_index(["operator", "shape", "launch"]) if table else pd.DataFrame()
+
+
+def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
+    """Points of a figure: ``panel`` (operator and call), ``kernel``, its ``programs``, ``microseconds``; and
+    ``multiprocessors``.
+    """
+    points = [{"panel": f"{_operator(row)}, {one['call']}", "kernel": _label(one), "programs": one["programs"],
+               "microseconds": _micro(one), "multiprocessors": int(row["multiprocessors"])}
+              for row, _, one in _launches(frame)]
+    return pd.DataFrame(points)
+
+
+def bound_by(programs: Sequence[int], seconds: Sequence[float], multiprocessors: int) -> str | None:
+    """What a kernel's times say that it is bound by: ``"latency"``, ``"throughput"``, or None if they do not say.
+
+    Programs that each have a multiprocessor of their own share memory and nothing else. If a kernel takes at most 1.25
+    times as long with 4 times as many of them or more, no throughput bounds it, but the latency of a program's own
+    chain; if longer, throughput. With fewer of them it is throughput if time grows 0.8 times as fast as programs do.
+    """
+    points = sorted(zip(programs, seconds))
+    alone = [point for point in points if point[0] <= multiprocessors]
+    if alone and alone[-1][0] >= _GROWTH * alone[0][0]:
+        return "latency" if alone[-1][1] <= _FLAT * alone[0][1] else "throughput"
+    (first, fast), (last, slow) = points[0], points[-1]
+    return "throughput" if last >= _GROWTH * first and slow / fast * _FLAT >= last / first else None
+
+
+def kernel_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Of ``"kernels"`` and ``"counters"`` the tables above, by their captions, without those that are empty."""
+    found = {"kernels of the fused operators, forward and backward": kernel_table(tables["kernels"]),
+             "the same kernels by the GPU's counters": counter_table(tables["counters"])}
+    return {caption: table for caption, table in found.items() if len(table)}
+
+
+def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
+    """A list in Markdown: where the time of each call goes, kernel by kernel, and how kernels grow with programs."""
+    counted, lines = {_key(*found): found[-1] for found in _launches(tables["counters"])}, []
+    for row, number, one in _launches(tables["kernels"]):
+        if number == 1:
+            graph = f", {_short(1e6 * row['gpu_seconds'])} as a CUDA graph" if pd.notna(row["gpu_seconds"]) else ""
+            lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward: "
+                         f"{_short(1e6 * row['kernel_seconds'])} in {len(row['kernels'])} kernels{graph}.")
+        share = _percent(one["seconds"] / row["kernel_seconds"])
+        lines.append(f"  - {_label(one)}: **{_short(_micro(one))}** ({share}); "
+                     + _said(row, one, counted.get(_key(row, number, one))))
+    points = scaling_points(tables["scaling"])
+    for panel, part in points.groupby("panel", sort=False) if len(points) else ():
+        lines.append(f"- {panel}, with more and more sequences of one head, on {part['multiprocessors'].iloc[0]} "
+                     "multiprocessors:")
+        lines += [f"  - {kernel}: {_grown(found.sort_values('programs'))}"
+                  for kernel, found in part.groupby("kernel", sort=False)]
+    return "\n".join(lines)
+
+
+def _said(row, one, counted):
+    parts = [f"moving its bytes would take {_percent(one['floor_seconds'] / one['seconds'])} of that"]
+    if _products(row, one) is not None:
+        parts[0] += f", its products {_percent(_products(row, one))}"
+    parts.append(f"{one['programs']:,} programs of {one['warps']} warps are {one['waves']:.2f} waves")
+    if counted:
+        shares = [f"{text} {_percent(counted[key])}" for key, text in (
+            ("issue", "issue slots"), ("tensor", "tensor cores"), ("dram", "DRAM")) if pd.notna(counted[key])]
+        warps = [f"{_count(counted['active'])} warps a scheduler, {_count(counted['eligible'])} of them ready"
+                 ] if pd.notna(counted["active"]) and pd.notna(counted["eligible"]) else []
+        waits = [f"most wait for {_waits(counted)}"] if _waits(counted) else []
+        parts += [f"counted: {', '.join(shares + warps + waits)}"] if shares + warps + waits else []
+    return "; ".join(parts) + "."
+
+
+def _grown(found):
+    """The fewest programs, the most with a multiprocessor each, twice that, and the most: times, and what they say."""
+    programs, times = found["programs"].tolist(), found["microseconds"].tolist()
+    edge, last = found["multiprocessors"].iloc[0], len(programs) - 1
+    alone, twice = (sum(number <= most for number in programs) - 1 for most in (edge, 2 * edge))
+    shown = dict.fromkeys([0, max(alone, 0), max(twice, 0), last])
+    text = ", ".join(f"{programs[i]:,} programs {_short(times[i])}"
+                     + (f" ({times[i] / times[0]:.2f} times that)" if i else "") for i in shown)
+    return text + {"latency": ". With a program on every multiprocessor it takes as long as with a few: **latency** "
+                              "bounds it up to there, not throughput.",
+                   "throughput": ". It is bound by **throughput**.", None: "."}[bound_by(programs, times, edge)]
+
+
+def _launches(frame):
+    """(record, number of the launch from 1, launch) of every launch of every record."""
+    for _, row in frame[frame["reason"].isna()].iterrows() if len(frame) else ():
+        yield from ((row, number, one) for number, one in enumerate(row["kernels"], 1))
+
+
+def _place(row, number):
+    return {"operator": _operator(row), "shape": _shape(row), "launch": number}
+
+
+def _key(row, number, one):
+    return row["device"], row["dtype"], *_place(row, number).values(), one["name"]
+
+
+def _operator(row):
+    return row["operator"].replace("_", " ")
+
+
+def _shape(row):
+    return f"({', '.join(str(int(row[name])) for name in ('batch', 'time', 'heads', 'dim'))})"
+
+
+def _label(one):
+    name = one["name"].split(".")[1]
+    return name.replace("_", " ") + (", backward" if one["pass"] == "backward" and name in ("scan", "join") else "")
+
+
+def _products(row, one):
+    speed = row["product_flops_per_second"]
+    return None if pd.isna(speed) or one["flops"] is None else one["flops"] / speed / one["seconds"]
+
+
+def _waits(one):
+    waits = sorted(((count, reason) for reason, count in one["stalls"].items() if reason != "selected"), reverse=True)
+    return ", ".join(f"{reason.replace('_', ' ')} {count:.2f}" for count, reason in waits[:_WAITS] if count > 0)
+
+
+def _micro(one, name="seconds"):
+    return 1e6 * one[name]
+
+
+def _short(microseconds):
+    return f"{microseconds:.3g} \u00b5s" if microseconds < 1000 else f"{microseconds:,.0f} \u00b5s"
+
+
+def _percent(share):
+    return _NONE if pd.isna(share) else f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
+def _count(number):
+    return _NONE if pd.isna(number) else f"{number:.2f}"
