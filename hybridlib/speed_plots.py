@@ -12,7 +12,6 @@ from .step_speed import LOSSES, PHASES, step_losses
 __all__ = ["decoding_figures", "loss_figures", "operator_figures", "step_figures"]
 
 _PHASES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
-_LOOPS = {"hybridlib": "hybridlib loop", "plain": "plain loop", "noise": "plain loop, weights moved by 1/512"}
 _CLOCKS = {"seconds": "microseconds a token, as launched", "gpu_seconds": "microseconds a token, GPU time"}
 
 
@@ -30,8 +29,8 @@ def step_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def loss_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Loss of every timed step against tokens trained on: both loops, and what rounding does, in a figure a stage."""
-    return [plots.loss_curves({_LOOPS[loop]: curve for loop, curve in loops.items()}, LOSSES[stage])
+    """Loss of every timed step against tokens trained on, a figure a stage: both loops, and the other precision."""
+    return [plots.loss_curves({f"{loop} loop": curve for loop, curve in loops.items()}, LOSSES[stage])
             for stage, loops in step_losses(frame).items()]
 
 

@@ -28,7 +28,6 @@ __all__ = ["LOOPS", "LOSSES", "PHASES", "STAGES", "check_align_tokens", "loops_c
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 LOSSES = {"align": "stage 1: error of mixers, relative", "match": "stage 2: KL (nats a token)"}
-_MOVED = 2.0**-9  # about what rounding a number to bfloat16 changes it by, relatively
 
 
 def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
@@ -51,12 +50,12 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
     aligned : where the mixers that `align` trained are kept for the next loop, if given; else it trains them anew.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
-    e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``; of the plain loop ``noise_loss``, its losses
-    when it begins with every weight larger or smaller by 2^-9 of itself, about what rounding to bfloat16 does. Phases
-    of the plain loop, and of both on a CPU, are medians over a few more steps in which a phase ends with a wait for the
-    device, so that their sum may exceed a step. Phases of a recorded step are of CUDA graphs of its parts: ``backward``
-    is what the whole takes beyond the passes before it, ``optimizer`` what a step takes beyond that. Stage 1's
-    ``objective`` is in its ``student``.
+    e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``. Of the plain loop also ``noise_loss``, what
+    rounding to bfloat16 does to its losses: those of another run, without autocast on a GPU and with it on a CPU, as
+    ``noise_dtype`` says; None if memory is short for it. Phases of the plain loop, and of both on a CPU, are medians
+    over a few more steps in which a phase ends with a wait for the device, so that their sum may exceed a step. Phases
+    of a recorded step are of CUDA graphs of its parts: ``backward`` is what the whole takes beyond the passes before
+    it, ``optimizer`` what a step takes beyond that. Stage 1's ``objective`` is in its ``student``.
 
     Raises ValueError for a bad argument.
     """
@@ -97,6 +96,14 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
                                                          settings=settings)
         return history.losses, history.elapsed
 
+    def in_other_precision():
+        try:
+            losses, _ = _loop(student(), model, tokens, rows, steps, settings, step, fused=False,
+                              half=device.type != "cuda")
+        except torch.OutOfMemoryError:
+            losses = None
+        return {"noise_loss": losses, "noise_dtype": "float32" if device.type == "cuda" else "bfloat16"}
+
     def compute():
         made = student()
         run(made, untimed + 2)
@@ -107,7 +114,7 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
         whole = float(pd.Series([0.0, *elapsed]).diff()[untimed + 1:].median())
         spent = (dict(pd.DataFrame(phases[1:]).median()) if phases else
                  _recorded(stage, made, model, tokens, rows, whole))
-        noise = {"noise_loss": run(_moved(student()), steps)[0]} if plain else {}
+        noise = in_other_precision() if plain else {}
         return {"tokens_per_second": rows * tokens.context / whole, "step_seconds": whole,
                 **{f"{name}_seconds": float(spent[name]) for name in PHASES}, "peak_bytes": peak,
                 "loss": losses, **noise, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
@@ -125,15 +132,15 @@ def check_align_tokens(name: str, value: int, context: int) -> None:
 def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
     """Losses of the loops that ran, by stage and loop: (tokens trained on, losses), as `plots.loss_curves` takes them.
 
-    Beside the loops stands ``"noise"``, the plain one begun with moved weights, where it was recorded. Of several
-    records of one stage and loop, the last.
+    Beside the loops stands the plain one in the other precision, e.g. ``"plain float32"``, where it was recorded. Of
+    several records of one stage and loop, the last.
     """
     found = {}
     for _, row in frame[frame["reason"].isna()].iterrows() if len(frame) else ():
         curves = found.setdefault(row["stage"], {})
         curves[row["loop"]] = (row["loss_tokens"], row["loss"])
         if isinstance(row.get("noise_loss"), list):
-            curves["noise"] = (row["loss_tokens"], row["noise_loss"])
+            curves[f"{row['loop']} {row['noise_dtype']}"] = (row["loss_tokens"], row["noise_loss"])
     return found
 
 
@@ -145,13 +152,14 @@ def loops_compared(ours: Mapping, plain: Mapping) -> str:
     text = (f"hybridlib's loop is **{ours['tokens_per_second'] / plain['tokens_per_second']:.2f} times** as fast, and "
             f"{text} by more than {_apart(ours['loss'], plain['loss'])}")
     if isinstance(plain.get("noise_loss"), list):
-        text += (f"; the plain loop's own moves by up to {_apart(plain['noise_loss'], plain['loss'])} where every "
-                 "weight begins 1/512 off")
+        text += (f"; those of the plain loop itself, in {plain['noise_dtype']}, differ by up to "
+                 f"{_apart(plain['noise_loss'], plain['loss'])}")
     return text
 
 
 def _apart(losses, others):
-    return f"{100 * max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, others)):.2g}%"
+    share = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, others))
+    return f"{float(f'{100 * share:.2g}'):g}%"
 
 
 def _aligned(teacher, tokens, mixer, batch_tokens, num_tokens, kept):
@@ -166,19 +174,13 @@ def _aligned(teacher, tokens, mixer, batch_tokens, num_tokens, kept):
     return kept[key]
 
 
-@torch.no_grad()
-def _moved(model):
-    """`model`, every weight of which is made 2^-9 of itself larger or smaller, by the toss of a seeded coin."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    for p in model.parameters():
-        up = torch.empty_like(p).bernoulli_(generator=generator)
-        p.mul_(1 + _MOVED * (2 * up - 1))
-    return model
+def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None, half=None):
+    """A training loop without comforts: (losses, seconds after each step). `phases` takes a dict of seconds a step.
 
-
-def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None):
-    """A training loop without comforts: (losses, seconds after each step). `phases` takes a dict of seconds a step."""
+    `half` : whether products are in bfloat16; None, on a GPU only.
+    """
     device = teacher.device
+    half = device.type == "cuda" if half is None else half
     mixers = {id(p) for l in linear_layers(student.config) for p in student.model.layers[l].self_attn.parameters()}
     groups = [{"params": [p for p in student.parameters() if id(p) in mixers],
                "lr": getattr(settings, "mixer_learning_rate", settings.learning_rate)}]
@@ -194,7 +196,7 @@ def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phase
     for i in range(steps):
         batch, spent = tokens.rows(i * rows, rows).to(device), {}
         lap = (lambda name: None) if phases is None else _stopwatch(device, spent)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = step(student, teacher, batch, lap)
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
