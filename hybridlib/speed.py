@@ -337,12 +337,11 @@ def decoding_words(frame: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     rows = rows[rows["context"] == rows["context"].max()]
-    whole = rows[rows["share"] == 1]
-    lines = []
+    whole, lines = rows[rows["share"] == 1], []
     for _, row in rows.iterrows():
-        cache = row["full_attention"] + row["linear_attention"]
+        cache, gpu = row["full_attention"] + row["linear_attention"], row.get("gpu_tokens_per_second")
         text = (f"{100 * row['share']:g}% softmax: cache {cache / 2**20:.3g} MiB, "
-                f"{row['tokens_per_second']:.3g} tokens/s")
+                f"{row['tokens_per_second']:.3g} tokens/s{f' ({gpu:,.0f} by GPU time)' if pd.notna(gpu) else ''}")
         if len(whole) and row["share"] < 1:
             teacher = whole.iloc[0]
             text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory and "
@@ -382,9 +381,9 @@ def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
     label = [("teacher" if share == 1 else f"{100 * share:g}% softmax") for share in rows["share"]]
     rows = rows.assign(label=label, softmax_mib=rows["full_attention"] / 2**20,
                        linear_mib=rows["linear_attention"] / 2**20)
-    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"])
-    return rows[["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib", "tokens_per_second",
-                 "prefill_seconds"]].reset_index(drop=True)
+    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"]).reset_index(drop=True)
+    return rows.reindex(columns=["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib",
+                                 "tokens_per_second", "gpu_tokens_per_second", "prefill_seconds"])
 
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:

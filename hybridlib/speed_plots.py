@@ -35,7 +35,9 @@ def loss_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Memory of the cache, and tokens a second, against the context, a line a share of softmax layers."""
+    """Memory of the cache and tokens a second, by each clock that was read, against the context: a line a share."""
     table = decoding_table(frame)
+    columns = {"cache_mib": "cache (MiB)", "tokens_per_second": "tokens a second, as launched",
+               "gpu_tokens_per_second": "tokens a second, GPU time"}
     return [plots.scaling_curves(table, "context", column, "label", xlabel="tokens of context", ylabel=text)
-            for column, text in (("cache_mib", "cache (MiB)"), ("tokens_per_second", "tokens a second")) if len(table)]
+            for column, text in columns.items() if len(table) and table[column].notna().any()]

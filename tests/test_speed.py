@@ -210,7 +210,7 @@ def test_decoding_of_the_teacher_holds_keys_and_values_of_every_token(ledger, te
     config = teacher.model.config
     held = 2 * config.num_hidden_layers * 2 * config.num_key_value_heads * 8 * 4 * (8 + 4 - 1)  # the last is not read
     assert row["reason"] is None and (row["full_attention"], row["linear_attention"]) == (held, 0)
-    assert row["tokens_per_second"] > 0 and row["mixer"] is None
+    assert row["tokens_per_second"] > 0 and row["mixer"] is None and row["gpu_tokens_per_second"] is None
 
 
 def test_decoding_of_a_hybrid_holds_states_that_do_not_grow(ledger, teacher):
@@ -286,6 +286,19 @@ def test_decoding_words_compare_with_the_teacher():
     assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory and **1.50 times** its "
             "speed.") in speed.decoding_words(frame)
     assert list(speed.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
+    assert len(speed_plots.decoding_figures(frame)) == 2
+    by_graph = frame.assign(gpu_tokens_per_second=[None, 1234.0])
+    assert "75 tokens/s (1,234 by GPU time), **0.25 times**" in speed.decoding_words(by_graph)
+    assert "50 tokens/s." in speed.decoding_words(by_graph) and len(speed_plots.decoding_figures(by_graph)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [1, 0.34, 0])
+def test_decoding_on_a_gpu_is_also_timed_without_its_launches(tmp_path, tiny_teacher, share):
+    teacher = hl.Teacher(tiny_teacher().cuda(), None, "tiny", "r1")
+    row = benchmarks.time_decoding(hl.Ledger(tmp_path, device="auto"), teacher, share=share, context=8, new_tokens=4)
+    assert row["reason"] is None and "graph_reason" not in row
+    assert row["gpu_tokens_per_second"] > row["tokens_per_second"]
 
 
 def test_recorded_speeds_are_the_latest_of_each_question(ledger):
