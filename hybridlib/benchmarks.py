@@ -21,6 +21,7 @@ from .hybrid import cache_memory, linearize, restore
 from .kernels import flash_qla
 from .ledger import Ledger
 from .mixers import MIXERS
+from .passes import token_step
 from .selection import select
 from .teachers import Teacher
 from .timing import measured, peak_memory, sentence, time_calls, time_copy, time_graph
@@ -148,7 +149,9 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
     new_tokens : to generate for each of the `batch` prompts, at least 2.
 
     Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds`` (to the first
-    token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``.
+    token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``; on a GPU
+    ``gpu_tokens_per_second``, without what Python takes: `batch` over the time of a CUDA graph of one `token_step` at
+    the end of the text (None on a CPU; ``graph_reason`` says why it could not be captured).
 
     Raises ValueError for a bad argument.
     """
@@ -177,8 +180,15 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
 
         generate(2)
         ((prefill, *between), cache), peak = peak_memory(lambda: generate(new_tokens), source.device)
-        return {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
-                **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers}
+        metrics = {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
+                   **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers, "gpu_tokens_per_second": None}
+        if source.device.type == "cuda":
+            try:
+                graph = time_graph([token_step(model, prompt[:, -1:], cache)])
+                metrics["gpu_tokens_per_second"] = batch / graph["seconds"]
+            except RuntimeError as error:
+                metrics["graph_reason"] = sentence(error)
+        return metrics
 
     return measured(ledger, "decoding_speed", parameters, source.device, compute, recompute)
 

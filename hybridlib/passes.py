@@ -6,17 +6,19 @@ kind of layer becomes a few kernels, once for all layers of the kind. `TeacherSt
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .checks import check_int
 from .objectives import alignment_loss
 
-__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "mixer_loss"]
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "mixer_loss", "token_step"]
 
 _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal where no mask is given
 
@@ -47,6 +49,48 @@ def attention_io(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = 
     for module in model.model.layers:
         x, given, returned = layer(module, x, **context)
         yield given, returned
+
+
+def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
+    """A call that decodes one token: logits (batch, 1, vocab) of a teacher or a hybrid after `token` (batch, 1).
+
+    Parameters
+    ----------
+    cache : what the model left of the text before, without padding. It is not written to.
+
+    Keys and values go to a place that was kept for them, as in a cache of fixed size, and linear layers begin at the
+    state that they were given last; nothing waits for the device, so that the call can be recorded as a CUDA graph. It
+    is for measurements: called again, it decodes another token at the same position, which softmax layers see in place
+    of the one before.
+    """
+    positions = torch.full((1, 1), cache.get_seq_length(), device=token.device)
+    held = copy.copy(cache)
+    held.layers = [_OneMore(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
+                   for layer in cache.layers]
+
+    @torch.no_grad()
+    def step():
+        x = model.model.embed_tokens(token)
+        context = {"attention_mask": None, "position_ids": positions, "past_key_values": held, "use_cache": True,
+                   "position_embeddings": model.model.rotary_emb(x, positions)}
+        for layer in model.model.layers:
+            x = layer(x, **context)
+        return model.lm_head(model.model.norm(x))
+
+    return step
+
+
+class _OneMore(DynamicLayer):
+    """Keys and values of `layer` with room for those of one token more, which every update writes there."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.keys, self.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (layer.keys, layer.values))
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
 
 
 class TeacherStates:

@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .mixers import MIXERS
 from .objective_speed import IMPLEMENTATIONS, check_objective_shape, time_objective
 from .selection import budget_layers
-from .step_speed import LOOPS, PHASES, STAGES, time_step
+from .step_speed import LOOPS, PHASES, STAGES, check_align_tokens, loops_compared, time_step
 from .study import StudySettings, results_folder
 from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
@@ -55,8 +55,8 @@ class SpeedSettings:
     exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
     objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
     stages : of the training step; context, batch_tokens, steps : tokens a row and a step, and steps timed.
+    step_align_tokens : of stage 1 before stage 2 is timed, 0 for none; plain_backend : of mixers in the plain loop.
     budget : softmax layers of the hybrid in stage 2, share or count.
-    plain_backend : of the mixers in the plain loop.
     contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
     decode_batch : prompts at once; new_tokens : generated for each.
     kernel_shapes : shapes whose calls of the fused operators are taken apart, kernel by kernel, on a GPU.
@@ -83,6 +83,7 @@ class SpeedSettings:
     context: int = 256
     batch_tokens: int = 1_024
     steps: int = 4
+    step_align_tokens: int = 16_384
     budget: float | int = 0.25
     plain_backend: str = "chunked"
     contexts: list[int] = (128, 256, 512, 1024)
@@ -118,6 +119,7 @@ class SpeedSettings:
             check_int(name, getattr(self, name), low)
         check_number("max_seconds", self.max_seconds, 0, open_low=True)
         check_int("batch_tokens", self.batch_tokens, self.context)
+        check_align_tokens("step_align_tokens", self.step_align_tokens, self.context)
         budget_layers(self.budget, 10**6)
         check_device(self.device)
         if not isinstance(self.recompute, bool):
@@ -202,14 +204,15 @@ class SpeedStudy:
 
     def steps(self) -> pd.DataFrame:
         """Both loops for every stage, one after the other: see `time_step`."""
-        s = self.settings
+        s, aligned = self.settings, {}
         if not s.stages:
             return pd.DataFrame()
-        needed = (s.steps + 2) * s.batch_tokens
+        needed = max((s.steps + 2) * s.batch_tokens, s.step_align_tokens)
         tokens = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=needed, heldout_tokens=s.context)
         return pd.DataFrame([time_step(self.ledger, self.teacher, tokens, stage=stage, loop=loop, mixer=s.mixer,
                                        budget=s.budget, batch_tokens=s.batch_tokens, steps=s.steps,
-                                       plain_backend=s.plain_backend, recompute=s.recompute)
+                                       plain_backend=s.plain_backend, align_tokens=s.step_align_tokens,
+                                       aligned=aligned, recompute=s.recompute)
                              for stage in s.stages for loop in LOOPS])
 
     def decoding(self) -> pd.DataFrame:
@@ -240,7 +243,7 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
         latest = {}
         for r in (r for r in ledger if r.kind == kind):
             asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
-                                                                        "data", "revision", "cases")}
+                                                                        "data", "revision", "cases", "align_tokens")}
             latest[repr(sorted(asked.items()))] = r.parameters | r.metrics
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
@@ -305,10 +308,7 @@ def step_words(frame: pd.DataFrame) -> str:
         loops = {row["loop"]: row for _, row in part.iterrows()}
         text = "; ".join(f"{name} {row['tokens_per_second']:,.0f} tokens/s" for name, row in loops.items())
         if set(LOOPS) <= set(loops):
-            ours, plain = (loops[name] for name in LOOPS)
-            apart = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours["loss"], plain["loss"]))
-            text += (f"; hybridlib's loop is **{ours['tokens_per_second'] / plain['tokens_per_second']:.2f} times** as "
-                     f"fast, and no step's loss differs by more than {100 * apart:.2g}%")
+            text += f"; {loops_compared(*(loops[name] for name in LOOPS))}"
         lines.append(f"- {stage}: {text}.")
     return "\n".join(lines)
 
@@ -319,12 +319,11 @@ def decoding_words(frame: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     rows = rows[rows["context"] == rows["context"].max()]
-    whole = rows[rows["share"] == 1]
-    lines = []
+    whole, lines = rows[rows["share"] == 1], []
     for _, row in rows.iterrows():
-        cache = row["full_attention"] + row["linear_attention"]
+        cache, gpu = row["full_attention"] + row["linear_attention"], row.get("gpu_tokens_per_second")
         text = (f"{100 * row['share']:g}% softmax: cache {cache / 2**20:.3g} MiB, "
-                f"{row['tokens_per_second']:.3g} tokens/s")
+                f"{row['tokens_per_second']:.3g} tokens/s{f' ({gpu:,.0f} by GPU time)' if pd.notna(gpu) else ''}")
         if len(whole) and row["share"] < 1:
             teacher = whole.iloc[0]
             text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory and "
@@ -364,9 +363,9 @@ def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
     label = [("teacher" if share == 1 else f"{100 * share:g}% softmax") for share in rows["share"]]
     rows = rows.assign(label=label, softmax_mib=rows["full_attention"] / 2**20,
                        linear_mib=rows["linear_attention"] / 2**20)
-    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"])
-    return rows[["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib", "tokens_per_second",
-                 "prefill_seconds"]].reset_index(drop=True)
+    rows = rows.assign(cache_mib=rows["softmax_mib"] + rows["linear_mib"]).reset_index(drop=True)
+    return rows.reindex(columns=["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib",
+                                 "tokens_per_second", "gpu_tokens_per_second", "prefill_seconds"])
 
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:

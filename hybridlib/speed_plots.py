@@ -61,16 +61,18 @@ def step_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def loss_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Loss of every timed step against tokens trained on, both loops in one figure a stage."""
+    """Loss of every timed step against tokens trained on, a figure a stage: both loops, and the other precision."""
     return [plots.loss_curves({f"{loop} loop": curve for loop, curve in loops.items()}, LOSSES[stage])
             for stage, loops in step_losses(frame).items()]
 
 
 def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Memory of the cache, and tokens a second, against the context, a line a share of softmax layers."""
+    """Memory of the cache and tokens a second, by each clock that was read, against the context: a line a share."""
     table = decoding_table(frame)
+    columns = {"cache_mib": "cache (MiB)", "tokens_per_second": "tokens a second, as launched",
+               "gpu_tokens_per_second": "tokens a second, GPU time"}
     return [plots.scaling_curves(table, "context", column, "label", xlabel="tokens of context", ylabel=text)
-            for column, text in (("cache_mib", "cache (MiB)"), ("tokens_per_second", "tokens a second")) if len(table)]
+            for column, text in columns.items() if len(table) and table[column].notna().any()]
 
 
 def kernel_figures(frame: pd.DataFrame) -> list[Figure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, MutableMapping
 
 import pandas as pd
 import torch
@@ -21,7 +22,8 @@ from .selection import select
 from .teachers import Teacher
 from .timing import measured, peak_memory, time_graph, wait
 
-__all__ = ["LOOPS", "LOSSES", "PHASES", "STAGES", "step_losses", "time_step"]
+__all__ = ["LOOPS", "LOSSES", "PHASES", "STAGES", "check_align_tokens", "loops_compared", "step_losses",
+           "time_step"]
 
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
@@ -30,7 +32,8 @@ LOSSES = {"align": "stage 1: error of mixers, relative", "match": "stage 2: KL (
 
 def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
               mixer: str = "gdn", budget: float | int = 0.25, batch_tokens: int = 16_384, steps: int = 20,
-              plain_backend: str = "chunked", recompute: bool = False) -> dict:
+              plain_backend: str = "chunked", align_tokens: int = 1_048_576, recompute: bool = False,
+              aligned: MutableMapping | None = None) -> dict:
     """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
 
     Parameters
@@ -42,13 +45,17 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
         mixers by `plain_backend`, one backward pass for all layers, torch's default AdamW.
     batch_tokens : tokens a step. steps : to run; on a GPU at least 6, of which the first four, where a step is
         recorded, are not timed. Both loops see the same rows and rates.
+    align_tokens : of stage 1, by `align` in steps of `batch_tokens`, before the student of ``"match"`` is made, which
+        is the same for both loops; 0 leaves it as `linearize` makes it. Neither timed nor counted as memory.
+    aligned : where the mixers that `align` trained are kept for the next loop, if given; else it trains them anew.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
-    e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``. Phases of the plain loop, and of both on a
-    CPU, are medians over a few more steps in which a phase ends with a wait for the device, so that their sum may
-    exceed a step. Phases of a recorded step are of CUDA graphs of its parts: ``backward`` is what the whole takes
-    beyond the passes before it, ``optimizer`` what a step takes beyond that. Stage 1's ``objective`` is in its
-    ``student``.
+    e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``. Of the plain loop also ``noise_loss``, what
+    rounding to bfloat16 does to its losses: those of another run, without autocast on a GPU and with it on a CPU, as
+    ``noise_dtype`` says; None if memory is short for it. Phases of the plain loop, and of both on a CPU, are medians
+    over a few more steps in which a phase ends with a wait for the device, so that their sum may exceed a step. Phases
+    of a recorded step are of CUDA graphs of its parts: ``backward`` is what the whole takes beyond the passes before
+    it, ``optimizer`` what a step takes beyond that. Stage 1's ``objective`` is in its ``student``.
 
     Raises ValueError for a bad argument.
     """
@@ -59,6 +66,7 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
     check_int("batch_tokens", batch_tokens, tokens.context)
     untimed = 4 if teacher.model.device.type == "cuda" else 0
     check_int("steps", steps, untimed + 2 if untimed else 1)
+    check_align_tokens("align_tokens", align_tokens, tokens.context)
     model, settings_class = teacher.model, AlignSettings if stage == "align" else MatchSettings
     device, rows, num_layers = model.device, batch_tokens // tokens.context, model.config.num_hidden_layers
     layers = select("uniform", budget, num_layers=num_layers) if stage == "match" else ()
@@ -66,11 +74,16 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
                               cuda_graph=True)
     parameters = {"teacher": teacher.name, "revision": teacher.revision, "stage": stage, "loop": loop, "mixer": mixer,
                   "layers": list(layers), "context": tokens.context, "batch_tokens": batch_tokens, "steps": steps,
-                  "data": tokens.fingerprint, "plain_backend": plain_backend if loop == "plain" else None}
+                  "data": tokens.fingerprint, "plain_backend": plain_backend if loop == "plain" else None,
+                  "align_tokens": align_tokens if stage == "match" else None}
     plain, step = loop == "plain", _STEPS[stage, loop]
+    aligned = {} if aligned is None else aligned
 
     def student():
         made = linearize(model, mixer, teacher_name=teacher.name, teacher_revision=teacher.revision)
+        if stage == "match" and align_tokens:
+            weights = _aligned(teacher, tokens, mixer, batch_tokens, align_tokens, aligned)
+            made.load_state_dict(made.state_dict() | weights)
         made = restore(made, model, layers) if layers else made
         for l in linear_layers(made.config) if plain else ():
             made.model.layers[l].self_attn.backend = plain_backend
@@ -83,6 +96,14 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
                                                          settings=settings)
         return history.losses, history.elapsed
 
+    def in_other_precision():
+        try:
+            losses, _ = _loop(student(), model, tokens, rows, steps, settings, step, fused=False,
+                              half=device.type != "cuda")
+        except torch.OutOfMemoryError:
+            losses = None
+        return {"noise_loss": losses, "noise_dtype": "float32" if device.type == "cuda" else "bfloat16"}
+
     def compute():
         made = student()
         run(made, untimed + 2)
@@ -93,28 +114,73 @@ def time_step(ledger: Ledger, teacher: Teacher, tokens: Tokens, *, stage: str = 
         whole = float(pd.Series([0.0, *elapsed]).diff()[untimed + 1:].median())
         spent = (dict(pd.DataFrame(phases[1:]).median()) if phases else
                  _recorded(stage, made, model, tokens, rows, whole))
+        noise = in_other_precision() if plain else {}
         return {"tokens_per_second": rows * tokens.context / whole, "step_seconds": whole,
                 **{f"{name}_seconds": float(spent[name]) for name in PHASES}, "peak_bytes": peak,
-                "loss": losses, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
+                "loss": losses, **noise, "loss_tokens": [(i + 1) * rows * tokens.context for i in range(steps)],
                 "num_layers": num_layers, "tokens": steps * rows * tokens.context}
 
     return measured(ledger, "step_speed", parameters, device, compute, recompute)
 
 
+def check_align_tokens(name: str, value: int, context: int) -> None:
+    """Raise ValueError unless `value` is 0 or a whole number of tokens that fill a row of `context`."""
+    if isinstance(value, bool) or not isinstance(value, int) or (value != 0 and value < context):
+        raise ValueError(f"{name}={value!r} is neither 0 nor a whole number of at least {context}")
+
+
 def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
     """Losses of the loops that ran, by stage and loop: (tokens trained on, losses), as `plots.loss_curves` takes them.
 
-    Of several records of one stage and loop, the last.
+    Beside the loops stands the plain one in the other precision, e.g. ``"plain float32"``, where it was recorded. Of
+    several records of one stage and loop, the last.
     """
     found = {}
     for _, row in frame[frame["reason"].isna()].iterrows() if len(frame) else ():
-        found.setdefault(row["stage"], {})[row["loop"]] = (row["loss_tokens"], row["loss"])
+        curves = found.setdefault(row["stage"], {})
+        curves[row["loop"]] = (row["loss_tokens"], row["loss"])
+        if isinstance(row.get("noise_loss"), list):
+            curves[f"{row['loop']} {row['noise_dtype']}"] = (row["loss_tokens"], row["noise_loss"])
     return found
 
 
-def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None):
-    """A training loop without comforts: (losses, seconds after each step). `phases` takes a dict of seconds a step."""
+def loops_compared(ours: Mapping, plain: Mapping) -> str:
+    """Two records in words: how much faster hybridlib's loop is, how far apart the losses are, and what noise does."""
+    count, text = plain.get("align_tokens"), "no step's loss differs"
+    if pd.notna(count) and count:
+        text = f"after {count:,.0f} tokens of alignment {text}"
+    text = (f"hybridlib's loop is **{ours['tokens_per_second'] / plain['tokens_per_second']:.2f} times** as fast, and "
+            f"{text} by more than {_apart(ours['loss'], plain['loss'])}")
+    if isinstance(plain.get("noise_loss"), list):
+        text += (f"; those of the plain loop itself, in {plain['noise_dtype']}, differ by up to "
+                 f"{_apart(plain['noise_loss'], plain['loss'])}")
+    return text
+
+
+def _apart(losses, others):
+    share = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, others))
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
+def _aligned(teacher, tokens, mixer, batch_tokens, num_tokens, kept):
+    """The mixers' weights, by their names in the student and on the CPU, after stage 1; once for each question."""
+    device = teacher.model.device
+    key = teacher.name, teacher.revision, str(device), tokens.fingerprint, mixer, batch_tokens, num_tokens
+    if key not in kept:
+        student = linearize(teacher.model, mixer)
+        align(student, teacher.model, tokens, num_tokens,
+              settings=AlignSettings(batch_tokens=batch_tokens, compile=True, cuda_graph=True))
+        kept[key] = {name: x.to("cpu", copy=True) for name, x in student.state_dict().items() if ".self_attn." in name}
+    return kept[key]
+
+
+def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phases=None, half=None):
+    """A training loop without comforts: (losses, seconds after each step). `phases` takes a dict of seconds a step.
+
+    `half` : whether products are in bfloat16; None, on a GPU only.
+    """
     device = teacher.device
+    half = device.type == "cuda" if half is None else half
     mixers = {id(p) for l in linear_layers(student.config) for p in student.model.layers[l].self_attn.parameters()}
     groups = [{"params": [p for p in student.parameters() if id(p) in mixers],
                "lr": getattr(settings, "mixer_learning_rate", settings.learning_rate)}]
@@ -130,7 +196,7 @@ def _loop(student, teacher, tokens, rows, steps, settings, step, *, fused, phase
     for i in range(steps):
         batch, spent = tokens.rows(i * rows, rows).to(device), {}
         lap = (lambda name: None) if phases is None else _stopwatch(device, spent)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = step(student, teacher, batch, lap)
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import hybridlib as hl
 from hybridlib.mixers import MixerState
-from hybridlib.passes import last_hidden
+from hybridlib.passes import last_hidden, token_step
 
 LAYOUTS = {"all linear": [], "softmax first": [0], "softmax last": [2], "all softmax": [0, 1, 2]}
 
@@ -183,6 +184,42 @@ def test_memory_by_layer_type_is_the_closed_form_and_states_stay_float32(hybrid,
         assert hl.cache_memory(cache) == {"full_attention": 2 * 1 * 3 * 2 * time * 16 * dtype.itemsize,
                                           "linear_attention": 2 * 3 * 4 * 16 * 16 * 4}
         out = model(input_ids=ids(1, batch=3), past_key_values=cache)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make Python wait for a GPU: a number, or a shape, that depends on what a tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        self.waits += str(function).startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixer", [None, "gdn", "gla"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_step_gives_the_logits_of_the_whole_text_and_never_waits(tiny_teacher, hybrid, family, mixer):
+    model, text = hybrid(family, mixer) if mixer else tiny_teacher(family), ids(40)
+    expected = model(input_ids=text).logits[:, -1:]
+    cache = model(input_ids=text[:, :-1], use_cache=True).past_key_values
+    held = copy.deepcopy(cache)
+    step = token_step(model, text[:, -1:], cache)
+    with Waits() as seen:
+        logits = step()
+    assert seen.calls > 50 and seen.waits == 0
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    step()  # at the same position, and from a later state
+    assert cache.get_seq_length() == 39 and hl.cache_memory(cache) == hl.cache_memory(held)
+    torch.testing.assert_close(model(input_ids=text[:, -1:], past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_a_token_step_of_a_teacher_is_the_same_at_every_call(tiny_teacher):
+    model, text = tiny_teacher(), ids(20)
+    step = token_step(model, text[:, -1:], model(input_ids=text[:, :-1], use_cache=True).past_key_values)
+    assert torch.equal(step(), step())
 
 
 def test_memory_of_a_teachers_cache_is_all_softmax(tiny_teacher):

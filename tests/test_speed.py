@@ -117,6 +117,7 @@ def test_bad_arguments_are_refused_before_any_compute(ledger, call, sentence):
     ({"shapes": [[1, 2]]}, r"shape=\[1, 2\] is not"), ({"contexts": [0]}, "contexts=0 is not a whole number"),
     ({"shares": [1.5]}, "shares=1.5 is not a number"), ({"stages": ["score"]}, "stages='score' is unknown"),
     ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 256"), ({"steps": 0}, "steps=0"),
+    ({"step_align_tokens": 8}, "step_align_tokens=8 is neither 0 nor a whole number of at least 256"),
     ({"exactness_cases": ["wild"]}, "exactness_cases='wild' is unknown"), ({"exactness_dtypes": ["auto"]},
                                                                            "exactness_dtypes='auto' is unknown"),
     ({"objectives": ["theirs"]}, "objectives='theirs' is unknown"), ({"objective_shapes": [[1, 2]]},
@@ -132,7 +133,7 @@ def test_bad_settings_are_refused(change, sentence):
 @pytest.mark.parametrize("stage", step_speed.STAGES)
 def test_both_loops_of_a_stage_train_alike(ledger, teacher, tiny_tokens, stage):
     rows = [step_speed.time_step(ledger, teacher, tiny_tokens, stage=stage, loop=loop, budget=1, batch_tokens=64,
-                                 steps=3) for loop in step_speed.LOOPS]
+                                 steps=3, align_tokens=128) for loop in step_speed.LOOPS]
     assert [row["reason"] for row in rows] == [None, None]
     ours, plain = (torch.tensor(row["loss"]) for row in rows)
     assert torch.allclose(ours, plain, rtol=2e-4) and len(ours) == 3
@@ -143,7 +144,44 @@ def test_both_loops_of_a_stage_train_alike(ledger, teacher, tiny_tokens, stage):
     frame = pd.DataFrame(rows)
     words = speed.step_words(frame)
     assert words.startswith(f"- {stage}: hybridlib ") and "no step's loss differs by more than" in words
+    assert ("after 128 tokens of alignment" in words) == (stage == "match")
+    assert "; those of the plain loop itself, in bfloat16, differ by up to" in words
+    assert rows[0].get("noise_loss") is None and len(rows[1]["noise_loss"]) == 3
+    noise = (torch.tensor(rows[1]["noise_loss"]) - plain).abs()
+    assert noise.max() > 3 * (ours - plain).abs().max() and (noise < 0.1 * plain).all()
     assert list(speed.step_bars(frame)["bar"]) == [f"{stage}, hybridlib", f"{stage}, plain"]
+
+
+def test_stage_2_is_timed_from_one_aligned_student_for_both_loops(ledger, teacher, tiny_tokens, monkeypatch):
+    student, ids = hl.linearize(teacher.model), tiny_tokens.rows(0, 4)
+    hl.align(student, teacher.model, tiny_tokens, 512, settings=hl.AlignSettings(batch_tokens=64))
+    calls, aligned = [], {}
+    monkeypatch.setattr(step_speed, "align", lambda *a, **k: calls.append(a[3]) or hl.align(*a, **k))
+
+    def time_step(stage="match", loop="plain", tokens=512, **kept):
+        return step_speed.time_step(ledger, teacher, tiny_tokens, stage=stage, loop=loop, budget=1, batch_tokens=64,
+                                    steps=2, align_tokens=tokens, recompute=True, **kept)
+
+    @torch.no_grad()
+    def first_loss(student, half=False):
+        models = teacher.model, hl.restore(student, teacher.model, [1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            p, q = (model(ids).logits.float().log_softmax(-1) for model in models)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    rows = [time_step(loop=loop, aligned=aligned) for loop in step_speed.LOOPS]
+    assert calls == [512]
+    assert [row["loss"][0] for row in rows] == pytest.approx([first_loss(student)] * 2, rel=1e-5)
+    assert rows[1]["noise_loss"][0] == pytest.approx(first_loss(student, half=True), rel=1e-3)
+    assert abs(rows[1]["noise_loss"][0] - rows[1]["loss"][0]) > 1e-4
+    assert time_step()["loss"] == rows[1]["loss"] and calls == [512, 512]  # made again: the same to the bit
+    plain = time_step(tokens=0, aligned=aligned)
+    assert len(calls) == 2 and plain["loss"][0] == pytest.approx(first_loss(hl.linearize(teacher.model)), rel=1e-5)
+    assert [row["align_tokens"] for row in (*rows, plain)] == [512, 512, 0] and len(ledger.find("step_speed")) == 3
+    time_step(tokens=64, aligned=aligned)
+    assert len(calls) == 3 and len(aligned) == 2
+    calls.clear()
+    assert time_step(stage="align", loop="plain")["align_tokens"] is None and not calls
 
 
 def test_what_a_hybridlib_step_is_timed_by_is_what_align_and_match_compute(teacher, tiny_tokens):
@@ -158,6 +196,8 @@ def test_what_a_hybridlib_step_is_timed_by_is_what_align_and_match_compute(teach
 @pytest.mark.parametrize("change, sentence", [
     ({"stage": "score"}, "stage='score' is unknown"), ({"loop": "fast"}, "loop='fast' is unknown"),
     ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 16"), ({"steps": 0}, "steps=0 is not"),
+    ({"align_tokens": 15}, "align_tokens=15 is neither 0 nor a whole number of at least 16"),
+    ({"align_tokens": None}, "align_tokens=None is neither"), ({"align_tokens": True}, "align_tokens=True is neither"),
     ({"budget": 9}, "budget=9 is not a count from 1 to 3 layers"), ({"mixer": "mamba"}, "mixer='mamba' is unknown"),
 ])
 def test_bad_steps_are_refused(ledger, teacher, tiny_tokens, change, sentence):
@@ -170,7 +210,7 @@ def test_decoding_of_the_teacher_holds_keys_and_values_of_every_token(ledger, te
     config = teacher.model.config
     held = 2 * config.num_hidden_layers * 2 * config.num_key_value_heads * 8 * 4 * (8 + 4 - 1)  # the last is not read
     assert row["reason"] is None and (row["full_attention"], row["linear_attention"]) == (held, 0)
-    assert row["tokens_per_second"] > 0 and row["mixer"] is None
+    assert row["tokens_per_second"] > 0 and row["mixer"] is None and row["gpu_tokens_per_second"] is None
 
 
 def test_decoding_of_a_hybrid_holds_states_that_do_not_grow(ledger, teacher):
@@ -247,6 +287,19 @@ def test_decoding_words_compare_with_the_teacher():
     assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory and **1.50 times** its "
             "speed.") in speed.decoding_words(frame)
     assert list(speed.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
+    assert len(speed_plots.decoding_figures(frame)) == 2
+    by_graph = frame.assign(gpu_tokens_per_second=[None, 1234.0])
+    assert "75 tokens/s (1,234 by GPU time), **0.25 times**" in speed.decoding_words(by_graph)
+    assert "50 tokens/s." in speed.decoding_words(by_graph) and len(speed_plots.decoding_figures(by_graph)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share", [1, 0.34, 0])
+def test_decoding_on_a_gpu_is_also_timed_without_its_launches(tmp_path, tiny_teacher, share):
+    teacher = hl.Teacher(tiny_teacher().cuda(), None, "tiny", "r1")
+    row = benchmarks.time_decoding(hl.Ledger(tmp_path, device="auto"), teacher, share=share, context=8, new_tokens=4)
+    assert row["reason"] is None and "graph_reason" not in row
+    assert row["gpu_tokens_per_second"] > row["tokens_per_second"]
 
 
 def test_recorded_speeds_are_the_latest_of_each_question(ledger):
@@ -296,6 +349,23 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
     assert len(latest) == 2 and list(latest.iloc[0]["errors"]) == list(fewer["errors"]) == ["length 1"]
 
 
+def test_committed_steps_are_read_and_newer_ones_of_another_alignment_take_their_place(ledger):
+    old = {"teacher": "a", "stage": "match", "mixer": "gdn"}
+    for count in (None, 64, 32):
+        for loop, last in zip(step_speed.LOOPS, (1.0, 0.5)):
+            parameters = old | {"loop": loop} | ({"align_tokens": count} if count else {})
+            noise = {"noise_loss": [3.0, 0.6], "noise_dtype": "float32"} if count and loop == "plain" else {}
+            ledger.add("step_speed", parameters, {"reason": None, "tokens_per_second": 4 * last, "loss": [3.0, last],
+                                                  "loss_tokens": [1, 2], **noise}, seconds=0.0)
+        steps = speed.recorded_speed(ledger)["steps"]
+        words = speed.step_words(steps)
+        assert "**2.00 times** as fast" in words and "by more than 100%" in words and len(steps) == 2
+        assert (f"after {count} tokens" in words) == ("in float32, differ by up to 20%." in words) == bool(count)
+        curves = step_speed.step_losses(steps)["match"]
+        assert list(curves) == list(step_speed.LOOPS) + ["plain float32"] * bool(count)
+        assert len(speed_plots.loss_figures(steps)[0].axes[0].lines) == len(curves)
+
+
 def test_losses_of_both_loops_are_drawn_a_figure_a_stage():
     row = {"reason": None, "loss_tokens": [64, 128, 192]}
     frame = pd.DataFrame([row | {"stage": stage, "loop": loop, "loss": [3.0, 2.0, last]}
@@ -305,6 +375,11 @@ def test_losses_of_both_loops_are_drawn_a_figure_a_stage():
     assert losses["match"]["plain"] == ([64, 128, 192], [3.0, 2.0, 1.0])
     assert set(losses["align"]) == set(step_speed.LOOPS)
     figures = speed_plots.loss_figures(frame)
+    noisy = frame.assign(noise_loss=[[3.0, 2.0, 0.9] if loop == "plain" else None for loop in frame["loop"]],
+                         noise_dtype="float32")
+    assert step_speed.step_losses(noisy)["match"]["plain float32"] == ([64, 128, 192], [3.0, 2.0, 0.9])
+    assert [text.get_text() for text in speed_plots.loss_figures(noisy)[0].legends[0].get_texts()] == [
+        "hybridlib loop", "plain loop", "plain float32 loop"]
     assert [figure.axes[0].get_ylabel() for figure in figures] == ["stage 2: KL (nats a token)",
                                                                    "stage 1: error of mixers, relative"]
     for figure, last in zip(figures, (1.0, 0.5)):
