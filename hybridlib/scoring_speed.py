@@ -208,16 +208,30 @@ def engine_words(frame: pd.DataFrame) -> str:
     if not {"plain", "engine"} <= set(rows.index):
         return f"{text}: the plain loop and the engine were not both run."
     engine, plain = rows.loc["engine"], rows.loc["plain"]
-    found, stopped = _against(frame, frame[frame["loop"] == "engine"].iloc[0]), engine["history_tokens"][-1]
+    against = {loop: _against(frame, row) for loop, row in rows.iterrows() if loop != "plain"}
+    found, stopped = against["engine"], engine["history_tokens"][-1]
     early = (f"stopped after {stopped:,} tokens a candidate" if stopped < plain["history_tokens"][-1] else
              "did not stop early: the best layers had not settled before")
-    sets = ", ".join(f"{found['jaccard'][b]:.2f} at {100 * b:g}%" for b in BUDGETS)
-    met = found["speed"] >= AIM[0] and min(found["jaccard"].values()) >= AIM[1]
+    met = [loop for loop, one in against.items() if one["speed"] >= AIM[0] and min(one["jaccard"].values()) >= AIM[1]]
+    verdict = f"**met** here by: {', '.join(ENGINES[loop] for loop in met)}" if met else "**not met** here"
+    others = "".join(f" {ENGINES[loop].capitalize()}: {one['speed']:.2f} times as fast, Spearman "
+                     f"{_number(one['spearman'], 3)}, Jaccard {_jaccards(one)}." for loop, one in against.items()
+                     if loop != "engine")
     return (f"{text}: the engine took {engine['seconds']:,.1f} s against the plain loop's {plain['seconds']:,.1f} s, "
             f"**{found['speed']:.2f} times** as fast, with {100 * engine['tokens'] / plain['tokens']:.0f}% of the "
             f"tokens; it {early}. Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard of the best layers "
-            f"{sets}. The aim of {AIM[0]:g} times at a Jaccard of at least {AIM[1]:g} at every budget is "
-            f"**{'met' if met else 'not met'}** here.")
+            f"{_jaccards(found)}; {_stops_for(engine)}.{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
+            f"{AIM[1]:g} at every budget is {verdict}.")
+
+
+def _jaccards(found):
+    return ", ".join(f"{found['jaccard'][b]:.2f} at {100 * b:g}%" for b in BUDGETS)
+
+
+def _stops_for(engine):
+    budget = engine["early_stop"]["budget"]
+    size = f"{budget} layers" if isinstance(budget, int) else f"{100 * budget:g}%"
+    return f"early stopping looks at the best {size} alone"
 
 
 def _against(frame, row):

@@ -62,10 +62,10 @@ def test_a_loop_that_fails_is_named_and_costs_no_other(study, compared, monkeypa
 def frame(values, seconds, tokens=(8000, 2000), reached=500):
     common = {"aligned": {"teacher": "lab"}, "device": "a GPU", "num_tokens": 1000, "heldout_tokens": 64, "group": 1,
               "reason": None, "peak_bytes": None}
-    plain = common | {"loop": "plain", "seconds": 60.0, "tokens": tokens[0], "values": [8, 7, 6, 5, 4, 3, 2, 1],
-                      "history_tokens": [1000]}
+    plain = common | {"loop": "plain", "early_stop": None, "seconds": 60.0, "tokens": tokens[0],
+                      "values": [8, 7, 6, 5, 4, 3, 2, 1], "history_tokens": [1000]}
     return pd.DataFrame([plain, common | {"loop": "engine", "seconds": seconds, "tokens": tokens[1], "values": values,
-                                          "history_tokens": [250, reached]}])
+                                          "history_tokens": [250, reached], "early_stop": {"budget": 0.25}}])
 
 
 @pytest.mark.parametrize(("values", "seconds", "met", "said"), [
@@ -78,6 +78,16 @@ def test_the_aim_is_met_by_both_time_and_sets(values, seconds, met, said):
     assert ("is **met** here" in text) == met and all(part in text for part in said)
     table = scoring_speed.engine_table(frame(values, seconds))
     assert table["times as fast"].tolist() == ["1.00", f"{60 / seconds:.2f}"]
+
+
+def test_the_aim_may_be_met_by_a_part_of_the_engine():
+    both = frame([8, 7, 6, 4, 5, 3, 2, 1], 10.0)
+    slow = both.iloc[1].to_dict() | {"loop": "shared", "seconds": 30.0, "values": [8, 7, 6, 5, 4, 3, 2, 1]}
+    text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), slow]))
+    assert "is **not met** here" in text and "early stopping looks at the best 25% alone" in text
+    assert "Teacher's states shared: 2.00 times as fast, Spearman 1.000" in text
+    text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), slow | {"seconds": 12.0}]))
+    assert text.endswith("at every budget is **met** here by: teacher's states shared.")
 
 
 def test_a_scoring_that_went_on_to_the_end_is_said_to_have(study):
