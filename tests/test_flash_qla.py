@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import hybridlib as hl
-from hybridlib import benchmarks, exactness, kernels, speed
+from hybridlib import benchmarks, exactness, kernels, speed, speed_plots
 from hybridlib.kernels import fla, flash_qla
 
 CALL = ("gated_delta_rule", 128, 128, "bfloat16")
@@ -119,7 +119,7 @@ def test_its_timing_stands_beside_the_others(ledger, stand_in):
     assert stand_in[0]["q"].requires_grad
     frame = pd.DataFrame(rows)
     assert ("gated delta rule", "flash_qla", "(1, 16, 2, 8)") in speed.operator_table(frame, "forward+backward").index
-    assert "flash_qla" in speed.operator_words(frame) and set(speed.operator_curves(frame)["backend"]) == {
+    assert "flash_qla" in speed.operator_words(frame) and set(speed_plots.operator_curves(frame)["backend"]) == {
         "reference", "flash_qla"}
 
 

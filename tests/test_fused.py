@@ -194,9 +194,11 @@ def test_scans_are_cut_only_where_multiprocessors_idle(monkeypatch):
 
     assert segments(1, 32768, 1, 64) == 1                                      # no multiprocessors, none to fill
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
-    assert segments(1, 32768, 9, 64) == 132 // 9
+    assert segments(1, 32768, 9, 64) == 132 // 9 * 2                           # 18 chunks each
+    assert segments(1, 28672, 9, 64) == segments(1, 16384, 9, 64) + 14 == 28   # 16 chunks, and 18 in half as many
+    assert segments(1, 28608, 9, 64) == 14
     assert segments(1, 32768, 9, 128) == 132 // (9 * 4)
-    assert segments(4, 8192, 9, 64) == 3
+    assert segments(4, 8192, 9, 64) == 6 and segments(4, 4096, 9, 64) == 3
     assert segments(5, 8192, 9, 64) == segments(16, 1024, 9, 64) == 1
     assert segments(1, 32768, 1, 64) == launch.MOST
     assert segments(1, 4096, 1, 64) == 4096 // 64 // launch.LEAST

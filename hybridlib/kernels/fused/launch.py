@@ -119,14 +119,19 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
 
     One for each time that the programs of an uncut scan (sequences x heads x tiles of 64 x 64 of the state) fit among
     the GPU's multiprocessors, MOST of them at most, and of LEAST chunks at least, going by the mean length: lengths of
-    packed sequences are known on the GPU only. Fewer than 3 do not pay, as a cut scan goes over its tokens twice.
+    packed sequences are known on the GPU only. Up to 64 dims two programs fit on a multiprocessor and wait less
+    together than apart: there are twice as many segments where each still has twice LEAST chunks. Fewer than 3 do not
+    pay, as a cut scan goes over its tokens twice.
     """
     if override_segments is not None:
         return override_segments
     (batch, time, heads, key_dim), value_dim = q.shape, v.shape[-1]
-    programs = sequences * heads * max(1, key_dim * value_dim // 4096)
+    tiles = max(1, key_dim * value_dim // 4096)
+    room = _multiprocessors(q.device) // (sequences * heads * tiles)
     chunks = batch * -(-time // SIZE) // sequences
-    segments = min(_multiprocessors(q.device) // programs, chunks // LEAST, MOST)
+    if tiles == 1 and chunks >= 2 * room * 2 * LEAST:
+        room *= 2
+    segments = min(room, chunks // LEAST, MOST)
     return segments if segments >= 3 else 1
 
 
