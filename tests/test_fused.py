@@ -199,7 +199,8 @@ def test_scans_are_cut_only_where_multiprocessors_idle(monkeypatch):
     assert segments(1, 28608, 9, 64) == 14
     assert segments(1, 32768, 9, 128) == 132 // (9 * 4)
     assert segments(4, 8192, 9, 64) == 6 and segments(4, 4096, 9, 64) == 3
-    assert segments(5, 8192, 9, 64) == segments(16, 1024, 9, 64) == 1
+    assert segments(5, 8192, 9, 64) == 4
+    assert segments(8, 2048, 9, 64) == segments(16, 1024, 9, 64) == 1
     assert segments(1, 32768, 1, 64) == launch.MOST
     assert segments(1, 4096, 1, 64) == 4096 // 64 // launch.LEAST
     assert segments(1, 24 * 64 - 64, 1, 64) == 1
