@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-__all__ = ["bound_by", "counter_table", "kernel_table", "kernel_tables", "kernel_words", "scaling_points"]
+__all__ = ["counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share", "scaling_points"]
 
-_FLAT = 1.25  # times as long is as long, or nearly so
-_GROWTH = 4  # times as many programs, at least, must have been tried to say so
+_GROWTH = 4  # times as many programs, at least, must have been tried to say what bounds a kernel
 _WAITS = 3  # reasons that a line names
 _NONE = "\u2013"
 
@@ -56,19 +55,17 @@ def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(points)
 
 
-def bound_by(programs: Sequence[int], seconds: Sequence[float], multiprocessors: int) -> str | None:
-    """What a kernel's times say that it is bound by: ``"latency"``, ``"throughput"``, or None if they do not say.
+def latency_share(programs: Sequence[int], seconds: Sequence[float], multiprocessors: int) -> float | None:
+    """Of a kernel's time with a program on every multiprocessor, the share that it takes with the fewest, at most 1.
 
-    Programs that each have a multiprocessor of their own share memory and nothing else. If a kernel takes at most 1.25
-    times as long with 4 times as many of them or more, no throughput bounds it, but the latency of a program's own
-    chain; if longer, throughput. With fewer of them it is throughput if time grows 0.8 times as fast as programs do.
+    Programs that each have a multiprocessor of their own share memory and nothing else: with few, a kernel takes as
+    long as the chain of steps in a program, each waiting for the one before; what is added with more is waiting for
+    memory. None if no two numbers of programs that differ by 4 times or more had a multiprocessor each.
     """
-    points = sorted(zip(programs, seconds))
-    alone = [point for point in points if point[0] <= multiprocessors]
-    if alone and alone[-1][0] >= _GROWTH * alone[0][0]:
-        return "latency" if alone[-1][1] <= _FLAT * alone[0][1] else "throughput"
-    (first, fast), (last, slow) = points[0], points[-1]
-    return "throughput" if last >= _GROWTH * first and slow / fast * _FLAT >= last / first else None
+    alone = [point for point in sorted(zip(programs, seconds)) if point[0] <= multiprocessors]
+    if not alone or alone[-1][0] < _GROWTH * alone[0][0]:
+        return None
+    return min(1.0, alone[0][1] / alone[-1][1])
 
 
 def kernel_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -121,9 +118,11 @@ def _grown(found):
     shown = dict.fromkeys([0, max(alone, 0), max(twice, 0), last])
     text = ", ".join(f"{programs[i]:,} programs {_short(times[i])}"
                      + (f" ({times[i] / times[0]:.2f} times that)" if i else "") for i in shown)
-    return text + {"latency": ". With a program on every multiprocessor it takes as long as with a few: **latency** "
-                              "bounds it up to there, not throughput.",
-                   "throughput": ". It is bound by **throughput**.", None: "."}[bound_by(programs, times, edge)]
+    share = latency_share(programs, times, edge)
+    if share is None:
+        return f"{text}."
+    return (f"{text}. With a program on every multiprocessor {_percent(share)} of its time is the chain of steps in a "
+            f"program: **{'latency' if share > 0.5 else 'throughput'}** bounds it.")
 
 
 def _launches(frame):

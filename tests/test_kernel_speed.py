@@ -346,11 +346,11 @@ def test_bad_arguments_are_refused_before_any_compute(ledger, run, sentence):
 
 
 def test_what_bounds_a_kernel_is_read_from_how_its_time_grows():
-    assert kernel_report.bound_by((9, 132, 264), (80, 90, 160), 132) == "latency"
-    assert kernel_report.bound_by((264, 9, 132), (85, 80, 110), 132) == "throughput"  # more memory is asked for
-    assert kernel_report.bound_by((100, 132, 264), (80, 80, 100), 132) is None  # too few to tell
-    assert kernel_report.bound_by((144, 288, 1440), (10, 20, 90), 132) == "throughput"
-    assert kernel_report.bound_by((144, 1440), (10, 40), 132) is None
+    assert kernel_report.latency_share((9, 132, 264), (80, 100, 160), 132) == 0.8
+    assert kernel_report.latency_share((264, 9, 132), (85, 20, 80), 132) == 0.25  # more memory is asked for
+    assert kernel_report.latency_share((9, 132), (80, 79), 132) == 1
+    assert kernel_report.latency_share((100, 132, 264), (80, 80, 100), 132) is None  # too few to tell
+    assert kernel_report.latency_share((144, 1440), (10, 40), 132) is None
 
 
 def tables():
@@ -386,8 +386,7 @@ def test_words_say_where_time_goes_and_what_bounds_it():
         "waves."]
     assert lines[4] == ("  - scan: 9 programs 80 µs, 132 programs 84 µs (1.05 times that), 264 programs 100 µs "
                         "(1.25 times that), 528 programs 1,600 µs (20.00 times that). With a program on every "
-                        "multiprocessor it takes as long as with a few: **latency** bounds it up to there, not "
-                        "throughput.")
+                        "multiprocessor 95% of its time is the chain of steps in a program: **latency** bounds it.")
     assert [line[:9] for line in lines[3:]] == ["- gated d", "  - scan:"] * 2
 
 
