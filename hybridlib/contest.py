@@ -23,7 +23,7 @@ from .study import Study, StudySettings
 from .style import format_interval, format_number
 
 __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest",
+           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest", "recorded_scores",
            "repeat_words", "run_contest"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
@@ -141,6 +141,35 @@ def recorded_contest(ledger: Ledger) -> Contest | None:
     """The contest of the most selectors and seeds in `ledger`, the latest of equals; None if there is none."""
     found = ledger.find("contest")
     return _contest(max(found, key=lambda r: (len(r.metrics["rows"]), r.started))) if found else None
+
+
+def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[str, tuple[float, ...]]:
+    """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
+
+    Where a selector was run with several seeds, all but seed 0 are told apart in the title. Selectors that order what
+    others measured (SMART, AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
+    """
+    found = {}
+    for record in sorted(ledger.find("score"), key=lambda r: r.started):
+        p, name = record.parameters, _scorer(record.parameters)
+        aligned = p.get("aligned", p)
+        if name and "values" in record.metrics and aligned["teacher"] == teacher and p.get("mixer", mixer) == mixer:
+            found[name, p.get("seed", 0)] = tuple(record.metrics["values"])
+    order = {name: i for i, name in enumerate(SELECTORS)}
+    return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): found[name, seed]
+            for name, seed in sorted(found, key=lambda key: (order[key[0]], key[1]))}
+
+
+def _scorer(p):
+    """The selector that a score record's parameters belong to, None if none."""
+    if "selector" not in p:
+        known = {("kl", "add", True): "ga-s2", ("kl", "remove", True): "gr-s2", ("mse", "add", True): "ga-s1"}
+        return known.get((p["metric"], p["direction"], p.get("normalize", True) and "early_stop" not in p))
+    if p["selector"] != "gate-gradient":
+        return p["selector"] if p["selector"] in SELECTORS else None
+    asked = (p["at"], p["order"], p["steps"], "train_tokens" in p)
+    return next((name for name, s in SELECTORS.items() if "order" in s.options and asked == (
+        s.options["at"], s.options["order"], s.options["steps"], bool(s.options["train"]))), None)
 
 
 def _row(name, seed, found):
@@ -309,6 +338,8 @@ def _spread(values):
 
 
 def _share(part, whole):
+    if part == 0:
+        return "none"
     if np.isnan(part) or np.isnan(whole) or whole == 0:
         return "an unknown share"
-    return "none" if part == 0 else f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f} times"
+    return f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f} times"

@@ -173,11 +173,11 @@ class SpeedStudy:
     def operators(self) -> pd.DataFrame:
         """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once."""
         s, rows = self.settings, []
-        pairs = [(operator, backend) for operator in s.operators for backend in s.backends if backend != "softmax"]
+        pairs = [(operator, backend) for backend in s.backends for operator in s.operators if backend != "softmax"]
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
         if s.shapes:
             self.copy()
-        for shape, (operator, backend), direction in itertools.product(s.shapes, pairs, DIRECTIONS):
+        for (operator, backend), shape, direction in itertools.product(pairs, s.shapes, DIRECTIONS):
             rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
                                       direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
                                       recompute=s.recompute))

@@ -112,6 +112,28 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     assert c.about(found, "selectors").startswith("Teacher **tiny**, 2 of 4 layers softmax, the others **gdn**; 256 ")
 
 
+def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
+    teacher = tiny_teacher(layers=4)
+    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
+    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
+    study = hl.Study(c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results")))
+    names = ["ppl", "rad", "ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns",
+             "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "gr-s2", "exhaustive"]
+    chosen = {name: study.selection(name, seed=0) for name in names}
+    later = study.selection("ga-s2", seed=1)
+    study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's
+    found = c.recorded_scores(study.ledger, "tiny")
+    kept = [name for name in names if name not in ("postnas", "smart", "exhaustive")]  # sets, or scores of GA-S2
+    titles = [hl.SELECTORS[name].title for name in kept]
+    titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
+    assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
+    for name in kept:
+        if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
+            assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
+    assert c.recorded_scores(study.ledger, "another") == {}
+    assert set(c.recorded_scores(study.ledger, "tiny", "gla")) == {"PPL", "RAD"}  # they ask the teacher alone
+
+
 def test_without_a_record_the_command_is_shown(tmp_path):
     assert c.recorded_contest(hl.Ledger(tmp_path / "none")) is None
     assert "papermill notebooks/selectors.ipynb" in c.about(None, "selectors")
