@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import hybridlib as hl
-from hybridlib import benchmarks, exactness, kernels, speed, speed_plots
+from hybridlib import benchmarks, exactness, kernels, speed, speed_plots, timing
 from hybridlib.kernels import fla, flash_qla
 
 CALL = ("gated_delta_rule", 128, 128, "bfloat16")
@@ -171,7 +171,12 @@ def test_flash_qla_agrees(shape):
     results = []
     for run, dtype in ((flash_qla.gated_delta_rule, None), (kernels.gated_delta_rule, torch.float64)):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (*inputs.values(), state)]
-        o, final = run(*leaves[:5], initial_state=leaves[5])
+        try:
+            o, final = run(*leaves[:5], initial_state=leaves[5])
+        except Exception as error:  # TileLang's compiler refuses some of FlashQLA's kernels
+            if type(error).__name__ != "InternalError":
+                raise
+            pytest.skip(f"FlashQLA does not compile for {shape}: {timing.sentence(error)}")
         results.append([o, final, *torch.autograd.grad((o, final), leaves, [inputs["v"].to(o), state.to(final)])])
     for found, expected in zip(*results, strict=True):
         assert exactness.relative_error(found, expected) < 2e-2
