@@ -163,8 +163,10 @@ def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[st
 def _scorer(p):
     """The selector that a score record's parameters belong to, None if none."""
     if "selector" not in p:
-        known = {("kl", "add", True): "ga-s2", ("kl", "remove", True): "gr-s2", ("mse", "add", True): "ga-s1"}
-        return known.get((p["metric"], p["direction"], p.get("normalize", True) and "early_stop" not in p))
+        if "early_stop" in p or not p.get("normalize", True):
+            return None
+        known = {("kl", "add"): "ga-s2", ("kl", "remove"): "gr-s2", ("mse", "add"): "ga-s1"}
+        return known.get((p["metric"], p["direction"]))
     if p["selector"] != "gate-gradient":
         return p["selector"] if p["selector"] in SELECTORS else None
     asked = (p["at"], p["order"], p["steps"], "train_tokens" in p)

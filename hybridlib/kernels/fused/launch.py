@@ -119,9 +119,9 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
 
     One for each time that the programs of an uncut scan (sequences x heads x tiles of 64 x 64 of the state) fit among
     the GPU's multiprocessors, MOST of them at most, and of LEAST chunks at least, going by the mean length: lengths of
-    packed sequences are known on the GPU only. Up to 64 dims two programs fit on a multiprocessor and wait less
-    together than apart: there are twice as many segments where each still has twice LEAST chunks. Fewer than 3 do not
-    pay, as a cut scan goes over its tokens twice.
+    packed sequences are known on the GPU only. Up to 64 dims two programs fit on a multiprocessor, and one works while
+    the other waits (`kernel_speed.scale_programs` shows it): there are twice as many segments where each still has
+    twice LEAST chunks. Fewer than 3 do not pay, as a cut scan goes over its tokens twice.
     """
     if override_segments is not None:
         return override_segments
