@@ -26,7 +26,6 @@ from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
-    chunk_of,
     kernel,
     load_rows,
     pairwise_decay,
@@ -34,9 +33,8 @@ from .tiles import (
     product,
     segment,
     store_rows,
-    of_turn,
+    tokens_of,
 )
-from .turns import side_by_side
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
 
 
 @kernel
-def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, first, count, time, sequences, heads,
+def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
             k_stride, gate_stride, beta_stride,
             KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
@@ -103,7 +101,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, firs
     T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n).
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end, chunk = chunk_of(cu_seqlens, chunk, first, count, time, sequences, 64, MANY)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
     strides = k_stride, gate_stride, beta_stride
     k0, c0, total, b0 = _keys_and_gates(k, log_decay, beta, start, end, *strides, head, KEY_DIM)
     k1, c1, next, b1 = _keys_and_gates(k, log_decay, beta, start + 16, end, *strides, head, KEY_DIM)
@@ -144,7 +142,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, firs
 
 @kernel
 def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
-          cu_seqlens, first, count, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
+          cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
@@ -154,7 +152,6 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
-    start, end, chunk = of_turn(start, end, chunk, first, count, SIZE)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if initial is None:
@@ -189,7 +186,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
 
 @kernel
 def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
-               cu_seqlens, first, count, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
+               cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
@@ -198,7 +195,6 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
-    start, end, chunk = of_turn(start, end, chunk, first, count, SIZE)
     j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if d_final is None:
@@ -240,7 +236,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
 
 @kernel
 def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-               cu_seqlens, first, count, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
@@ -255,7 +251,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     in_i for t <= i, out_j for j < t, and in_C.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end, chunk = chunk_of(cu_seqlens, chunk, first, count, time, sequences, SIZE, MANY)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
@@ -334,24 +330,18 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
+              k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
+              strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
+    starts, ends = initial, final
+    if maps is not None:
+        starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
+        segments.join(at, maps, starts, initial, final, False)
     use = at.how("delta_rule.scan")
-
-    def invert(turn, stream):
-        at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.programs(turn), 1),
-                  k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *turn, *shape,
-                  strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots, stream=stream)
-
-    def scan(turn, stream):
-        starts, ends = initial if turn.first == 0 else final, final
-        if maps is not None:
-            starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
-            segments.join(at, maps, starts, initial, final, False)
-        at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-                  q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
-                  cu_seqlens, *turn, *shape, at.segments, scale, *strides,
-                  at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=turn.first > 0, stream=stream)
-
-    side_by_side(at.turns, q.device, invert, scan, scan)
+    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
+              q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
+              cu_seqlens, *shape, at.segments, scale, *strides,
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return o, final, (inverse, rest, sums, strengths, states, maps)
 
 
@@ -364,30 +354,23 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    use = at.how("delta_rule.scan_back")
 
-    carried = segments.ends(at, q.device) if len(at.turns) > 1 or maps is not None else None
-    use, use_of_gradients = at.how("delta_rule.scan_back"), at.how("delta_rule.gradients")
-
-    def launch_scan_back(turn, stream, part, *ends_and_found):
+    def scan_back(*ends_and_found, part=0):
         at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *turn, *shape, at.segments,
-                  scale, stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots,
-                  part=part, stream=stream)
+                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
+                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=part)
 
-    def scan_back(turn, stream):
-        start = d_final if turn is at.turns[-1] else carried
-        found = d_initial if turn is at.turns[0] else carried
-        if maps is not None:
-            launch_scan_back(turn, stream, "ends", None, None, None, carried)
-            segments.join(at, maps, carried, d_final, d_initial, True)
-            start, found = carried, None
-        launch_scan_back(turn, stream, (start is carried, found is carried), start, dv, d_states, found)
-
-    def gradients(turn, stream):
-        at.launch(_gradients, use_of_gradients, (at.heads, at.programs(turn), 1),
-                  q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-                  cu_seqlens, *turn, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
-                  at.key_dim, at.value_dim, use_of_gradients.width, SIZE, many, dots, stream=stream)
-
-    side_by_side(at.turns[::-1], q.device, scan_back, gradients, scan_back)
+    if maps is None:
+        scan_back(d_final, dv, d_states, d_initial)
+    else:
+        d_ends = segments.ends(at, q.device)
+        scan_back(None, None, None, d_ends, part=1)
+        segments.join(at, maps, d_ends, d_final, d_initial, True)
+        scan_back(d_ends, dv, d_states, None)
+    use = at.how("delta_rule.gradients")
+    at.launch(_gradients, use, (at.heads, at.chunks, 1),
+              q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+              cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return dq, dk, dv, d_decay, d_beta, d_initial

@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from . import turns
-
 __all__ = ["SIZE", "Launch", "Place", "by_token", "override", "override_segments", "precision", "segments_of", "stride",
            "watch"]
 
@@ -76,7 +74,7 @@ class Place:
         """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
         q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
-        self.value_dim, self.dtype, self.device, self.many = v.shape[-1], v.dtype, v.device, 1
+        self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
         if cu_seqlens is None:
             self.sequences = self.batch
             self.chunks = self.batch * -(-self.time // SIZE)
@@ -85,7 +83,6 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
-        self.turns = self._turns(cu_seqlens)
         key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
         for x in tokens:
             key += x.dtype, x.stride(1)
@@ -95,17 +92,6 @@ class Place:
             aligned |= 0 if x is None else x.data_ptr()
         self.key = tuple(key) if aligned % 16 == 0 else None
 
-    def _turns(self, cu_seqlens):
-        chunks = self.chunks if cu_seqlens is not None else -(-self.time // SIZE)
-        if cu_seqlens is not None or self.segments > 1:
-            return [turns.Turn(0, chunks)]
-        programs = self.sequences * self.heads * tiles_of(self.key_dim, self.value_dim)
-        return turns.turns_of(chunks, programs, _multiprocessors(self.device))
-
-    def programs(self, turn: turns.Turn) -> int:
-        """Chunks of this turn, of all sequences together; of packed sequences at least as many as there are."""
-        return self.chunks if turn.count == self.chunks else self.sequences * turn.count
-
     def how(self, kernel: str) -> Launch:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         table = _FLOAT32 if self.dtype == torch.float32 else _HALF
@@ -114,18 +100,14 @@ class Place:
         most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
         return use if use.width <= most else Launch(use.warps, use.stages, most)
 
-    def launch(self, kernel, use, grid, *arguments, part=0, stream=None):
-        """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part.
-
-        stream: the torch.cuda.Stream to run it on; None is the current one.
-        """
+    def launch(self, kernel, use, grid, *arguments, part=0):
+        """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
         key = None if self.key is None else (id(kernel), use, part, self.key)
         _, compiled = _compiled.get(key, (kernel, None))
         if compiled is not None:
-            compiled[grid](*arguments, stream=None if stream is None else stream.cuda_stream)
+            compiled[grid](*arguments)
         else:
-            with torch.cuda.stream(stream):
-                compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
+            compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
             if key is not None and compiled is not None:  # None from Triton's interpreter
                 _compiled[key] = kernel, compiled
         if watch is not None:
@@ -144,18 +126,13 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
     if override_segments is not None:
         return override_segments
     (batch, time, heads, key_dim), value_dim = q.shape, v.shape[-1]
-    tiles = tiles_of(key_dim, value_dim)
+    tiles = max(1, key_dim * value_dim // 4096)
     room = _multiprocessors(q.device) // (sequences * heads * tiles)
     chunks = batch * -(-time // SIZE) // sequences
     if tiles == 1 and chunks >= 2 * room * 2 * LEAST:
         room *= 2
     segments = min(room, chunks // LEAST, MOST)
     return segments if segments >= 3 else 1
-
-
-def tiles_of(key_dim: int, value_dim: int) -> int:
-    """Tiles of 64 x 64 that a state has."""
-    return max(1, key_dim * value_dim // 4096)
 
 
 @functools.cache

@@ -32,7 +32,6 @@ from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
-    chunk_of,
     load_columns,
     kernel,
     load_rows,
@@ -41,9 +40,8 @@ from .tiles import (
     store_rows,
     sums_of_gradients,
     sums_over_columns,
-    of_turn,
+    tokens_of,
 )
-from .turns import side_by_side
 
 
 @triton.jit
@@ -57,8 +55,8 @@ def _meeting(sums, c, at, row, LEVEL, KEY_DIM: tl.constexpr, HEIGHT: tl.constexp
 
 
 @kernel
-def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, first, count, time,
-          sequences, heads, segments, scale, x_stride, y_stride, decay_stride,
+def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, time, sequences, heads, segments, scale,
+          x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
@@ -70,7 +68,6 @@ def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, fir
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
-    start, end, chunk = of_turn(start, end, chunk, first, count, SIZE)
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     d = tl.arange(0, HEIGHT)[:, None]
     kind = x.dtype.element_ty
@@ -110,13 +107,13 @@ def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, fir
 
 
 @kernel
-def _outputs(q, k, v, sums, states, o, pairs, cu_seqlens, first, count, time, sequences, heads, scale,
+def _outputs(q, k, v, sums, states, o, pairs, cu_seqlens, time, sequences, heads, scale,
              q_stride, k_stride, v_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
              MANY: tl.constexpr, PRECISION: tl.constexpr):
     """O = scale ((in q) S + P v) of one chunk, HEIGHT of the key dims at a time; `pairs`, if not None, gets P."""
     head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end, chunk = chunk_of(cu_seqlens, chunk, first, count, time, sequences, SIZE, MANY)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
@@ -142,7 +139,7 @@ def _outputs(q, k, v, sums, states, o, pairs, cu_seqlens, first, count, time, se
 
 @kernel
 def _gradients(q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
-               cu_seqlens, first, count, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
@@ -155,7 +152,7 @@ def _gradients(q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
     in_i joins in; of k dk from out_j over j < t; and of in_C S dS'.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end, chunk = chunk_of(cu_seqlens, chunk, first, count, time, sequences, SIZE, MANY)
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
@@ -216,16 +213,12 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     sums, states, pairs, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    scan = _scan_of(at, k, v, log_decay, sums, initial, final, states, maps, cu_seqlens, 1.0, False)
+    _launch_scan(at, k, v, log_decay, sums, initial, final, states, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
-
-    def outputs(turn, stream):
-        at.launch(_outputs, use, (at.heads, at.programs(turn), 1),
-                  q, k, v, sums, states, o, pairs, cu_seqlens, *turn,
-                  at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v),
-                  at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype), stream=stream)
-
-    side_by_side(at.turns, q.device, scan, outputs, scan)
+    at.launch(_outputs, use, (at.heads, at.chunks, 1),
+              q, k, v, sums, states, o, pairs, cu_seqlens,
+              at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
     return o, final, (sums, states, pairs, maps)
 
 
@@ -235,41 +228,30 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    scan = _scan_of(at, q, d_o, log_decay, sums, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
+    _launch_scan(at, q, d_o, log_decay, sums, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
     use = at.how("linear_attention.gradients")
-
-    def gradients(turn, stream):
-        at.launch(_gradients, use, (at.heads, at.programs(turn), 1),
-                  q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, *turn,
-                  at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v), stride(d_o),
-                  at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype), stream=stream)
-
-    side_by_side(at.turns[::-1], q.device, scan, gradients, scan)
+    at.launch(_gradients, use, (at.heads, at.chunks, 1),
+              q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
+              at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
     return dq, dk, dv, d_decay, d_initial
 
 
-def _scan_of(at, x, y, log_decay, sums, initial, final, states, maps, cu_seqlens, scale, back):
-    """What runs the scan of a turn: from `initial`, whose place the last state of the turn before takes, to `final`."""
+def _launch_scan(at, x, y, log_decay, sums, initial, final, states, maps, cu_seqlens, scale, back):
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
-    carried = segments.ends(at, x.device) if len(at.turns) > 1 or maps is not None else None
-    earliest, latest = (at.turns[-1], at.turns[0]) if back else (at.turns[0], at.turns[-1])
 
-    def launch(turn, stream, part, sums, *ends_and_found):
+    def scan(sums, *ends_and_found, part=0):
         at.launch(_scan, use, grid,
                   x, y, log_decay, sums, *ends_and_found,
-                  cu_seqlens, *turn, at.time, at.sequences, at.heads, at.segments, scale,
+                  cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
-                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype),
-                  part=part, stream=stream)
+                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
 
-    def scan(turn, stream):
-        start, found = initial if turn is earliest else carried, final if turn is latest else carried
-        if maps is not None:
-            launch(turn, stream, "ends", sums if back else None, None, carried, None, None if back else maps)
-            segments.join(at, maps, carried, initial, final, back)
-            start, found = carried, None
-        launch(turn, stream, (start is carried, found is carried), sums, start, found, states, None)
-
-    return scan
+    if maps is None:
+        return scan(sums, initial, final, states, None)
+    ends = segments.ends(at, x.device)
+    scan(sums if back else None, None, ends, None, None if back else maps, part=1)
+    segments.join(at, maps, ends, initial, final, back)
+    scan(sums, ends, None, states, None)

@@ -17,8 +17,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOWEST = tl.constexpr(-128.0)  # exp of it is 0 in float32
 
 # Kernels are not compiled anew for sizes that differ from call to call.
-kernel = triton.jit(do_not_specialize=["first", "count", "time", "sequences", "heads", "segments", "gate_stride",
-                                       "beta_stride"])
+kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "gate_stride", "beta_stride"])
 
 
 @triton.jit
@@ -66,35 +65,23 @@ def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: 
 
 
 @triton.jit
-def of_turn(start, end, chunk, first, count, SIZE: tl.constexpr):
-    """Of a segment: first token, the token past the last and first chunk of its `count` chunks from `first` on."""
-    start = tl.minimum(start + first * SIZE, end)
-    return start, tl.minimum(start + count * SIZE, end), chunk + first
-
-
-@triton.jit
-def chunk_of(cu_seqlens, chunk, first, count, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """First token of a chunk, the token past its sequence's last, and the chunk's number among all.
-
-    Chunks are counted among the `count` from `first` on that a turn takes of each sequence, or, of packed sequences,
-    among all. The range is empty for chunks past the last one.
-    """
+def tokens_of(cu_seqlens, chunk, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
+    """First token of a chunk and the token past its sequence's last; an empty range for chunks past the last one."""
     if cu_seqlens is None:
+        count = tl.cdiv(time, SIZE)
         n = chunk // count
-        within = first + chunk - n * count
-        start, end = n * time + within * SIZE, n * time + time
-        chunk = n * tl.cdiv(time, SIZE) + within
+        start, end = n * time + (chunk - n * count) * SIZE, n * time + time
     else:
         m = tl.arange(0, MANY)
         known = m < sequences
-        begin, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
-        chunks = (last - begin + SIZE - 1) // SIZE
-        before = known & (tl.cumsum(chunks, 0) <= chunk)
+        first, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
+        count = (last - first + SIZE - 1) // SIZE
+        before = known & (tl.cumsum(count, 0) <= chunk)
         n = tl.sum(before.to(tl.int32))
         start = tl.load(cu_seqlens + n, n < sequences, 0).to(tl.int32)
-        start += (chunk - tl.sum(tl.where(before, chunks, 0)).to(tl.int32)) * SIZE
+        start += (chunk - tl.sum(tl.where(before, count, 0)).to(tl.int32)) * SIZE
         end = tl.load(cu_seqlens + n + 1, n < sequences, 0).to(tl.int32)
-    return start, end, chunk
+    return start, end
 
 
 @triton.jit
