@@ -234,4 +234,4 @@ def check_shape(shape: Iterable[int]) -> tuple[int, int, int, int]:
 def dtype_name(dtype: str, device: str | torch.device) -> str:
     """`dtype` with ``"auto"`` made bfloat16 on a GPU and float32 on a CPU; raises ValueError if it is unknown."""
     check_choice("dtype", dtype, DTYPES)
-    return dtype if dtype != "auto" else "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return dtype if dtype != "auto" else "bfloat16" if check_device(device).type == "cuda" else "float32"

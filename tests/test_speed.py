@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import hybridlib as hl
 from hybridlib import (benchmarks, exactness, kernels, objective_speed, plots, speed, speed_plots, step_speed,
                        timing)
+from hybridlib.ledger import describe_device
 
 
 @pytest.fixture
@@ -69,6 +70,14 @@ def test_a_timing_is_the_median_and_takes_inputs_in_turn():
     assert timed["samples"] == 5 and timed["low"] <= timed["seconds"] <= timed["high"]
     assert timed["seconds"] < 0.03  # one slow sample does not make the median
     assert timing.time_calls(calls, repeats=50, max_seconds=1e-9)["samples"] == 3
+
+
+def test_dtype_and_device_are_found_where_none_is_named(ledger, tmp_path):
+    named = "bfloat16" if torch.cuda.is_available() else "float32", describe_device()
+    row = benchmarks.time_operator(ledger, "gated_delta_rule", "chunked", (1, 8, 1, 4), repeats=1)
+    assert row["reason"] is None and (row["dtype"], row["device"]) == named
+    row = objective_speed.time_objective(hl.Ledger(tmp_path), "plain", (4, 4, 8), repeats=1)
+    assert row["reason"] is None and (row["dtype"], row["device"]) == named
 
 
 def test_asking_again_returns_the_record_and_recompute_measures_again(ledger, monkeypatch):
