@@ -37,14 +37,14 @@ watch: Callable | None = None  # called after each launch with (kernel, how, gri
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
-    "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 2, 32)),
+    "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 3, 32)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
-    "delta_rule.gradients": (Launch(4, 1, 64), Launch(8, 2, 32)),
+    "delta_rule.gradients": (Launch(4, 1, 64), Launch(8, 3, 32)),
     "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
+    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 2, 64)),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
 _FLOAT32 = {  # gated linear attention: 64 dims at most
