@@ -44,8 +44,6 @@ def watch_launches(operator: str) -> Iterator[list[dict]]:
         named = dict(zip(inspect.signature(kernel.fn).parameters, arguments))
         name = f"{operator.removeprefix('gated_')}.{kernel.fn.__name__.removeprefix('_')}"
         tensors = {key: x for key, x in named.items() if isinstance(x, torch.Tensor)}
-        if named.get("BACK") and name == "linear_attention.scan":
-            del tensors["log_decay"]
         seen.append({"name": name, "symbol": getattr(compiled, "name", kernel.fn.__name__),
                      "programs": grid[0] * grid[1] * grid[2], "warps": use.warps,
                      "registers": getattr(compiled, "n_regs", None), "spills": getattr(compiled, "n_spills", None),
@@ -68,8 +66,8 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
 
     - delta rule: invert 10 16^2 K + 40 16^3, scans (either way) 3 C K V + (f + 1) C^2 V + C^2 K V / W,
       gradients 4 C K V + (f + 2) C^2 V + 6 C^2 K, maps (K + V) (2 C K + f C^2);
-    - linear attention: scan C K V + 2 C^2 K V / W, back C K V, outputs C K V + C^2 V + 6 C^2 K,
-      gradients 3 C K V + 3 C^2 V + (6 + s) C^2 K, with s = 4, or 2 in float32.
+    - linear attention: scans (either way) C K V + 2 C^2 K V / W, outputs C K V + C^2 V + 3 C^2 K,
+      gradients 3 C K V + 2 C^2 V + (5 + s) C^2 K, with s = 4, or 2 in float32, in chunks that need no levels.
 
     A join has K^2 V for each segment of the delta rule, and none of linear attention.
     """
@@ -87,9 +85,9 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
         "delta_rule.scan_back": 3 * c * k * v + (fine + 1) * c * c * v + c * c * k * tiles,
         "delta_rule.gradients": 4 * c * k * v + (fine + 2) * c * c * v + 6 * c * c * k,
         "delta_rule.maps": (k + v) * (2 * c * k + fine * c * c),
-        "linear_attention.scan": c * k * v + (0 if arguments.get("BACK") else 2 * c * c * k * tiles),
-        "linear_attention.outputs": c * k * v + c * c * v + 6 * c * c * k,
-        "linear_attention.gradients": 3 * c * k * v + 3 * c * c * v + (6 + summed) * c * c * k,
+        "linear_attention.scan": c * k * v + 2 * c * c * k * tiles,
+        "linear_attention.outputs": c * k * v + c * c * v + 3 * c * c * k,
+        "linear_attention.gradients": 3 * c * k * v + 2 * c * c * v + (5 + summed) * c * c * k,
     }[name]
     return 2 * adds * arguments["sequences"] * -(-arguments["time"] // c) * arguments["heads"]
 

@@ -26,6 +26,7 @@ from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
+    exp,
     kernel,
     load_rows,
     pairwise_decay,
@@ -168,7 +169,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
-        decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+        decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
         before = state.to(kind)
         if states is not None:
@@ -178,7 +179,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
         scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
         read = decay_in[:, None] * product(q_c, before, PRECISION)
         read += product(scores.to(kind), new.to(kind), PRECISION)
-        state = tl.exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
+        state = exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
         store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
     if final is not None:
         tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
@@ -213,12 +214,12 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
-        decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+        decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
         after = d_state.to(kind)
         if d_states is not None:
             tl.store(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), after)
-        decay = tl.where(i >= j, tl.exp(sum_c[None, :] - sum_c[:, None]), 0.0)
+        decay = tl.where(i >= j, exp(sum_c[None, :] - sum_c[:, None]), 0.0)
         scores = scale * product(k_c, tl.trans(q_c), PRECISION) * decay                       # P^T
         d_new = decay_out[:, None] * product(k_c, after, PRECISION)
         d_new += product(scores.to(kind), do_c, PRECISION)
@@ -226,7 +227,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         d_right_c = fine_product(tl.trans(inverse_c), rest_t, d_new, PRECISION)
         do_in = ((scale * decay_in)[:, None] * do_c.to(tl.float32)).to(kind)
         d_right_in = ((strength * decay_in)[:, None] * d_right_c).to(kind)
-        d_state = tl.exp(total) * d_state + product(tl.trans(q_c), do_in, PRECISION)
+        d_state = exp(total) * d_state + product(tl.trans(q_c), do_in, PRECISION)
         d_state -= product(tl.trans(k_c), d_right_in, PRECISION)
         if d_right is not None:
             store_rows(d_right, d_right_c, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
@@ -262,7 +263,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     total = tl.min(sum_c, 0)
-    decay_in, decay_out = tl.exp(sum_c), tl.exp(total - sum_c)
+    decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
     dp, da = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, SIZE), tl.float32)
     dq_in, dk_in = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
@@ -298,7 +299,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     d_strength += tl.sum(da_keys, 1)
     pairs = tl.where(i > j, dp * product(q_c, tl.trans(k_c), PRECISION), 0.0) + strength[:, None] * da_keys
     d_in += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    d_sums = tl.sum(tl.where(i >= j, d_in[:, None], d_out[:, None]), 0) + tl.exp(total) * d_total
+    d_sums = tl.sum(tl.where(i >= j, d_in[:, None], d_out[:, None]), 0) + exp(total) * d_total
 
     da, dp = (strength[:, None] * da).to(kind), dp.to(kind)
     dq_c = dq_in + product(dp, k_c, PRECISION)

@@ -24,11 +24,13 @@ LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel, and how many columns of the state its tiles have (0: does not apply)."""
+    """Warps and pipeline stages of a kernel, how many columns of the state its tiles have (0: does not apply), and how
+    many registers a thread may have (0: as many as there are)."""
 
     warps: int
     stages: int
     width: int = 0
+    registers: int = 0
 
 
 override: dict[str, Launch] = {}
@@ -43,8 +45,8 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
-    "linear_attention.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 2, 64)),
+    "linear_attention.outputs": (Launch(4, 1, 64, 128), Launch(8, 1, 32)),
+    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 32)),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
 _FLOAT32 = {  # gated linear attention: 64 dims at most
@@ -98,7 +100,7 @@ class Place:
         rows = override.get(kernel) or table[kernel]
         use = rows if isinstance(rows, Launch) else rows[max(self.key_dim, self.value_dim) > 64]
         most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
-        return use if use.width <= most else Launch(use.warps, use.stages, most)
+        return use if use.width <= most else use._replace(width=most)
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
@@ -107,7 +109,8 @@ class Place:
         if compiled is not None:
             compiled[grid](*arguments)
         else:
-            compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages)
+            compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages,
+                                      **({"maxnreg": use.registers} if use.registers else {}))
             if key is not None and compiled is not None:  # None from Triton's interpreter
                 _compiled[key] = kernel, compiled
         if watch is not None:

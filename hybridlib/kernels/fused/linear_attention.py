@@ -8,18 +8,25 @@ _outputs           chunk and head                      O
 _gradients         chunk and head                      all gradients but the initial state's
 =================  ==================================  =======================================================
 
-The states and P are kept for the backward pass, in the dtype of the inputs; decays are computed again. A segment is a
-sequence or, where these are few, a part of one (`segments`).
+The states are kept for the backward pass, in the dtype of the inputs; sums of log_decay from the chunk's start (C in
+what follows, `sums`), decays and P are computed again. A segment is a sequence or, where these are few, a part of one
+(`segments`).
 
-Decays D_ijd of a pair of tokens do not factor over i and j unless a decay is divided by another. So pairs are taken
-level by level: at level l the chunk falls into blocks of 2^l tokens, and a token i in an odd block meets each token j
-of the even block before it at the border b, that block's last token,
+Decays D_ijd = exp(C_id - C_jd) of a pair of tokens factor over i and j about the middle m of a chunk's decay, C_m = half
+of C's last, which lies between no two tokens in particular,
 
-    D_ijd = exp(e_id) exp(e_jd),    e_i = C_i - C_b,    e_j = C_b - C_j,
+    D_ijd = exp(C_id - C_md) exp(C_md - C_jd),
 
-where C are the sums of log_decay from the chunk's start (`sums`), which the first scan leaves in float32. With
-x = exp(e) q in odd blocks and exp(e) k in even ones, x x^T holds this level's P. Six levels and the diagonal
-(q_i . k_i) make up a chunk of 64. Nothing positive is exponentiated.
+and P is one product of queries and keys with these factors. Both are within exp(+-40) where no dim decays by more than
+exp(-80) over the chunk, so that nothing overflows or vanishes, and each keeps its relative precision: what is above the
+diagonal may be large, and is cut off. A chunk with a stronger decay is taken level by level: at level l the chunk falls
+into blocks of 2^l tokens, and a token i in an odd block meets each token j of the even block before it at the border b,
+that block's last token,
+
+    D_ijd = exp(e_id) exp(e_jd),    e_i = C_i - C_b,    e_j = C_b - C_j.
+
+With x = exp(e) q in odd blocks and exp(e) k in even ones, x x^T holds this level's P. Six levels and the diagonal
+(q_i . k_i) make up a chunk of 64. Nothing positive is exponentiated there.
 """
 
 from __future__ import annotations
@@ -32,30 +39,42 @@ from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
-    load_columns,
+    exp,
     kernel,
+    load_columns,
     load_rows,
     product,
     segment,
     store_rows,
     sums_of_gradients,
     sums_over_columns,
+    sums_over_rows,
     tokens_of,
 )
 
+LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # sum of log_decay of a chunk taken whole
+
 
 @triton.jit
-def _meeting(sums, c, at, row, LEVEL, KEY_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr):
-    """Of this level: exp(e) (SIZE, HEIGHT), whether a row's block is odd, and which pairs i > j meet (SIZE, SIZE)."""
-    i, j, d = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :], tl.arange(0, HEIGHT)[None, :]
-    border = (i >> (LEVEL + 1) << (LEVEL + 1)) + (1 << LEVEL) - 1
-    c_b = tl.load(sums + at.to(tl.int64) * (SIZE * KEY_DIM) + border * KEY_DIM + row + d)
+def _about_middle(q, k, sums, half):
+    """exp(C_i - C_m) and exp(C_m - C_i), for C_m (`half`) halfway through a chunk's decay, and with them q and k."""
+    up, down = exp(sums - half), exp(half - sums)
+    return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype)
+
+
+@triton.jit
+def _meeting(q, k, log_decays, sums, LEVEL, SIZE: tl.constexpr):
+    """Of this level: exp(e), x, whether a row's block is odd (SIZE, 1), and which pairs i > j meet (SIZE, SIZE)."""
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    at_border = sums_over_rows(j <= (i >> (LEVEL + 1) << (LEVEL + 1)) + (1 << LEVEL) - 1, log_decays)
     odd = (i >> LEVEL) % 2 == 1
-    return tl.exp(tl.minimum(tl.where(odd, c - c_b, c_b - c), 0.0)), odd, (i >> LEVEL) ^ (j >> LEVEL) == 1
+    decayed = exp(tl.minimum(tl.where(odd, sums - at_border, at_border - sums), 0.0))
+    x = (tl.where(odd, q, k).to(tl.float32) * decayed).to(q.dtype)
+    return decayed, x, odd, (i > j) & ((i >> LEVEL) ^ (j >> LEVEL) == 1)
 
 
 @kernel
-def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, time, sequences, heads, segments, scale,
+def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, sequences, heads, segments, scale,
           x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
@@ -63,13 +82,12 @@ def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, tim
 
     (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in registers, in float32. `states`
     gets the state before each chunk, or the gradient of the state after it; `final` the last one,
-    `totals` the decay from the start to the end. `sums` gets C, if it is not None; BACK reads it, and no log_decay.
+    `totals` the decay from the start to the end.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    d = tl.arange(0, HEIGHT)[:, None]
     kind = x.dtype.element_ty
     if initial is None:
         state = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -81,24 +99,17 @@ def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, tim
         c = count - 1 - step if BACK else step
         token = start + c * SIZE
         x_c = load_columns(x, token, end, x_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        kept = ((chunk + c) * heads + head).to(tl.int64) * (SIZE * KEY_DIM) + t * KEY_DIM + row + d  # C, transposed
-        if BACK:
-            sum_c = tl.load(sums + kept)
-        else:
-            sum_c = sums_over_columns(
-                load_columns(log_decay, token, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT), s <= t)
-            if sums is not None:
-                if column == 0:
-                    tl.store(sums + kept, sum_c)
+        sum_c = sums_over_columns(
+            load_columns(log_decay, token, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT), s <= t)
         y_c = load_rows(y, token, end, y_stride, head * VALUE_DIM + column, SIZE, WIDTH)
         if states is not None:
             tl.store(block(states, (chunk + c) * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH),
                      state.to(states.dtype.element_ty))
         total = tl.min(sum_c, 1)
-        x_c = x_c.to(tl.float32) * (scale * tl.exp(sum_c if BACK else total[:, None] - sum_c))
+        x_c = x_c.to(tl.float32) * (scale * exp(sum_c if BACK else total[:, None] - sum_c))
         if totals is not None:
             passed += total
-        state = tl.exp(total)[:, None] * state + product(x_c.to(kind), y_c, PRECISION)
+        state = exp(total)[:, None] * state + product(x_c.to(kind), y_c, PRECISION)
     if final is not None:
         tl.store(block(final, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH), state)
     if totals is not None:
@@ -107,49 +118,54 @@ def _scan(x, y, log_decay, sums, initial, final, states, totals, cu_seqlens, tim
 
 
 @kernel
-def _outputs(q, k, v, sums, states, o, pairs, cu_seqlens, time, sequences, heads, scale,
-             q_stride, k_stride, v_stride,
+def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
+             q_stride, k_stride, v_stride, decay_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-             MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """O = scale ((in q) S + P v) of one chunk, HEIGHT of the key dims at a time; `pairs`, if not None, gets P."""
+             MANY: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+    """O = scale ((in q) S + P v) of one chunk, HEIGHT of the key dims at a time."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
-    scores, read = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
-    for row in range(0, KEY_DIM, HEIGHT):
-        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        sum_c = tl.load(block(sums, at, 0, row, SIZE, KEY_DIM, SIZE, HEIGHT))
-        state = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        scores += tl.where(i == j, tl.sum(q_c.to(tl.float32) * k_c.to(tl.float32), 1)[:, None], 0.0)
-        for level in range(6):
-            decayed, odd, meet = _meeting(sums, sum_c, at, row, level, KEY_DIM, HEIGHT, SIZE)
-            x = (tl.where(odd, q_c, k_c).to(tl.float32) * decayed).to(kind)
-            scores += tl.where((i > j) & meet, product(x, tl.trans(x), PRECISION), 0.0)
-        read += product((q_c * tl.exp(sum_c)).to(kind), state, PRECISION)
     v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
-    scores = scores.to(kind)
-    if pairs is not None:
-        tl.store(block(pairs, at, 0, 0, SIZE, SIZE, SIZE, SIZE), scores)
-    read += product(scores, v_c, PRECISION)
+    pairs, read = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
+    for row in range(0, KEY_DIM, HEIGHT):
+        here = head * KEY_DIM + row
+        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
+        q_c = load_rows(q, start, end, q_stride, here, SIZE, HEIGHT)
+        k_c = load_rows(k, start, end, k_stride, here, SIZE, HEIGHT)
+        state = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
+        sum_c = sums_over_rows(j <= i, decay_c)
+        half = 0.5 * tl.min(sum_c, 0)[None, :]
+        if 2 * tl.min(half) >= BOUND:
+            up, down, x_q, x_k = _about_middle(q_c, k_c, sum_c, half)
+            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
+            q_in = (q_c * (up * exp(half))).to(kind)
+        else:
+            pairs += tl.where(i == j, tl.sum(q_c.to(tl.float32) * k_c.to(tl.float32), 1)[:, None], 0.0)
+            for level in range(6):
+                decayed, x, odd, meet = _meeting(q_c, k_c, decay_c, sum_c, level, SIZE)
+                pairs += tl.where(meet, product(x, tl.trans(x), PRECISION), 0.0)
+            q_in = (q_c * exp(sum_c)).to(kind)
+        read += product(q_in, state, PRECISION)
+    read += product(pairs.to(kind), v_c, PRECISION)
     store_rows(o, scale * read, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 @kernel
-def _gradients(q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
-               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
+def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-               MANY: tl.constexpr, PRECISION: tl.constexpr):
+               MANY: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
 
-    and through P, at each level, dx = dP x (dP made symmetric; pairs of this level): exp(e) dx is q's in odd blocks and
-    k's in even ones, and C's is x dx in odd blocks and -x dx in even ones, for over a block and the one it meets x dx
-    sums up to the same, so that C_b's is 0. log_decay's gradient at t is the sum of C's over i >= t, where q dq from
-    in_i joins in; of k dk from out_j over j < t; and of in_C S dS'.
+    and through P, pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay once more.
+    log_decay's gradient at t is the sum over i >= t of C's, which is q dq from in_i and x dx of queries, less that of
+    keys; over j < t of k dk from out_j; and in_C S dS'. Over pairs of which both tokens are at t or later x dx adds up
+    to 0, from the same rounded numbers.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
@@ -158,100 +174,108 @@ def _gradients(q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay,
     kind = q.dtype.element_ty
     v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
-    d_scores = product(do_c, tl.trans(v_c), PRECISION), product(v_c, tl.trans(do_c), PRECISION)
-    d_scores = tl.where(i >= j, d_scores[0], d_scores[1]) * scale
-    d_diagonal = tl.sum(tl.where(i == j, d_scores, 0.0), 1)[:, None]
-    d_scores = d_scores.to(kind)
-    dv_c = tl.zeros((SIZE, VALUE_DIM), tl.float32)
+    d_pairs = scale * product(do_c, tl.trans(v_c), PRECISION)
+    diagonal = tl.sum(tl.where(i == j, d_pairs, 0.0), 1)[:, None]
+    below = tl.where(i > j, d_pairs, 0.0).to(kind)
+    pairs, dv_c = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
     for row in range(0, KEY_DIM, HEIGHT):
-        q_c = load_rows(q, start, end, q_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        k_c = load_rows(k, start, end, k_stride, head * KEY_DIM + row, SIZE, HEIGHT)
-        sum_c = tl.load(block(sums, at, 0, row, SIZE, KEY_DIM, SIZE, HEIGHT))
-        dq_c, dk_c = d_diagonal * k_c.to(tl.float32), d_diagonal * q_c.to(tl.float32)
-        d_sums = tl.zeros((SIZE, HEIGHT), tl.float32)
-        for level in range(6):
-            decayed, odd, meet = _meeting(sums, sum_c, at, row, level, KEY_DIM, HEIGHT, SIZE)
-            x = (tl.where(odd, q_c, k_c).to(tl.float32) * decayed).to(kind)
-            dx = product(tl.where(meet, d_scores, 0.0), x, PRECISION)
-            moved = x.to(tl.float32) * dx
-            d_sums += tl.where(odd, moved, -moved)
-            dx *= decayed
-            dq_c += tl.where(odd, dx, 0.0)
-            dk_c += tl.where(odd, 0.0, dx)
-
+        here = head * KEY_DIM + row
+        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
+        q_c = load_rows(q, start, end, q_stride, here, SIZE, HEIGHT)
+        k_c = load_rows(k, start, end, k_stride, here, SIZE, HEIGHT)
         before = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        dq_in = scale * tl.exp(sum_c) * product(do_c, tl.trans(before), PRECISION)
-        store_rows(dq, dq_c + dq_in, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
-        d_decay_c = sums_of_gradients(j >= i, d_sums + q_c * dq_in, PRECISION)
-
         after = tl.load(block(d_states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        total = tl.min(sum_c, 0)[None, :]
-        decay_out = tl.exp(total - sum_c)
-        dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
-        store_rows(dk, dk_c + dk_out, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
-        d_decay_c += sums_of_gradients(j < i, k_c * dk_out, PRECISION)
-        dv_c += product((decay_out * k_c).to(kind), after, PRECISION)
-
-        d_decay_c += tl.exp(total) * tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
-        store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, head * KEY_DIM + row, SIZE, HEIGHT)
-    scores = tl.load(block(pairs, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
-    dv_c += scale * product(tl.trans(scores), do_c, PRECISION)
+        d_total = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
+        sum_c = sums_over_rows(j <= i, decay_c)
+        half = 0.5 * tl.min(sum_c, 0)[None, :]
+        rest = exp(half)
+        if 2 * tl.min(half) >= BOUND:
+            up, down, x_q, x_k = _about_middle(q_c, k_c, sum_c, half)
+            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
+            dx_q = (scale * rest) * product(do_c, tl.trans(before), PRECISION) + product(below, x_k, PRECISION)
+            dq_c, d_sums = diagonal * k_c + up * dx_q, x_q * dx_q
+            dx_k = product(tl.trans(below), x_q, PRECISION)
+            d_sums -= x_k * dx_k
+            dx_out = rest * product(v_c, tl.trans(after), PRECISION)
+            dk_c, d_outs = diagonal * q_c + down * (dx_k + dx_out), x_k * dx_out
+            k_out = (x_k * rest).to(kind)
+        else:
+            q_f, k_f = q_c.to(tl.float32), k_c.to(tl.float32)
+            pairs += tl.where(i == j, tl.sum(q_f * k_f, 1)[:, None], 0.0)
+            dq_in = scale * exp(sum_c) * product(do_c, tl.trans(before), PRECISION)
+            decay_out = exp(2 * half - sum_c)
+            dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
+            dq_c, dk_c, d_sums, d_outs = diagonal * k_f + dq_in, diagonal * q_f + dk_out, q_f * dq_in, k_f * dk_out
+            for level in range(6):
+                decayed, x, odd, meet = _meeting(q_c, k_c, decay_c, sum_c, level, SIZE)
+                pairs += tl.where(meet, product(x, tl.trans(x), PRECISION), 0.0)
+                met = tl.where(meet, below, 0.0)
+                dx = product(met, x, PRECISION) + product(tl.trans(met), x, PRECISION)
+                d_sums += tl.where(odd, x * dx, -(x * dx))
+                dq_c += tl.where(odd, decayed * dx, 0.0)
+                dk_c += tl.where(odd, 0.0, decayed * dx)
+            k_out = (decay_out * k_f).to(kind)
+        store_rows(dq, dq_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+        store_rows(dk, dk_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+        dv_c += product(k_out, after, PRECISION)
+        d_decay_c = sums_of_gradients(j >= i, d_sums, PRECISION) + sums_of_gradients(j < i, d_outs, PRECISION)
+        d_decay_c += rest * rest * d_total
+        store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+    dv_c += scale * product(tl.trans(pairs.to(kind)), do_c, PRECISION)
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 def kept(q, v, count, keep, sequences):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: sums, states, P and M."""
-    sums = q.new_empty(count, SIZE, q.shape[-1], dtype=torch.float32)
-    states = q.new_empty(count, q.shape[-1], v.shape[-1])
-    pairs = q.new_empty(count, SIZE, SIZE) if keep else None
-    return sums, states, pairs, segments.room(q, v, sequences, q.shape[-1])
+    """Room for what `forward` leaves to `backward`, for `count` chunks: states and M."""
+    return q.new_empty(count, q.shape[-1], v.shape[-1]), segments.room(q, v, sequences, q.shape[-1])
 
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: sums, states, (if `keep`) P, and M."""
+    """o, final state, and what `backward` needs: states and M."""
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
-    sums, states, pairs, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
+    states, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch_scan(at, k, v, log_decay, sums, initial, final, states, maps, cu_seqlens, 1.0, False)
+    _launch_scan(at, k, v, log_decay, initial, final, states, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
     at.launch(_outputs, use, (at.heads, at.chunks, 1),
-              q, k, v, sums, states, o, pairs, cu_seqlens,
-              at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v),
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
-    return o, final, (sums, states, pairs, maps)
+              q, k, v, log_decay, states, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
+              stride(q), stride(k), stride(v), stride(log_decay),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, LOWEST[q.dtype], precision(q.dtype))
+    return o, final, (states, maps)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (sums, states, pairs, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
+    at, (states, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    _launch_scan(at, q, d_o, log_decay, sums, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
+    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
     use = at.how("linear_attention.gradients")
     at.launch(_gradients, use, (at.heads, at.chunks, 1),
-              q, k, v, sums, states, pairs, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
-              at.time, at.sequences, at.heads, scale, stride(q), stride(k), stride(v), stride(d_o),
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, precision(q.dtype))
+              q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
+              at.time, at.sequences, at.heads, scale,
+              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, LOWEST[q.dtype], precision(q.dtype))
     return dq, dk, dv, d_decay, d_initial
 
 
-def _launch_scan(at, x, y, log_decay, sums, initial, final, states, maps, cu_seqlens, scale, back):
+def _launch_scan(at, x, y, log_decay, initial, final, states, maps, cu_seqlens, scale, back):
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
 
-    def scan(sums, *ends_and_found, part=0):
+    def scan(*ends_and_found, part=0):
         at.launch(_scan, use, grid,
-                  x, y, log_decay, sums, *ends_and_found,
+                  x, y, log_decay, *ends_and_found,
                   cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
                   at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
 
     if maps is None:
-        return scan(sums, initial, final, states, None)
+        return scan(initial, final, states, None)
     ends = segments.ends(at, x.device)
-    scan(sums if back else None, None, ends, None, None if back else maps, part=1)
+    scan(None, ends, None, None if back else maps, part=1)
     segments.join(at, maps, ends, initial, final, back)
-    scan(sums, ends, None, states, None)
+    scan(ends, None, states, None)
