@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import kernels
 from .checks import check_choice, check_device, check_int, check_number
 from .hybrid import cache_memory, linearize, restore
-from .kernels import flash_qla
+from .kernels import eager, flash_qla
 from .ledger import Ledger
 from .mixers import MIXERS
 from .passes import token_step
@@ -30,7 +30,7 @@ __all__ = ["BACKENDS", "DIRECTIONS", "DTYPES", "OPERATORS", "check_shape", "dtyp
            "operator_inputs", "operator_with", "refusal", "time_decoding", "time_operator"]
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention", "softmax_attention")
-BACKENDS = ("reference", "chunked", "fused", "fla", "flash_qla", "softmax")
+BACKENDS = ("reference", "chunked", "fused", "fla", "flash_qla", *eager.PEERS, "softmax")
 DIRECTIONS = ("forward", "forward+backward")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -44,7 +44,8 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
     ----------
     operator : one of `OPERATORS`; ``"softmax_attention"`` is torch's scaled_dot_product_attention, causal.
     backend : as `kernels` names them; ``"flash_qla"``, FlashQLA's gated delta rule, an optional package that only
-        measurements use; ``"softmax"`` for softmax attention.
+        measurements use; ``"transformers"`` and ``"naive"``, others' PyTorch forms (`kernels.eager`); ``"softmax"`` for
+        softmax attention.
     shape : (batch, time, heads, dim); keys and values are of the same dim.
     dtype : of q, k, v and beta, ``"auto"`` is bfloat16 on a GPU and float32 on a CPU; log_decay is float32, as in the
         mixers.
@@ -58,7 +59,7 @@ def time_operator(ledger: Ledger, operator: str, backend: str, shape: Iterable[i
     Raises ValueError for a bad argument.
     """
     check_choice("operator", operator, OPERATORS)
-    check_choice("backend", backend, ("softmax",) if operator == OPERATORS[2] else BACKENDS[:5])
+    check_choice("backend", backend, ("softmax",) if operator == OPERATORS[2] else BACKENDS[:-1])
     batch, length, heads, dim = check_shape(shape)
     check_choice("direction", direction, DIRECTIONS)
     check_int("repeats", repeats, 1)
@@ -114,6 +115,8 @@ def operator_with(operator: str, backend: str) -> Callable:
     """The linear operator with a backend of `BACKENDS`: takes what `kernels`' function does, without its `backend`."""
     if backend == "flash_qla":
         return flash_qla.gated_delta_rule
+    if backend in eager.PEERS:
+        return functools.partial(eager.run, backend, operator)
     return functools.partial(getattr(kernels, operator), backend=backend)
 
 
@@ -121,6 +124,8 @@ def refusal(operator: str, backend: str, key_dim: int, value_dim: int, dtype: st
     """Why a backend of `BACKENDS` cannot be measured here, in one sentence; None if it can, or a call must tell."""
     if backend == "flash_qla":
         return flash_qla.why_not(operator, key_dim, value_dim, dtype, device)
+    if backend in eager.PEERS:
+        return eager.why_not(backend, operator)
     return kernels.available_backends().get(backend)
 
 

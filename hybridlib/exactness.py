@@ -23,9 +23,10 @@ from .checks import check_choice, check_device
 from .ledger import Ledger
 from .timing import measured, sentence, wait
 
-__all__ = ["CASES", "Case", "cases_for", "error_bound", "exactness_table", "exactness_words", "make_case",
+__all__ = ["CASES", "EXACT", "Case", "cases_for", "error_bound", "exactness_table", "exactness_words", "make_case",
            "measure_exactness", "relative_error", "tensor_table"]
 
+EXACT = BACKENDS[:5]  # backends whose errors are looked for
 _FUNCTIONS, _DECAYS = OPERATORS[:2], ("mild", "none", "near none", "strong", "mixed", "strong then mild")
 _STATE, _AT_ONCE = "initial_state", 2**23  # numbers of v whose truth is computed at once
 
@@ -105,7 +106,7 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
     Raises ValueError for a bad argument, or if no case is left.
     """
     check_choice("operator", operator, _FUNCTIONS)
-    check_choice("backend", backend, BACKENDS[:5])
+    check_choice("backend", backend, EXACT)
     check_choice("dtype", dtype, DTYPES[1:])
     device = check_device(device)
     chosen = cases_for(operator, backend, dtype, cases)

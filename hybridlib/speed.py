@@ -20,7 +20,7 @@ from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, d
                          time_operator)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
-from .exactness import CASES, cases_for, measure_exactness
+from .exactness import CASES, EXACT, cases_for, measure_exactness
 from .kernel_speed import measure_kernels
 from .ledger import Ledger
 from .mixers import MIXERS
@@ -191,7 +191,7 @@ class SpeedStudy:
             rows += [measure_exactness(self.ledger, operator, backend, s.exactness_cases, dtype=dtype, truths=truths,
                                        device=self.device, recompute=s.recompute)
                      for backend in s.backends
-                     if backend != "softmax" and cases_for(operator, backend, dtype, s.exactness_cases)]
+                     if backend in EXACT and cases_for(operator, backend, dtype, s.exactness_cases)]
         return pd.DataFrame(rows)
 
     def objectives(self) -> pd.DataFrame:
@@ -236,7 +236,7 @@ class SpeedStudy:
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
 
-    A table without records is empty.
+    Each row has its ``commit`` beside. A table without records is empty.
     """
     tables = {}
     for name, kind in KINDS.items():
@@ -244,7 +244,7 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
         for r in (r for r in ledger if r.kind == kind):
             asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
                                                                         "data", "revision", "cases", "align_tokens")}
-            latest[repr(sorted(asked.items()))] = r.parameters | r.metrics
+            latest[repr(sorted(asked.items()))] = r.parameters | r.metrics | {"commit": r.commit}
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
 
@@ -277,7 +277,18 @@ def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
     devices = dict.fromkeys(device for frame in found.values() for device in frame["device"])
     teachers = dict.fromkeys(t for frame in found.values() if "teacher" in frame for t in frame["teacher"])
     return (f"{sum(map(len, found.values()))} records ({', '.join(found)}), measured on {' and '.join(devices)}"
-            + (f"; teacher **{', '.join(teachers)}**. " if teachers else ". ") + text).rstrip()
+            + _at_commits(found) + (f"; teacher **{', '.join(teachers)}**. " if teachers else ". ") + text).rstrip()
+
+
+def _at_commits(found):
+    """Which code the records are of: one commit for all, or those of each table, in the order of the records."""
+    each = {name: tuple(dict.fromkeys(f"`{commit[:7]}`" for commit in frame["commit"].dropna()))
+            for name, frame in found.items() if "commit" in frame and frame["commit"].notna().any()}
+    if not each:
+        return ""
+    if len(set(each.values())) == 1:
+        return f" at {' and '.join(next(iter(each.values())))}"
+    return " at commits " + ", ".join(f"{' and '.join(commits)} ({name})" for name, commits in each.items())
 
 
 def operator_words(frame: pd.DataFrame) -> str:

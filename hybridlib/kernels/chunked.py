@@ -42,7 +42,10 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
 
     Arguments and result as `hybridlib.kernels.gated_delta_rule`; float32 inside, float64 if v is float64.
     """
-    return _in_chunks(_GatedDeltaRule, (q, k, v, log_decay, beta), scale, initial_state, chunk)
+    inputs = q, k, v, log_decay, beta
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
+    alone = not wanted and v.device.type == "cpu"  # on a GPU launches would dominate
+    return _in_chunks(_delta_rule_alone if alone else _GatedDeltaRule.apply, inputs, scale, initial_state, chunk)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
@@ -50,7 +53,7 @@ def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
 
     Arguments and result as `hybridlib.kernels.gated_linear_attention`; float32 inside, float64 if v is float64.
     """
-    return _in_chunks(_GatedLinearAttention, (q, k, v, log_decay), scale, initial_state, chunk)
+    return _in_chunks(_GatedLinearAttention.apply, (q, k, v, log_decay), scale, initial_state, chunk)
 
 
 def _in_chunks(function, inputs, scale, initial_state, chunk):
@@ -70,10 +73,32 @@ def _in_chunks(function, inputs, scale, initial_state, chunk):
     if initial_state is None:
         initial_state = k.new_zeros(batch, heads, key_dim, value_dim, dtype=dtype)
     state = initial_state.to(dtype).reshape(batch * heads, key_dim, value_dim)
-    o, state = function.apply(*map(cut, inputs), state, scale)
+    o, state = function(*map(cut, inputs), state, scale)
     o = o.view(count, batch, heads, chunk, value_dim).permute(1, 0, 3, 2, 4)
     o = o.reshape(batch, count * chunk, heads, value_dim)[:, :time].to(v.dtype)
     return o, state.view(batch, heads, key_dim, value_dim)
+
+
+def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
+    """`_GatedDeltaRule` without what gradients need: N from the state at hand, a chunk after the other.
+
+    N = (I + A)^-1 (beta v - beta in k S) needs neither U nor W, nor a factor of the states: fewer products, more calls.
+    """
+    (count, rows, size, key_dim), value_dim = k.shape, v.shape[-1]
+    q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
+    decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
+    keys = torch.cat((k * beta, q * scale), 1)                                      # (all, 2C, K)
+    scores = (keys @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])             # A (and more), P
+    inverse = _inverse(scores[:, 0])                                                # (all, C, C)
+    keys.view(-1, 2, size, key_dim).mul_(decay_in[:, None])
+    k_out, v, o = (k * decay[:, -1, :, None]).mT, v * beta, torch.empty_like(v)     # (all, K, C), (all, C, V) twice
+    for n in range(count):
+        at = slice(n * rows, (n + 1) * rows)
+        found = keys[at] @ state                                                    # (rows, 2C, V)
+        new = inverse[at] @ (v[at] - found[:, :size])                               # N (rows, C, V)
+        torch.baddbmm(found[:, size:], scores[at, 1], new, out=o[at])
+        state = torch.baddbmm(state * decay_in[at, -1:], k_out[at], new)
+    return o.view(count, rows, size, value_dim), state
 
 
 class _GatedDeltaRule(torch.autograd.Function):

@@ -1,0 +1,159 @@
+"""What was aimed at on one H100, and whether records meet it; both come out of the same functions as the figures do.
+
+Operators at (16, 1024, 9, 64) in bfloat16, GPU time being that of a CUDA graph: the gated delta rule within 0.08 ms
+forward and 0.30 ms with gradients, gated linear attention within 1.3 times that; at least 2 times less GPU time than
+flash-linear-attention, and 5 times less as launched from Python; at (2, 4096, 16, 128) not more GPU time than FlashQLA.
+The training step of smollm2-135m at a context of 1,024 tokens: stage 1 at 250,000 tokens a second, stage 2 at 150,000,
+aiming at 400,000 and 250,000. Elsewhere, on a CPU at (1, 1024, 9, 64) in float32: ``"chunked"`` at least 1.5 times
+faster than transformers' PyTorch form, and faster than flash-linear-attention's naive functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .benchmarks import DIRECTIONS
+
+__all__ = ["Verdict", "cpu_verdicts", "gpu_verdicts", "target_table", "target_words"]
+
+_TRAINING, _WIDE, _SMALL = (16, 1024, 9, 64), (2, 4096, 16, 128), (1, 1024, 9, 64)
+_TIMES = {("gated_delta_rule", "forward"): 0.08e-3, ("gated_delta_rule", "forward+backward"): 0.30e-3,
+          ("gated_linear_attention", "forward"): 1.3 * 0.08e-3,
+          ("gated_linear_attention", "forward+backward"): 1.3 * 0.30e-3}
+_STEPS = {"align": (250_000, 400_000), "match": (150_000, 250_000)}
+_NAMES = {"fla": "flash-linear-attention", "flash_qla": "FlashQLA", "transformers": "transformers' PyTorch form",
+          "naive": "flash-linear-attention's naive function"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target and what was measured.
+
+    Parameters
+    ----------
+    target : in words; bound : its number, in `unit`; most : whether the bound is not to be passed, rather than reached.
+    found : what was measured, in `unit`; None if nothing was, or not all that it needs.
+    aim : a second bound, beyond the first, if there is one.
+    """
+
+    target: str
+    bound: float
+    unit: str
+    most: bool
+    found: float | None
+    aim: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``"met"``, ``"missed"`` or ``"not measured"``; with an aim that too, e.g. ``"met, aim missed"``."""
+        if self.found is None:
+            return "not measured"
+        reached = [self.found <= bound if self.most else self.found >= bound
+                   for bound in (self.bound, self.aim) if bound is not None]
+        words = ["met" if one else "missed" for one in reached]
+        return words[0] + (f", aim {words[1]}" if self.aim is not None else "")
+
+
+def gpu_verdicts(tables: Mapping[str, pd.DataFrame]) -> list[Verdict]:
+    """Every target of an H100 from the tables ``"operators"`` and ``"steps"`` of `speed.recorded_speed`.
+
+    Only records of a device whose name has ``H100`` in it count. What is compared was measured on one device.
+    """
+    operators, found = _of_device(tables["operators"], "H100"), []
+    for (operator, direction), bound in _TIMES.items():
+        ours = _operator(operators, operator, "fused", _TRAINING, direction, "gpu_seconds", "bfloat16")
+        found.append(Verdict(f"{_call(operator, direction, _TRAINING)}: GPU time", 1e3 * bound, "ms", True,
+                             None if ours is None else 1e3 * ours))
+    for clock, least, text in (("gpu_seconds", 2, "GPU time"), ("seconds", 5, "as launched")):
+        found += [_ratio(operators, operator, "fla", "fused", _TRAINING, direction, clock, least, text, "bfloat16")
+                  for operator, direction in _TIMES]
+    found += [_ratio(operators, "gated_delta_rule", "flash_qla", "fused", _WIDE, direction, "gpu_seconds", 1,
+                     "GPU time", "bfloat16") for direction in DIRECTIONS]
+    steps = _of_device(tables["steps"], "H100")
+    for stage, (bound, aim) in _STEPS.items():
+        rows = _where(steps, stage=stage, loop="hybridlib", context=1024, teacher="smollm2-135m")
+        found.append(Verdict(f"stage {1 if stage == 'align' else 2} (`{stage}`)", bound, "tokens/s", False,
+                             None if rows.empty else float(rows.iloc[-1]["tokens_per_second"]), aim))
+    return found
+
+
+def cpu_verdicts(operators: pd.DataFrame) -> list[Verdict]:
+    """The targets of a CPU that this table of operators has anything about: those timed at (1, 1024, 9, 64)."""
+    if operators.empty or "device" in operators and operators["device"].str.contains("NVIDIA").any():
+        return []
+    found = [_ratio(operators, operator, peer, "chunked", _SMALL, direction, "seconds", least, "as launched", "float32")
+             for operator, peer, least in (("gated_delta_rule", "transformers", 1.5), ("gated_delta_rule", "naive", 1),
+                                           ("gated_linear_attention", "naive", 1)) for direction in DIRECTIONS]
+    return [one for one in found if one.found is not None]
+
+
+def target_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """Targets as a table to read: what was aimed at, what was found, the verdict."""
+    table = [{"target": one.target, "bound": _bound(one), "found": "\u2013" if one.found is None else _number(one),
+              "verdict": one.verdict} for one in verdicts]
+    return pd.DataFrame(table).set_index("target") if table else pd.DataFrame()
+
+
+def target_words(verdicts: Iterable[Verdict]) -> str:
+    """In a sentence how many targets are met; then a list in Markdown, a line a target. Empty without any."""
+    verdicts = list(verdicts)
+    if not verdicts:
+        return ""
+    met, missed, none = (sum(one.verdict.split(",")[0] == word for one in verdicts)
+                         for word in ("met", "missed", "not measured"))
+    lines = [f"- {one.target}: {_bound(one)}; "
+             + (f"{_number(one)}, **{one.verdict}**." if one.found is not None else f"{one.verdict}.")
+             for one in verdicts]
+    return (f"Of {len(verdicts)} targets {met} met, {missed} missed, {none} not measured.\n\n" + "\n".join(lines))
+
+
+def _ratio(frame, operator, peer, ours, shape, direction, clock, least, text, dtype):
+    """How many times the time of `ours` the peer takes, both on one device."""
+    times = [_operator(frame, operator, backend, shape, direction, clock, dtype) for backend in (peer, ours)]
+    return Verdict(f"{_call(operator, direction, shape)}: time of {_NAMES[peer]} over that of `{ours}`, {text}", least,
+                   "times", False, None if None in times else times[0] / times[1])
+
+
+def _operator(frame, operator, backend, shape, direction, clock, dtype):
+    rows = _where(frame, operator=operator, backend=backend, direction=direction, dtype=dtype,
+                  **dict(zip(("batch", "time", "heads", "dim"), shape)))
+    rows = rows[rows[clock].notna()] if len(rows) and clock in rows else rows[:0]
+    return None if rows.empty else float(rows.iloc[-1][clock])
+
+
+def _where(frame, **values):
+    """The rows that ran and have these values; none if a column is missing."""
+    if frame.empty or any(name not in frame for name in values):
+        return frame[:0]
+    rows = frame[frame["reason"].isna()]
+    for name, value in values.items():
+        rows = rows[rows[name] == value]
+    return rows
+
+
+def _of_device(frame, name):
+    """Rows of the device with this in its name that was measured last."""
+    if frame.empty or "device" not in frame:
+        return frame[:0]
+    rows = frame[frame["device"].str.contains(name, regex=False)]
+    return rows[rows["device"] == rows["device"].iloc[-1]] if len(rows) else rows
+
+
+def _call(operator, direction, shape):
+    return f"{operator.replace('_', ' ')}, {direction}, ({', '.join(map(str, shape))})"
+
+
+def _bound(one):
+    aim = f", aiming at {one.aim:,.0f}" if one.aim is not None else ""
+    return f"at {'most' if one.most else 'least'} {_short(one.bound)} {one.unit}{aim}"
+
+
+def _number(one):
+    return f"{_short(one.found)} {one.unit}"
+
+
+def _short(number):
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
