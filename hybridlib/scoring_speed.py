@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 import torch
 
-from .agreement import spearman, top_k_jaccard
+from .agreement import spearman, stability, top_k_jaccard
 from .batched import group_size
 from .candidates import ScoringJob
 from .checks import check_choice, check_int
@@ -251,8 +251,20 @@ def engine_words(frame: pd.DataFrame) -> str:
     return (f"{text}: the engine took {engine['seconds']:,.1f} s against the plain loop's {plain['seconds']:,.1f} s, "
             f"**{found['speed']:.2f} times** as fast, with {100 * engine['tokens'] / plain['tokens']:.0f}% of the "
             f"tokens; it {early}. Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard of the best layers "
-            f"{_jaccards(found)}; {_stops_for(engine)}.{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
+            f"{_jaccards(found)}; {_stops_for(engine)}."
+            f"{_along(engine)}{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
             f"{AIM[1]:g} at every budget is {verdict}.")
+
+
+def _along(engine):
+    """How the ranking moved along the engine's training; nothing where it was measured once."""
+    history, budget = engine.get("history"), engine["early_stop"]["budget"]
+    if not isinstance(history, list) or len(history) < 2:
+        return ""
+    points = stability(history, budget_layers(budget, len(history[-1])))[:-1]
+    said = ", ".join(f"{_number(rho, 2)} and {set_:.2f} after {tokens:,}"
+                     for (rho, set_), tokens in zip(points, engine["history_tokens"], strict=False))
+    return f" Along its training, Spearman and Jaccard of the best layers with its own last measurement: {said} tokens."
 
 
 def _worker_words(rows):
@@ -262,9 +274,9 @@ def _worker_words(rows):
         return ""
     many, one = rows.loc["workers"], rows.loc[alone]
     apart = max(abs(a - b) for a, b in zip(many["values"], one["values"], strict=True))
-    return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s ({many['start_seconds']:,.1f} s more to start "
+    return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s (and {many['start_seconds']:,.1f} s to start "
             f"them and load what they need) against {one['seconds']:,.1f} s in one process, "
-            f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats a token, "
+            f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats, "
             f"Spearman {_number(spearman(many['values'], one['values']), 3)}.")
 
 
