@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -80,10 +81,11 @@ def _load(job, warm_up):
     try:
         job.inputs.load()
         if warm_up:
-            found = measure_candidates(ScoringJob(job.inputs, job.direction, warm_up, job.inputs.context,
-                                                  job.settings), (0,), warm_up)[0]
+            eager = replace(job.settings, compile=False, cuda_graph=False)  # what is compiled is part of the scoring
+            first = replace(job, num_tokens=warm_up, heldout_tokens=job.inputs.context, settings=eager,
+                            checkpoints=None)
+            found = measure_candidates(first, (0,), warm_up)[0]
             why = found if isinstance(found, str) else None
-            job.inputs.load().forget()
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     _ready.wait(READY_SECONDS)
