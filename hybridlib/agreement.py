@@ -16,7 +16,7 @@ from scipy import stats
 from .checks import check_int, check_number
 
 __all__ = ["bootstrap_interval", "chance_jaccard", "contiguity", "contiguity_distribution", "interval", "jaccard",
-           "kendall", "paired_difference", "pairwise", "spearman", "top_k_jaccard"]
+           "kendall", "paired_difference", "pairwise", "spearman", "stability", "top_k_jaccard"]
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
@@ -166,6 +166,20 @@ def pairwise(measure: Callable[..., float], items: Sequence) -> np.ndarray:
     """Matrix (n, n) of ``measure(items[i], items[j])``, e.g. `jaccard` of layer sets or `spearman` of scores."""
     items = list(items)
     return np.array([[float(measure(a, b)) for b in items] for a in items]).reshape(len(items), len(items))
+
+
+def stability(history: Sequence[Sequence[float]], k: int) -> np.ndarray:
+    """How near a ranking was to its end at each measurement along training: (measurements, 2).
+
+    Columns: `spearman` with the last measurement, and `top_k_jaccard` of the `k` best with it. The last row is 1, 1
+    (nan where a ranking is constant). `history` has a score a layer for each measurement, as `LayerScores.history` has.
+
+    Raises ValueError for no measurement, and as those two do.
+    """
+    history = [list(scores) for scores in history]
+    if not history:
+        raise ValueError("history is empty; give at least one measurement")
+    return np.array([[spearman(scores, history[-1]), top_k_jaccard(scores, history[-1], k)] for scores in history])
 
 
 def check_confidence(confidence: float) -> None:

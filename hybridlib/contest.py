@@ -23,8 +23,8 @@ from .study import Study, StudySettings
 from .style import format_interval, format_number
 
 __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest", "recorded_scores",
-           "repeat_words", "run_contest"]
+           "cost_table", "cost_words", "front", "front_words", "other_words", "participants", "recorded_contest",
+           "recorded_contests", "recorded_scores", "repeat_words", "run_contest"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
@@ -137,10 +137,26 @@ def run_contest(study: Study) -> Contest:
     return _contest(study.remember(plain, compute, s.mixer, kind="contest"))
 
 
+def recorded_contests(ledger: Ledger) -> list[Contest]:
+    """The contests in `ledger`, one a teacher and number of seeds: of those the one of most selectors, the latest of
+    equals. The deepest teacher is first, then the most lines (selectors times seeds)."""
+    kept: dict[tuple, Contest] = {}
+    for record in sorted(ledger.find("contest"), key=lambda r: (len(r.metrics["rows"]), r.started)):
+        kept[record.parameters["aligned"]["teacher"], record.parameters["seeds"]] = _contest(record)
+    return sorted(kept.values(), key=lambda c: (-c.num_layers, -len(c.rows)))
+
+
 def recorded_contest(ledger: Ledger) -> Contest | None:
-    """The contest of the most selectors and seeds in `ledger`, the latest of equals; None if there is none."""
-    found = ledger.find("contest")
-    return _contest(max(found, key=lambda r: (len(r.metrics["rows"]), r.started))) if found else None
+    """The first of `recorded_contests`; None if there is none."""
+    return next(iter(recorded_contests(ledger)), None)
+
+
+def other_words(ledger: Ledger, notebook: str) -> str:
+    """In Markdown, all `recorded_contests` but the first: what was run, how far GA-S2 repeats itself, and each selector
+    against GA-S2. Empty if there are none."""
+    return "\n\n".join("\n\n".join([about(other, notebook), repeat_words(other, [t for t in other.titles
+                                                                              if not t.startswith("GA-S2")]),
+                                    cost_words(other, other.titles)]) for other in recorded_contests(ledger)[1:])
 
 
 def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[str, tuple[float, ...]]:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 import torch
 
-from .agreement import spearman, top_k_jaccard
+from .agreement import spearman, stability, top_k_jaccard
 from .batched import group_size
+from .candidates import ScoringJob
 from .checks import check_choice, check_int
 from .contest import SelectorSettings
 from .corpus import Tokens
@@ -29,6 +30,7 @@ from .selection import budget_layers
 from .study import Study
 from .style import format_number
 from .timing import measured, peak_memory
+from .workers import count_workers, pool_of_workers
 
 __all__ = ["AIM", "BUDGETS", "ENGINES", "CostSettings", "compare_engines", "compare_scoring", "engine_table",
            "engine_words", "recorded_scoring_speed"]
@@ -36,7 +38,7 @@ __all__ = ["AIM", "BUDGETS", "ENGINES", "CostSettings", "compare_engines", "comp
 #: the loops that can be compared, the plain one first
 ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, with early stopping",
            "shared": "teacher's states shared", "recorded": "shared; steps compiled and recorded",
-           "together": "shared; layers train together"}
+           "together": "shared; layers train together", "workers": "shared, and recorded on a GPU; by workers"}
 BUDGETS = (0.125, 0.25, 0.5)  # at which the chosen sets are compared
 AIM = (5.0, 0.9)  # times as fast, at this Jaccard index at every budget
 
@@ -80,9 +82,10 @@ def compare_engines(study: Study) -> pd.DataFrame:
                            heldout_tokens=s.engine_heldout_tokens, group=s.engine_group or None)
 
 
-def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str] = tuple(ENGINES),
+def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str] = tuple(ENGINES)[:5],
                     num_tokens: int | None = None, heldout_tokens: int | None = None, direction: str = "add",
-                    mixer: str | None = None, seed: int = 0, group: int | None = None) -> pd.DataFrame:
+                    mixer: str | None = None, seed: int = 0, group: int | None = None,
+                    workers: int = 0) -> pd.DataFrame:
     """Score all layers by each of `loops`; a row a loop. Record kind ``"scoring_speed"``, one a loop.
 
     ``"plain"``
@@ -97,6 +100,9 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         `score_layers` without early stopping, to see what each part brings: states shared, nothing else; steps compiled
         and recorded, too (which changes nothing on a CPU, where it is left out); or all layers, or as many as memory
         holds, in one stacked model (recorded on a GPU).
+    ``"workers"``
+        As ``"recorded"`` (on a CPU, ``"shared"``), its tasks given to `workers` processes on this machine, each with a
+        GPU of its own. What a process takes to start and to load the inputs is ``start_seconds``, not ``seconds``.
 
     Parameters
     ----------
@@ -105,10 +111,12 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     loops : names of `ENGINES`, run in their order there.
     num_tokens : tokens of stage 2 for each candidate, None for the study's. heldout_tokens : to measure on, likewise.
     direction : as in `score_layers`. group : layers that train together; None as said above.
+    workers : processes, at most one a GPU; 0 for as many as there are GPUs.
 
     Metrics: ``seconds``, from the aligned student to the last score; ``tokens`` of training; ``values``, ``history``
     and ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes`` of a GPU. What is compiled is compiled within
-    a loop's time. What all of them need (kernels, memory) is warmed up before it by a step and a measurement.
+    a loop's time. What all of them need (kernels, memory) is warmed up before it by a step and a measurement, in each
+    worker too.
 
     Raises ValueError for a bad argument. A loop that cannot run has its ``reason`` instead of numbers.
     """
@@ -120,6 +128,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     check_int("heldout_tokens", heldout_tokens, s.context, s.heldout_tokens)
     check_choice("direction", direction, ("add", "remove"))
     early_stop.count(study.num_layers)
+    count = count_workers(workers, device) if "workers" in loops else 0
     if not loops:
         return pd.DataFrame()
     student, teacher, whole = study.aligned(mixer, seed), study.teacher.model, study.tokens(seed, num_tokens, "score")
@@ -129,7 +138,8 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     together = group or -(-study.num_layers // -(-study.num_layers // group_size(student, tokens, eager,
                                                                                 study.num_layers)))
     ways = {"plain": (eager, 1), "engine": (recorded, task_size(student, tokens, recorded, group)),
-            "shared": (eager, 1), "recorded": (recorded, 1), "together": (recorded, together)}
+            "shared": (eager, 1), "recorded": (recorded, 1), "together": (recorded, together),
+            "workers": (recorded, 1)}
     common = {"aligned": study._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed, "direction": direction,
               "num_tokens": num_tokens, "heldout_tokens": heldout_tokens, "settings": recorded.numbers()}
 
@@ -137,11 +147,14 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         def scored():
             if loop == "plain":
                 return _plain(student, teacher, tokens, num_tokens, direction, settings)
-            found = score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens, group=layers,
-                                 settings=settings, early_stop=early_stop if loop == "engine" else None)
-            return {"tokens": found.tokens, "values": list(found.values), "history": [list(h) for h in found.history],
-                    "history_tokens": list(found.history_tokens)}
+            return _figures(score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens,
+                                         group=layers, settings=settings,
+                                         early_stop=early_stop if loop == "engine" else None))
 
+        if loop == "workers":
+            inputs = replace(study._inputs(mixer, seed, tokens), max_tokens=max(num_tokens, s.context))
+            return _by_workers(ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings), student, teacher,
+                               tokens, count) | {"num_layers": study.num_layers}
         _plain(student, teacher, tokens, tokens.context, direction, eager, layers=1)
         if device.type == "cuda":
             torch.compiler.reset()
@@ -153,6 +166,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     for loop in (name for name in ENGINES if name in loops and not (name == "recorded" and device.type == "cpu")):
         stop = asdict(early_stop) if loop == "engine" else None
         parameters = common | {"loop": loop, "group": ways[loop][1], "early_stop": stop}
+        parameters |= {"workers": count} if loop == "workers" else {}
         rows.append(measured(study.ledger, "scoring_speed", parameters, device,
                              lambda: compute(loop, *ways[loop]), s.recompute))
     return pd.DataFrame(rows)
@@ -166,6 +180,23 @@ def _plain(student, teacher, tokens, num_tokens, direction, settings, layers=Non
         spent.append(match(model, teacher, tokens, num_tokens, settings=settings).tokens[-1])
         values.append(sign * heldout_kl(model, teacher, tokens)[0])
     return {"tokens": sum(spent), "values": values, "history": [values], "history_tokens": spent[:1]}
+
+
+def _figures(found):
+    return {"tokens": found.tokens, "values": list(found.values), "history": [list(h) for h in found.history],
+            "history_tokens": list(found.history_tokens)}
+
+
+def _by_workers(job, student, teacher, tokens, workers):
+    """The loop whose tasks go to processes: they start and load outside of ``seconds``, as others are warmed up."""
+    begun = time.perf_counter()
+    with pool_of_workers(job, workers, warm_up=tokens.context) as pool:
+        started = time.perf_counter()
+        found = score_layers(student, teacher, tokens, direction=job.direction, num_tokens=job.num_tokens,
+                             heldout_tokens=job.heldout_tokens, settings=job.settings, executor=pool,
+                             inputs=job.inputs)
+        seconds = time.perf_counter() - started
+    return _figures(found) | {"seconds": seconds, "start_seconds": started - begun, "peak_bytes": None}
 
 
 def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
@@ -208,7 +239,7 @@ def engine_words(frame: pd.DataFrame) -> str:
     if not {"plain", "engine"} <= set(rows.index):
         return f"{text}: the plain loop and the engine were not both run."
     engine, plain = rows.loc["engine"], rows.loc["plain"]
-    against = {loop: _against(frame, row) for loop, row in rows.iterrows() if loop != "plain"}
+    against = {loop: _against(frame, row) for loop, row in rows.iterrows() if loop not in ("plain", "workers")}
     found, stopped = against["engine"], engine["history_tokens"][-1]
     early = (f"stopped after {stopped:,} tokens a candidate" if stopped < plain["history_tokens"][-1] else
              "did not stop early: the best layers had not settled before")
@@ -216,12 +247,37 @@ def engine_words(frame: pd.DataFrame) -> str:
     verdict = f"**met** here by: {', '.join(ENGINES[loop] for loop in met)}" if met else "**not met** here"
     others = "".join(f" {ENGINES[loop].capitalize()}: {one['speed']:.2f} times as fast, Spearman "
                      f"{_number(one['spearman'], 3)}, Jaccard {_jaccards(one)}." for loop, one in against.items()
-                     if loop != "engine")
+                     if loop != "engine") + _worker_words(rows)
     return (f"{text}: the engine took {engine['seconds']:,.1f} s against the plain loop's {plain['seconds']:,.1f} s, "
             f"**{found['speed']:.2f} times** as fast, with {100 * engine['tokens'] / plain['tokens']:.0f}% of the "
             f"tokens; it {early}. Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard of the best layers "
-            f"{_jaccards(found)}; {_stops_for(engine)}.{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
+            f"{_jaccards(found)}; {_stops_for(engine)}."
+            f"{_along(engine)}{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
             f"{AIM[1]:g} at every budget is {verdict}.")
+
+
+def _along(engine):
+    """How the ranking moved along the engine's training; nothing where it was measured once."""
+    history, budget = engine.get("history"), engine["early_stop"]["budget"]
+    if not isinstance(history, list) or len(history) < 2:
+        return ""
+    points = stability(history, budget_layers(budget, len(history[-1])))[:-1]
+    said = ", ".join(f"{_number(rho, 2)} and {set_:.2f} after {tokens:,}"
+                     for (rho, set_), tokens in zip(points, engine["history_tokens"], strict=False))
+    return f" Along its training, Spearman and Jaccard of the best layers with its own last measurement: {said} tokens."
+
+
+def _worker_words(rows):
+    """What one worker a GPU brings beside the same loop in one process."""
+    alone = next((loop for loop in ("recorded", "shared") if loop in rows.index), None)
+    if "workers" not in rows.index or alone is None:
+        return ""
+    many, one = rows.loc["workers"], rows.loc[alone]
+    apart = max(abs(a - b) for a, b in zip(many["values"], one["values"], strict=True))
+    return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s (and {many['start_seconds']:,.1f} s to start "
+            f"them and load what they need) against {one['seconds']:,.1f} s in one process, "
+            f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats, "
+            f"Spearman {_number(spearman(many['values'], one['values']), 3)}.")
 
 
 def _jaccards(found):

@@ -93,7 +93,10 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
 
     Cost: at most L + width (K - 1)(2L - K) / 2 evaluations in K rounds if adding, at most
     L + width (L - K - 1)(L + K) / 2 in L - K rounds if removing (none if K = L): fewer where kept sets lead to the
-    same one.
+    same one. What an evaluation costs in tokens is `measure`'s to say; see `distilled_kl`.
+
+    Assumes that the best set has a subset (if removing, a superset) among the `width` best of every size. Source:
+    classical; the paper ranks once instead of after every step.
     """
     check_choice("direction", direction, ("add", "remove"))
     check_int("width", width, 1)
@@ -119,7 +122,8 @@ def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = N
     Parameters as in `beam`; `budget` None measures every set of every size, from no layer to all. Then `path` has the
     best set of each size, and `layers` is the best of all; of equals, the smallest.
 
-    Cost: L! / (K! (L - K)!) evaluations in one round, or 2 ** L in L + 1 rounds: for a small L.
+    Cost: L! / (K! (L - K)!) evaluations in one round, or 2 ** L in L + 1 rounds: for a small L. Assumes nothing but
+    that `measure` tells sets apart.
     """
     count = _checked(measure, num_layers, 1 if budget is None else budget, executor)
     path, values = [], {}

@@ -77,7 +77,11 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
     The paper's uniform sets follow no rule in L and K alone: for L = 28 and K = 7 they are 0, 4 to 24 (Qwen2.5) and
     3, 7 to 27 (Llama-3.2). ``"end"`` gives those of Llama-3.2-3B where K divides L, ``"start"`` all others.
 
-    None of these rules trains or measures: the cost is that of the scores.
+    The rules by scores assume that layers add up, each judged alone; AVG (the paper) that the errors of its two ranks
+    differ, the penalty (asked for by the paper's reviewers) that neighbours stand in for one another, and even spacing
+    (common practice) that all depths matter alike.
+
+    None of these rules trains or measures: the cost, in tokens and passes, is that of the scores.
     """
     check_choice("name", name, RULES)
     given = [scores] if isinstance(scores, LayerScores) else list(scores or ())

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from hybridlib.agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference,
-                                 pairwise, spearman, top_k_jaccard)
+                                 pairwise, spearman, stability, top_k_jaccard)
 
 
 def test_jaccard_by_hand():
@@ -141,3 +141,10 @@ def test_bootstrap_of_an_undefined_statistic():
 def test_pairwise():
     matrix = pairwise(jaccard, [(0, 1), (1, 2), (5,)])
     assert np.allclose(matrix, [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 1]])
+
+
+def test_stability_compares_each_measurement_with_the_last():
+    found = stability([[1, 2, 3, 4], [4, 2, 3, 1], [4, 3, 2, 1]], 2)
+    assert found == pytest.approx(np.array([[-1.0, 0.0], [0.8, 1 / 3], [1.0, 1.0]]))
+    with pytest.raises(ValueError, match="history is empty"):
+        stability([], 2)

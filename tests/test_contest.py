@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
@@ -109,6 +111,10 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     pd.testing.assert_frame_equal(again.rows, found.rows)
     assert len(list(study.ledger)) == before
     pd.testing.assert_frame_equal(c.recorded_contest(study.ledger).rows, found.rows)
+    one_seed = c.run_contest(hl.Study(dataclasses.replace(study.settings, seeds=1)))
+    fewer = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=names[:2])))
+    assert [len(k.rows) for k in (found, one_seed, fewer)] == [12, 6, 6]
+    assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # the fullest of each number of seeds
     assert c.about(found, "selectors").startswith("Teacher **tiny**, 2 of 4 layers softmax, the others **gdn**; 256 ")
 
 

@@ -59,6 +59,28 @@ def test_a_loop_that_fails_is_named_and_costs_no_other(study, compared, monkeypa
     assert "were not both run" in scoring_speed.engine_words(found)
 
 
+def test_two_workers_give_the_scores_of_one_process(study, compared):
+    found = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("plain", "shared", "engine", "workers"),
+                                          workers=2).set_index("loop")
+    assert list(found.index) == ["plain", "engine", "shared", "workers"] and found["reason"].isna().all()
+    assert found.loc["workers", "values"] == pytest.approx(found.loc["shared", "values"], abs=1e-6)
+    assert found.loc["workers", "seconds"] > 0 < found.loc["workers", "start_seconds"]
+    record, = study.ledger.find("scoring_speed", loop="workers")
+    assert record.parameters["workers"] == 2 and record.metrics["tokens"] == 3 * 256
+    text = scoring_speed.engine_words(found.reset_index())
+    assert "By 2 workers, " in text and "in one process" in text and "Spearman 1.000." in text
+    assert "by workers" not in text.partition("The aim of")[2]  # what several processes save is not the engine's
+
+
+def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
+    with pytest.raises(ValueError, match="workers=0 is one process a GPU"):
+        scoring_speed.compare_scoring(study, early_stop=STOP, loops=("workers",))
+    inputs = study._inputs("gdn", 0, study.tokens(0, 256, "score"))
+    monkeypatch.setattr(study, "_inputs", lambda *_: dataclasses.replace(inputs, student_sha256="0"))
+    found = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("workers",), workers=1, direction="remove")
+    assert "a worker did not come up: ValueError" in found["reason"][0] and "holds other weights" in found["reason"][0]
+
+
 def frame(values, seconds, tokens=(8000, 2000), reached=500):
     common = {"aligned": {"teacher": "lab"}, "device": "a GPU", "num_tokens": 1000, "heldout_tokens": 64, "group": 1,
               "reason": None, "peak_bytes": None}
