@@ -12,16 +12,15 @@ The states are kept for the backward pass, in the dtype of the inputs; sums of l
 what follows, `sums`), decays and P are computed again. A segment is a sequence or, where these are few, a part of one
 (`segments`).
 
-Decays D_ijd = exp(C_id - C_jd) of a pair of tokens factor over i and j about the middle m of a chunk's decay, C_m = half
-of C's last, which lies between no two tokens in particular,
+Decays of a pair of tokens, D_ijd = exp(C_id - C_jd), factor over i and j about half of the chunk's whole decay, H_d,
 
-    D_ijd = exp(C_id - C_md) exp(C_md - C_jd),
+    D_ijd = exp(C_id - H_d) exp(H_d - C_jd),
 
-and P is one product of queries and keys with these factors. Both are within exp(+-40) where no dim decays by more than
-exp(-80) over the chunk, so that nothing overflows or vanishes, and each keeps its relative precision: what is above the
-diagonal may be large, and is cut off. A chunk with a stronger decay is taken level by level: at level l the chunk falls
-into blocks of 2^l tokens, and a token i in an odd block meets each token j of the even block before it at the border b,
-that block's last token,
+and P is one product of queries and keys with these factors. Both lie between exp(-40) and exp(40) where no dim decays by
+more than exp(-80) over the chunk, so that neither overflows or vanishes and each keeps its relative precision; what is
+above the diagonal may be large, and is cut off. A chunk with a stronger decay is taken level by level: at level l it
+falls into blocks of 2^l tokens, and a token i in an odd block meets each token j of the even block before it at the
+border b, that block's last token,
 
     D_ijd = exp(e_id) exp(e_jd),    e_i = C_i - C_b,    e_j = C_b - C_j.
 
@@ -57,7 +56,7 @@ LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # s
 
 @triton.jit
 def _about_middle(q, k, sums, half):
-    """exp(C_i - C_m) and exp(C_m - C_i), for C_m (`half`) halfway through a chunk's decay, and with them q and k."""
+    """exp(C - H) and exp(H - C), with H (`half`) half of a chunk's decay, and with them q and k."""
     up, down = exp(sums - half), exp(half - sums)
     return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype)
 
