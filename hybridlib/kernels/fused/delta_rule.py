@@ -273,17 +273,17 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
         here = head * VALUE_DIM + column
         v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
         before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
+        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
         new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)  # N
-        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
         d_strength += tl.sum(d_right.to(tl.float32) * error, 1)
         store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
         da -= product(d_right, tl.trans(new), PRECISION)
         dk_in += product(d_right, tl.trans(before), PRECISION)
-        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
         dp += product(do_c, tl.trans(new), PRECISION)
         dq_in += product(do_c, tl.trans(before), PRECISION)
-        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         dk_out += product(new, tl.trans(after), PRECISION)
         d_total += tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), 1), 0)
 

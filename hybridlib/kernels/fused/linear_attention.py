@@ -16,8 +16,8 @@ Decays of a pair of tokens, D_ijd = exp(C_id - C_jd), factor over i and j about 
 
     D_ijd = exp(C_id - H_d) exp(H_d - C_jd),
 
-and P is one product of queries and keys with these factors. Both lie between exp(-40) and exp(40) where no dim decays by
-more than exp(-80) over the chunk, so that neither overflows or vanishes and each keeps its relative precision; what is
+and P is one product of queries and keys with these factors. Where no dim decays by more than exp(-80) over the chunk,
+both lie between exp(-40) and exp(40): neither overflows or vanishes, and each keeps its relative precision. What is
 above the diagonal may be large, and is cut off. A chunk with a stronger decay is taken level by level: at level l it
 falls into blocks of 2^l tokens, and a token i in an odd block meets each token j of the even block before it at the
 border b, that block's last token,
