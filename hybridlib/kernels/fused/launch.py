@@ -57,8 +57,8 @@ _FLOAT32 = {  # gated linear attention: 64 dims at most
     "delta_rule.maps": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": Launch(4, 1, 16),
-    "linear_attention.outputs": Launch(8, 1, 16),
-    "linear_attention.gradients": Launch(8, 1, 16),
+    "linear_attention.outputs": Launch(4, 1, 64),
+    "linear_attention.gradients": Launch(4, 1, 64),
     "linear_attention.join": Launch(4, 1, 16),
 }
 
