@@ -63,6 +63,15 @@ _FLOAT32 = {  # gated linear attention: 64 dims at most
 }
 
 
+def how(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Launch:
+    """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
+    table = _FLOAT32 if dtype == torch.float32 else _HALF
+    rows = override.get(kernel) or table[kernel]
+    use = rows if isinstance(rows, Launch) else rows[max(key_dim, value_dim) > 64]
+    most = value_dim if kernel.startswith("delta_rule") else key_dim
+    return use if use.width <= most else use._replace(width=most)
+
+
 _compiled = {}  # kernels by what they were compiled for: Triton's own look-up takes most of a launch
 
 
@@ -96,11 +105,7 @@ class Place:
 
     def how(self, kernel: str) -> Launch:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
-        table = _FLOAT32 if self.dtype == torch.float32 else _HALF
-        rows = override.get(kernel) or table[kernel]
-        use = rows if isinstance(rows, Launch) else rows[max(self.key_dim, self.value_dim) > 64]
-        most = self.value_dim if kernel.startswith("delta_rule") else self.key_dim
-        return use if use.width <= most else use._replace(width=most)
+        return how(kernel, self.dtype, self.key_dim, self.value_dim)
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from . import segments
-from .launch import SIZE, Place, precision, stride
+from .launch import SIZE, Place, how, precision, stride
 from .tiles import (
     block,
     exp,
@@ -51,14 +51,16 @@ from .tiles import (
     tokens_of,
 )
 
-LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # sum of log_decay of a chunk taken whole
+
+LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # of a chunk that is taken whole
 
 
 @triton.jit
-def _about_middle(q, k, sums, half):
-    """exp(C - H) and exp(H - C), with H (`half`) half of a chunk's decay, and with them q and k."""
+def _about_middle(q, k, sums):
+    """exp(C_i - C_m) and exp(C_m - C_i), x_q and x_k, q and k with them, and exp(C_m) = exp(C_end - C_m), for C_m halfway."""
+    half = 0.5 * tl.min(sums, 0)[None, :]
     up, down = exp(sums - half), exp(half - sums)
-    return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype)
+    return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype), exp(half)
 
 
 @triton.jit
@@ -72,8 +74,13 @@ def _meeting(q, k, log_decays, sums, LEVEL, SIZE: tl.constexpr):
     return decayed, x, odd, (i > j) & ((i >> LEVEL) ^ (j >> LEVEL) == 1)
 
 
+@triton.jit
+def _is_strong(lowest, at, BOUND: tl.constexpr, TILES: tl.constexpr):
+    return tl.min(tl.load(lowest + at * TILES + tl.arange(0, TILES)), 0) < BOUND
+
+
 @kernel
-def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, sequences, heads, segments, scale,
+def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, time, sequences, heads, segments, scale,
           x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
@@ -81,7 +88,7 @@ def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, seq
 
     (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in registers, in float32. `states`
     gets the state before each chunk, or the gradient of the state after it; `final` the last one,
-    `totals` the decay from the start to the end.
+    `totals` the decay from the start to the end, `lowest` the least of a chunk's sums of log_decay in any of these dims.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
@@ -105,6 +112,9 @@ def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, seq
             tl.store(block(states, (chunk + c) * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH),
                      state.to(states.dtype.element_ty))
         total = tl.min(sum_c, 1)
+        if lowest is not None:
+            if column == 0:
+                tl.store(lowest + ((chunk + c) * heads + head) * (KEY_DIM // HEIGHT) + row // HEIGHT, tl.min(total, 0))
         x_c = x_c.to(tl.float32) * (scale * exp(sum_c if BACK else total[:, None] - sum_c))
         if totals is not None:
             passed += total
@@ -116,60 +126,72 @@ def _scan(x, y, log_decay, initial, final, states, totals, cu_seqlens, time, seq
             tl.store(totals + (n * heads + head) * KEY_DIM + row + tl.arange(0, HEIGHT), tl.exp(passed))
 
 
-@kernel
-def _outputs(q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
-             q_stride, k_stride, v_stride, decay_stride,
-             KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-             MANY: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
-    """O = scale ((in q) S + P v) of one chunk, HEIGHT of the key dims at a time."""
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
-    at = chunk * heads + head
+@triton.jit
+def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
+                q_stride, k_stride, v_stride, decay_stride, BY_LEVELS: tl.constexpr,
+                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
+                MANY: tl.constexpr, PRECISION: tl.constexpr):
+    """O = scale ((in q) S + P v) of one chunk and head, HEIGHT of the key dims at a time."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    chunk, head = at // heads, at % heads
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     kind = q.dtype.element_ty
-    v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     pairs, read = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
     for row in range(0, KEY_DIM, HEIGHT):
         here = head * KEY_DIM + row
-        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
         q_c = load_rows(q, start, end, q_stride, here, SIZE, HEIGHT)
         k_c = load_rows(k, start, end, k_stride, here, SIZE, HEIGHT)
+        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
         state = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         sum_c = sums_over_rows(j <= i, decay_c)
-        half = 0.5 * tl.min(sum_c, 0)[None, :]
-        if 2 * tl.min(half) >= BOUND:
-            up, down, x_q, x_k = _about_middle(q_c, k_c, sum_c, half)
-            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
-            q_in = (q_c * (up * exp(half))).to(kind)
-        else:
+        if BY_LEVELS:
             pairs += tl.where(i == j, tl.sum(q_c.to(tl.float32) * k_c.to(tl.float32), 1)[:, None], 0.0)
             for level in range(6):
                 decayed, x, odd, meet = _meeting(q_c, k_c, decay_c, sum_c, level, SIZE)
                 pairs += tl.where(meet, product(x, tl.trans(x), PRECISION), 0.0)
-            q_in = (q_c * exp(sum_c)).to(kind)
-        read += product(q_in, state, PRECISION)
+            q_in = q_c * exp(sum_c)
+        else:
+            up, down, x_q, x_k, rest = _about_middle(q_c, k_c, sum_c)
+            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
+            q_in = q_c * (up * rest)
+        read += product(q_in.to(kind), state, PRECISION)
+    v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     read += product(pairs.to(kind), v_c, PRECISION)
     store_rows(o, scale * read, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 @kernel
-def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay,
-               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-               KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-               MANY: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one chunk from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
+def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences, heads, scale,
+             q_stride, k_stride, v_stride, decay_stride,
+             KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
+             MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+    """Outputs of one chunk and head, by levels where its decays are strong."""
+    at = tl.program_id(0)
+    if _is_strong(lowest, at, BOUND, TILES):
+        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride,
+               True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+    else:
+        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride,
+               False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+
+
+@triton.jit
+def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
+                  heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride, BY_LEVELS: tl.constexpr,
+                  KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
+                  MANY: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of one chunk and head from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
 
-    and through P, pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay once more.
-    log_decay's gradient at t is the sum over i >= t of C's, which is q dq from in_i and x dx of queries, less that of
-    keys; over j < t of k dk from out_j; and in_C S dS'. Over pairs of which both tokens are at t or later x dx adds up
-    to 0, from the same rounded numbers.
+    and through P, from pairs i > j, dx = dP x (of keys for queries, and dP^T of queries for keys), with its decay again.
+    log_decay's gradient at t is the sum of C's over i >= t, which is q dq from in_i and x dx of queries, less that of
+    keys; of k dk from out_j over j < t; and of in_C S dS'. Over pairs of which both tokens are at t or later x dx adds
+    up to 0, from the same rounded numbers.
     """
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
-    at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    chunk, head = at // heads, at % heads
+    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     kind = q.dtype.element_ty
     v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
@@ -179,31 +201,20 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay,
     pairs, dv_c = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
     for row in range(0, KEY_DIM, HEIGHT):
         here = head * KEY_DIM + row
-        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
         q_c = load_rows(q, start, end, q_stride, here, SIZE, HEIGHT)
         k_c = load_rows(k, start, end, k_stride, here, SIZE, HEIGHT)
+        decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
         before = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         after = tl.load(block(d_states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
+        sum_c = sums_over_rows((j <= i), decay_c)
         d_total = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
-        sum_c = sums_over_rows(j <= i, decay_c)
-        half = 0.5 * tl.min(sum_c, 0)[None, :]
-        rest = exp(half)
-        if 2 * tl.min(half) >= BOUND:
-            up, down, x_q, x_k = _about_middle(q_c, k_c, sum_c, half)
-            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
-            dx_q = (scale * rest) * product(do_c, tl.trans(before), PRECISION) + product(below, x_k, PRECISION)
-            dq_c, d_sums = diagonal * k_c + up * dx_q, x_q * dx_q
-            dx_k = product(tl.trans(below), x_q, PRECISION)
-            d_sums -= x_k * dx_k
-            dx_out = rest * product(v_c, tl.trans(after), PRECISION)
-            dk_c, d_outs = diagonal * q_c + down * (dx_k + dx_out), x_k * dx_out
-            k_out = (x_k * rest).to(kind)
-        else:
-            q_f, k_f = q_c.to(tl.float32), k_c.to(tl.float32)
+        if BY_LEVELS:
+            q_f, k_f, total = q_c.to(tl.float32), k_c.to(tl.float32), tl.min(sum_c, 0)[None, :]
             pairs += tl.where(i == j, tl.sum(q_f * k_f, 1)[:, None], 0.0)
             dq_in = scale * exp(sum_c) * product(do_c, tl.trans(before), PRECISION)
-            decay_out = exp(2 * half - sum_c)
+            decay_out, d_total = exp(total - sum_c), exp(total) * d_total
             dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
+            k_out = decay_out * k_f
             dq_c, dk_c, d_sums, d_outs = diagonal * k_f + dq_in, diagonal * q_f + dk_out, q_f * dq_in, k_f * dk_out
             for level in range(6):
                 decayed, x, odd, meet = _meeting(q_c, k_c, decay_c, sum_c, level, SIZE)
@@ -213,54 +224,82 @@ def _gradients(q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay,
                 d_sums += tl.where(odd, x * dx, -(x * dx))
                 dq_c += tl.where(odd, decayed * dx, 0.0)
                 dk_c += tl.where(odd, 0.0, decayed * dx)
-            k_out = (decay_out * k_f).to(kind)
+        else:
+            up, down, x_q, x_k, rest = _about_middle(q_c, k_c, sum_c)
+            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
+            dx_q = (scale * rest) * product(do_c, tl.trans(before), PRECISION) + product(below, x_k, PRECISION)
+            dq_c, d_sums = diagonal * k_c + up * dx_q, x_q * dx_q
+            dx_k = product(tl.trans(below), x_q, PRECISION)
+            d_sums -= x_k * dx_k
+            dx_out = rest * product(v_c, tl.trans(after), PRECISION)
+            dk_c, d_outs = diagonal * q_c + down * (dx_k + dx_out), x_k * dx_out
+            k_out, d_total = x_k * rest, rest * rest * d_total
         store_rows(dq, dq_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
         store_rows(dk, dk_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
-        dv_c += product(k_out, after, PRECISION)
-        d_decay_c = sums_of_gradients(j >= i, d_sums, PRECISION) + sums_of_gradients(j < i, d_outs, PRECISION)
-        d_decay_c += rest * rest * d_total
+        dv_c += product(k_out.to(kind), after, PRECISION)
+        d_decay_c = sums_of_gradients((j >= i), d_sums, PRECISION)
+        d_decay_c += sums_of_gradients((j < i), d_outs, PRECISION) + d_total
         store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
     dv_c += scale * product(tl.trans(pairs.to(kind)), do_c, PRECISION)
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
+@kernel
+def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
+               MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of one chunk and head, by levels where its decays are strong."""
+    at = tl.program_id(0)
+    if _is_strong(lowest, at, BOUND, TILES):
+        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+    else:
+        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+
+
 def kept(q, v, count, keep, sequences):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: states and M."""
-    return q.new_empty(count, q.shape[-1], v.shape[-1]), segments.room(q, v, sequences, q.shape[-1])
+    """Room for what `forward` leaves to `backward`, for `count` chunks: states, `lowest` and M."""
+    tiles = q.shape[-1] // how("linear_attention.scan", q.dtype, q.shape[-1], v.shape[-1]).width
+    return (q.new_empty(count, q.shape[-1], v.shape[-1]), q.new_empty(count, tiles, dtype=torch.float32),
+            segments.room(q, v, sequences, q.shape[-1]))
 
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: states and M."""
+    """o, final state, and what `backward` needs: states, `lowest` and M."""
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
-    states, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
+    states, lowest, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch_scan(at, k, v, log_decay, initial, final, states, maps, cu_seqlens, 1.0, False)
+    _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
-    at.launch(_outputs, use, (at.heads, at.chunks, 1),
-              q, k, v, log_decay, states, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
+    at.launch(_outputs, use, (at.heads * at.chunks, 1, 1),
+              q, k, v, log_decay, states, lowest, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
               stride(q), stride(k), stride(v), stride(log_decay),
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, LOWEST[q.dtype], precision(q.dtype))
-    return o, final, (states, maps)
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
+              precision(q.dtype))
+    return o, final, (states, lowest, maps)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
+    at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, maps, cu_seqlens, scale, True)
+    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale, True)
     use = at.how("linear_attention.gradients")
-    at.launch(_gradients, use, (at.heads, at.chunks, 1),
-              q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
+    at.launch(_gradients, use, (at.heads * at.chunks, 1, 1),
+              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
               at.time, at.sequences, at.heads, scale,
               stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, LOWEST[q.dtype], precision(q.dtype))
+              at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
+              precision(q.dtype))
     return dq, dk, dv, d_decay, d_initial
 
 
-def _launch_scan(at, x, y, log_decay, initial, final, states, maps, cu_seqlens, scale, back):
+def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
@@ -273,8 +312,8 @@ def _launch_scan(at, x, y, log_decay, initial, final, states, maps, cu_seqlens, 
                   at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
 
     if maps is None:
-        return scan(initial, final, states, None)
+        return scan(initial, final, states, lowest, None)
     ends = segments.ends(at, x.device)
-    scan(None, ends, None, None if back else maps, part=1)
+    scan(None, ends, None, None, None if back else maps, part=1)
     segments.join(at, maps, ends, initial, final, back)
-    scan(ends, None, states, None)
+    scan(ends, None, states, lowest, None)
