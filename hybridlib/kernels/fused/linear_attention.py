@@ -51,13 +51,12 @@ from .tiles import (
     tokens_of,
 )
 
-
-LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # of a chunk that is taken whole
+LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # sum of log_decay of a chunk taken whole
 
 
 @triton.jit
 def _about_middle(q, k, sums):
-    """exp(C_i - C_m) and exp(C_m - C_i), x_q and x_k, q and k with them, and exp(C_m) = exp(C_end - C_m), for C_m halfway."""
+    """exp(C - H) and exp(H - C), with H half of a chunk's whole decay, q and k with these, and exp(H)."""
     half = 0.5 * tl.min(sums, 0)[None, :]
     up, down = exp(sums - half), exp(half - sums)
     return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype), exp(half)
@@ -87,8 +86,8 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, t
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
 
     (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in registers, in float32. `states`
-    gets the state before each chunk, or the gradient of the state after it; `final` the last one,
-    `totals` the decay from the start to the end, `lowest` the least of a chunk's sums of log_decay in any of these dims.
+    gets the state before each chunk, or the gradient of the state after it; `final` the last one, `totals` the decay
+    from the start to the end, `lowest` the least sum of log_decay over a chunk in any of these dims.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
@@ -168,11 +167,13 @@ def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences,
     """Outputs of one chunk and head, by levels where its decays are strong."""
     at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
-        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride,
-               True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
+                    q_stride, k_stride, v_stride, decay_stride,
+                    True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
     else:
-        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride,
-               False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
+                    q_stride, k_stride, v_stride, decay_stride,
+                    False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
 
 
 @triton.jit
@@ -184,7 +185,7 @@ def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_d
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
 
-    and through P, from pairs i > j, dx = dP x (of keys for queries, and dP^T of queries for keys), with its decay again.
+    and through P, from pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay again.
     log_decay's gradient at t is the sum of C's over i >= t, which is q dq from in_i and x dx of queries, less that of
     keys; of k dk from out_j over j < t; and of in_C S dS'. Over pairs of which both tokens are at t or later x dx adds
     up to 0, from the same rounded numbers.
@@ -252,11 +253,13 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
     """Gradients of one chunk and head, by levels where its decays are strong."""
     at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
-        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-               True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
+                      heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
     else:
-        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-               False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
+                      heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
 
 
 def kept(q, v, count, keep, sequences):
