@@ -185,7 +185,7 @@ def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_d
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
 
-    and through P, from pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay again.
+    and through P, pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay once more.
     log_decay's gradient at t is the sum of C's over i >= t, which is q dq from in_i and x dx of queries, less that of
     keys; of k dk from out_j over j < t; and of in_C S dS'. Over pairs of which both tokens are at t or later x dx adds
     up to 0, from the same rounded numbers.
