@@ -207,7 +207,7 @@ def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_d
         decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
         before = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         after = tl.load(block(d_states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
-        sum_c = sums_over_rows((j <= i), decay_c)
+        sum_c = sums_over_rows(j <= i, decay_c)
         d_total = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
         if BY_LEVELS:
             q_f, k_f, total = q_c.to(tl.float32), k_c.to(tl.float32), tl.min(sum_c, 0)[None, :]
@@ -238,8 +238,8 @@ def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_d
         store_rows(dq, dq_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
         store_rows(dk, dk_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
         dv_c += product(k_out.to(kind), after, PRECISION)
-        d_decay_c = sums_of_gradients((j >= i), d_sums, PRECISION)
-        d_decay_c += sums_of_gradients((j < i), d_outs, PRECISION) + d_total
+        d_decay_c = sums_of_gradients(j >= i, d_sums, PRECISION)
+        d_decay_c += sums_of_gradients(j < i, d_outs, PRECISION) + d_total
         store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
     dv_c += scale * product(tl.trans(pairs.to(kind)), do_c, PRECISION)
     store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
