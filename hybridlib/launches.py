@@ -66,8 +66,9 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
 
     - delta rule: invert 10 16^2 K + 40 16^3, scans (either way) 3 C K V + (f + 1) C^2 V + C^2 K V / W,
       gradients 4 C K V + (f + 2) C^2 V + 6 C^2 K, maps (K + V) (2 C K + f C^2);
-    - linear attention: scans (either way) C K V + 2 C^2 K V / W, outputs C K V + C^2 V + 3 C^2 K,
-      gradients 3 C K V + 2 C^2 V + (5 + s) C^2 K, with s = 4, or 2 in float32, in chunks that need no levels.
+    - linear attention: scans (either way) C K V + 2 C^2 K V / W, outputs and gradients of the values alone C K V +
+      C^2 V + 3 C^2 K, gradients 3 C K V + 2 C^2 V + (5 + s) C^2 K, with s = 4, or 2 in float32, and without those of
+      the values, by p programs, 2 C K V + p C^2 V + (4 + s) C^2 K; all in chunks that need no levels.
 
     A join has K^2 V for each segment of the delta rule, and none of linear attention.
     """
@@ -88,7 +89,10 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
         "linear_attention.scan": c * k * v + 2 * c * c * k * tiles,
         "linear_attention.outputs": c * k * v + c * c * v + 3 * c * c * k,
         "linear_attention.gradients": 3 * c * k * v + 2 * c * c * v + (5 + summed) * c * c * k,
+        "linear_attention.value_gradients": c * k * v + c * c * v + 3 * c * c * k,
     }[name]
+    if name == "linear_attention.gradients" and arguments.get("dv") is None:
+        adds = 2 * c * k * v + k // arguments["ROWS"] * c * c * v + (4 + summed) * c * c * k
     return 2 * adds * arguments["sequences"] * -(-arguments["time"] // c) * arguments["heads"]
 
 

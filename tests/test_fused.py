@@ -352,6 +352,9 @@ def interpreted_checks():
         check(operator, inputs, state, 1e-4)
     inputs, state = make_inputs("gla", 20, 128, 128, torch.float32, "mixed", batch=1, heads=1)
     check("gla", inputs, state, 1e-4)
+    for key_dim, value_dim, decay in ((128, 128, "strong, then mild"), (128, 64, "mild"), (64, 128, "mixed")):
+        inputs, state = make_inputs("gla", 70, key_dim, value_dim, torch.bfloat16, decay, batch=1, heads=1)
+        check("gla", inputs, state, 1e-2)
     for beta in ("zero", "one"):
         for repeat_keys in (True, False):
             inputs, state = make_inputs("gdn", 70, 32, 32, torch.float32, beta=beta, repeat_keys=repeat_keys, heads=1)

@@ -63,7 +63,8 @@ def interpreted_launches():
             ("gated_delta_rule", "bfloat16", (2, 64, 1, 64), 1, True),
             ("gated_delta_rule", "bfloat16", (1, 64, 1, 128), 1, False),
             ("gated_linear_attention", "float32", (1, 64, 1, 64), 1, True),
-            ("gated_linear_attention", "bfloat16", (1, 128, 2, 32), 2, True)):
+            ("gated_linear_attention", "bfloat16", (1, 128, 2, 32), 2, True),
+            ("gated_linear_attention", "bfloat16", (1, 64, 1, 128), 1, True)):
         launch.override_segments = segments
         tensors = kernel_speed.operator_inputs(operator, shape, dtype)
         with launches.watch_launches(operator) as seen:
@@ -100,7 +101,8 @@ def test_bytes_and_flops_are_those_that_the_interpreter_touches_and_multiplies()
     assert found[12:14] == [("delta_rule.invert", 1), ("delta_rule.scan", 4)]
     assert [name for name, _ in found[14:18]] == [f"linear_attention.{name}"
                                                   for name in ("scan", "outputs", "scan", "gradients")]
-    assert len(found) == 26 and {name for name, _ in found} >= {"linear_attention.join"}
+    assert len(found) == 31 and {name for name, _ in found} >= {"linear_attention.join"}
+    assert found[-2:] == [("linear_attention.gradients", 2), ("linear_attention.value_gradients", 1)]
 
 
 def test_first_launches_and_later_ones_are_watched():

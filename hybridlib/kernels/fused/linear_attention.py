@@ -1,11 +1,13 @@
-"""Gated linear attention in three kernels, in the symbols of `hybridlib.kernels.chunked`.
+"""Gated linear attention in four kernels, in the symbols of `hybridlib.kernels.chunked`.
 
 =================  ==================================  =======================================================
 kernel             one program for each                computes
 =================  ==================================  =======================================================
 _scan              segment, head, tile of the state    states before chunks, or their gradients, last chunk first
 _outputs           chunk and head                      O
-_gradients         chunk and head                      all gradients but the initial state's
+_gradients         chunk, head and 64 key dims         all gradients but dv (with it, where all dims are 64) and the
+                                                       initial state's
+_value_gradients   chunk and head                      dv, where a dim is 128
 =================  ==================================  =======================================================
 
 The states are kept for the backward pass, in the dtype of the inputs; sums of log_decay from the chunk's start (C in
@@ -177,89 +179,123 @@ def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences,
 
 
 @triton.jit
-def _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
-                  heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride, BY_LEVELS: tl.constexpr,
+def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
+                  sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                  BY_LEVELS: tl.constexpr, OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr, ROWS: tl.constexpr,
                   KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                   MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one chunk and head from dO and dS', HEIGHT of the key dims at a time. With dP = scale dO v^T,
+    """Gradients of one chunk and head from dO and dS', HEIGHT of ROWS key dims at a time. With dP = scale dO v^T,
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
 
     and through P, pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay once more.
     log_decay's gradient at t is the sum of C's over i >= t, which is q dq from in_i and x dx of queries, less that of
     keys; of k dk from out_j over j < t; and of in_C S dS'. Over pairs of which both tokens are at t or later x dx adds
-    up to 0, from the same rounded numbers.
+    up to 0, from the same rounded numbers. OF_KEYS: dq, dk and log_decay's; OF_VALUES: dv, which needs all key dims.
     """
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     chunk, head = at // heads, at % heads
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     kind = q.dtype.element_ty
-    v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
     do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
-    d_pairs = scale * product(do_c, tl.trans(v_c), PRECISION)
-    diagonal = tl.sum(tl.where(i == j, d_pairs, 0.0), 1)[:, None]
-    below = tl.where(i > j, d_pairs, 0.0).to(kind)
+    if OF_KEYS:
+        v_c = load_rows(v, start, end, v_stride, head * VALUE_DIM, SIZE, VALUE_DIM)
+        d_pairs = scale * product(do_c, tl.trans(v_c), PRECISION)
+        diagonal = tl.sum(tl.where(i == j, d_pairs, 0.0), 1)[:, None]
+        below = tl.where(i > j, d_pairs, 0.0).to(kind)
     pairs, dv_c = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
-    for row in range(0, KEY_DIM, HEIGHT):
+    for step in range(0, ROWS, HEIGHT):
+        row = first + step
         here = head * KEY_DIM + row
         q_c = load_rows(q, start, end, q_stride, here, SIZE, HEIGHT)
         k_c = load_rows(k, start, end, k_stride, here, SIZE, HEIGHT)
         decay_c = load_rows(log_decay, start, end, decay_stride, here, SIZE, HEIGHT)
-        before = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         after = tl.load(block(d_states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
         sum_c = sums_over_rows(j <= i, decay_c)
-        d_total = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
+        if OF_KEYS:
+            before = tl.load(block(states, at, row, 0, KEY_DIM, VALUE_DIM, HEIGHT, VALUE_DIM))
+            d_total = tl.sum(before.to(tl.float32) * after.to(tl.float32), 1)[None, :]
         if BY_LEVELS:
             q_f, k_f, total = q_c.to(tl.float32), k_c.to(tl.float32), tl.min(sum_c, 0)[None, :]
-            pairs += tl.where(i == j, tl.sum(q_f * k_f, 1)[:, None], 0.0)
-            dq_in = scale * exp(sum_c) * product(do_c, tl.trans(before), PRECISION)
-            decay_out, d_total = exp(total - sum_c), exp(total) * d_total
-            dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
+            decay_out = exp(total - sum_c)
             k_out = decay_out * k_f
-            dq_c, dk_c, d_sums, d_outs = diagonal * k_f + dq_in, diagonal * q_f + dk_out, q_f * dq_in, k_f * dk_out
+            if OF_VALUES:
+                pairs += tl.where(i == j, tl.sum(q_f * k_f, 1)[:, None], 0.0)
+            if OF_KEYS:
+                dq_in = scale * exp(sum_c) * product(do_c, tl.trans(before), PRECISION)
+                dk_out = decay_out * product(v_c, tl.trans(after), PRECISION)
+                dq_c, dk_c, d_sums, d_outs = diagonal * k_f + dq_in, diagonal * q_f + dk_out, q_f * dq_in, k_f * dk_out
+                d_total = exp(total) * d_total
             for level in range(6):
                 decayed, x, odd, meet = _meeting(q_c, k_c, decay_c, sum_c, level, SIZE)
-                pairs += tl.where(meet, product(x, tl.trans(x), PRECISION), 0.0)
-                met = tl.where(meet, below, 0.0)
-                dx = product(met, x, PRECISION) + product(tl.trans(met), x, PRECISION)
-                d_sums += tl.where(odd, x * dx, -(x * dx))
-                dq_c += tl.where(odd, decayed * dx, 0.0)
-                dk_c += tl.where(odd, 0.0, decayed * dx)
+                if OF_VALUES:
+                    pairs += tl.where(meet, product(x, tl.trans(x), PRECISION), 0.0)
+                if OF_KEYS:
+                    met = tl.where(meet, below, 0.0)
+                    dx = product(met, x, PRECISION) + product(tl.trans(met), x, PRECISION)
+                    d_sums += tl.where(odd, x * dx, -(x * dx))
+                    dq_c += tl.where(odd, decayed * dx, 0.0)
+                    dk_c += tl.where(odd, 0.0, decayed * dx)
         else:
             up, down, x_q, x_k, rest = _about_middle(q_c, k_c, sum_c)
-            pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
-            dx_q = (scale * rest) * product(do_c, tl.trans(before), PRECISION) + product(below, x_k, PRECISION)
-            dq_c, d_sums = diagonal * k_c + up * dx_q, x_q * dx_q
-            dx_k = product(tl.trans(below), x_q, PRECISION)
-            d_sums -= x_k * dx_k
-            dx_out = rest * product(v_c, tl.trans(after), PRECISION)
-            dk_c, d_outs = diagonal * q_c + down * (dx_k + dx_out), x_k * dx_out
-            k_out, d_total = x_k * rest, rest * rest * d_total
-        store_rows(dq, dq_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
-        store_rows(dk, dk_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
-        dv_c += product(k_out.to(kind), after, PRECISION)
-        d_decay_c = sums_of_gradients(j >= i, d_sums, PRECISION)
-        d_decay_c += sums_of_gradients(j < i, d_outs, PRECISION) + d_total
-        store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
-    dv_c += scale * product(tl.trans(pairs.to(kind)), do_c, PRECISION)
-    store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
+            k_out = x_k * rest
+            if OF_VALUES:
+                pairs += tl.where(i >= j, product(x_q, tl.trans(x_k), PRECISION), 0.0)
+            if OF_KEYS:
+                dx_q = (scale * rest) * product(do_c, tl.trans(before), PRECISION) + product(below, x_k, PRECISION)
+                dq_c, d_sums = diagonal * k_c + up * dx_q, x_q * dx_q
+                dx_k = product(tl.trans(below), x_q, PRECISION)
+                d_sums -= x_k * dx_k
+                dx_out = rest * product(v_c, tl.trans(after), PRECISION)
+                dk_c, d_outs = diagonal * q_c + down * (dx_k + dx_out), x_k * dx_out
+                d_total = rest * rest * d_total
+        if OF_KEYS:
+            store_rows(dq, dq_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+            store_rows(dk, dk_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+        if OF_VALUES:
+            dv_c += product(k_out.to(kind), after, PRECISION)
+        if OF_KEYS:
+            d_decay_c = sums_of_gradients(j >= i, d_sums, PRECISION)
+            d_decay_c += sums_of_gradients(j < i, d_outs, PRECISION) + d_total
+            store_rows(d_decay, d_decay_c, start, end, heads * KEY_DIM, here, SIZE, HEIGHT)
+    if OF_VALUES:
+        dv_c += scale * product(tl.trans(pairs.to(kind)), do_c, PRECISION)
+        store_rows(dv, dv_c, start, end, heads * VALUE_DIM, head * VALUE_DIM, SIZE, VALUE_DIM)
 
 
 @kernel
 def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay,
                cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               ROWS: tl.constexpr,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one chunk and head, by levels where its decays are strong."""
+    """Gradients of one chunk, head and ROWS key dims, by levels where the chunk's decays are strong; dv if asked for."""
+    at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
+    if _is_strong(lowest, at, BOUND, TILES):
+        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
+                      sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      True, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+    else:
+        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
+                      sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      False, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+
+
+@kernel
+def _value_gradients(q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, time, sequences, heads, scale,
+                     q_stride, k_stride, decay_stride, o_stride,
+                     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
+                     MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+    """dv of one chunk and head, by levels where the chunk's decays are strong."""
     at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
-        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
-                      heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-                      True, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, cu_seqlens, time,
+                      sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
+                      True, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
     else:
-        _gradients_of(at, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time, sequences,
-                      heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-                      False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, cu_seqlens, time,
+                      sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
+                      False, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
 
 
 def kept(q, v, count, keep, sequences):
@@ -293,12 +329,21 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     d_states = torch.empty_like(states)
     _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale, True)
     use = at.how("linear_attention.gradients")
-    at.launch(_gradients, use, (at.heads * at.chunks, 1, 1),
-              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens,
+    apart = max(at.key_dim, at.value_dim) > 64  # dv by itself: one program cannot hold it all in registers
+    rows = use.width if apart else at.key_dim
+    at.launch(_gradients, use, (at.heads * at.chunks * (at.key_dim // rows), 1, 1),
+              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, cu_seqlens,
               at.time, at.sequences, at.heads, scale,
-              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o),
+              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
               at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
               precision(q.dtype))
+    if apart:
+        use = at.how("linear_attention.value_gradients")
+        at.launch(_value_gradients, use, (at.heads * at.chunks, 1, 1),
+                  q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, at.time, at.sequences, at.heads, scale,
+                  stride(q), stride(k), stride(log_decay), stride(d_o),
+                  at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
+                  precision(q.dtype))
     return dq, dk, dv, d_decay, d_initial
 
 
