@@ -47,7 +47,7 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
     "linear_attention.outputs": (Launch(4, 1, 64, 128), Launch(4, 1, 64)),
-    "linear_attention.gradients": (Launch(4, 1, 64), Launch(8, 1, 64)),
+    "linear_attention.gradients": Launch(4, 1, 64),
     "linear_attention.value_gradients": Launch(8, 2, 64),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
