@@ -7,6 +7,7 @@ model, one candidate after the other. The branch that does not count costs its s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .cohort import Cohort
+from .cohort import _MOMENTS, Cohort
 from .evaluate import heldout_kl
 from .hybrid import restore
 from .passes import last_hidden
@@ -51,26 +52,25 @@ class Switched(Cohort):
             self.resume({0: checkpoint})
         elif held is not None:
             self._start_moments()
-            (named, state), (weights, moments, history, self.step) = self._candidate(0), held
+            kept, history, self.step = held
             self.histories = [copy.deepcopy(history)]
-            for name, p in named:
-                p.copy_(weights[name])
-                for key, value in moments[name].items():
-                    state.state[p][key].copy_(value)
+            for tensor, value in zip(self._state(), kept, strict=True):
+                tensor.copy_(value, non_blocking=True)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(self.step)
 
     def hold(self) -> tuple:
         """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
-        named, state = self._candidate(0)
-        size = 3 * sum(p.nbytes for _, p in named)
-        room = self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > 2 * size
-        device = self.device if room else "cpu"
+        state = self._state()
+        kept = _room_for(state)
+        for value, tensor in zip(kept, state, strict=True):
+            value.copy_(tensor, non_blocking=True)
+        return kept, copy.deepcopy(self.histories[0]), self.step
 
-        def kept(tensor):
-            return tensor.to(device, copy=True)
-
-        return ({name: kept(p) for name, p in named},
-                {name: {key: kept(value) for key, value in state.state[p].items()} for name, p in named},
-                copy.deepcopy(self.histories[0]), self.step)
+    def _state(self):
+        """The candidate's weights and their moments, once the optimizer has any."""
+        named, optimizer = self._candidate(0)
+        return [p for _, p in named] + [optimizer.state[p][key] for key in _MOMENTS for _, p in named]
 
     def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
         """`evaluate.heldout_kl` of the candidate."""
@@ -101,6 +101,20 @@ class Switched(Cohort):
 
     def _trained(self, c):
         return [(name, p) for name, p, _ in self.weights]
+
+
+def _room_for(tensors):
+    """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow."""
+    device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
+    block = None
+    if device.type == "cuda":
+        free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+        with contextlib.suppress(torch.OutOfMemoryError):
+            block = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if free > 2 * sum(sizes) else None
+    if block is None:
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return [part[:t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(block.split(sizes), tensors, strict=True)]
 
 
 def _origin(name):
