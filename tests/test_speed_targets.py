@@ -127,5 +127,4 @@ def test_auto_takes_first_what_the_records_found_fastest():
     fastest = {key: part.loc[part["gpu_seconds"].fillna(part["seconds"]).idxmin(), "backend"] for key, part in asked
                if "fused" in set(part["backend"]) and len(part) > 1}
     assert len(fastest) >= 20
-    faster = {(key[0], backend) for key, backend in fastest.items() if backend != "fused"}
-    assert faster <= rough and sum(backend != "fused" for backend in fastest.values()) <= 1
+    assert not {(key, backend) for key, backend in fastest.items() if backend != "fused"}

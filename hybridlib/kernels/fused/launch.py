@@ -1,12 +1,12 @@
 """Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
 
 `override` goes before the table, by the kernel's name ("delta_rule.scan"). In half precision the gated delta rule's
-launches and those of gated linear attention at 64 dims are the fastest of those tried on one H100; the others were
-chosen to compile without, or with few, spilled registers, but for linear attention's gradients at 128 dims, which spill
-hundreds. Other launches may be wrong: Triton 3.6 with ptxas 12.8 makes some, of narrow tiles above all (linear
-attention's outputs and gradients at 128 dims with tiles of 32, its gradients in float32 with 8 warps and tiles of 16),
-that read or write where they should not. Those of the table are held against float64 by `hybridlib.exactness`, maps and
-joins at 64 dims only. `segments_of` says when scans are cut along time; `override_segments` goes before it.
+launches, those of gated linear attention at 64 dims, and its gradients at 128 are the fastest of those tried on one
+H100; the others were chosen to compile without, or with few, spilled registers. Other launches may be wrong: Triton 3.6
+with ptxas 12.8 makes some, of narrow tiles above all (linear attention's outputs and gradients at 128 dims with tiles
+of 32, its gradients in float32 with 8 warps and tiles of 16), that read or write where they should not. Those of the
+table are held against float64 by `hybridlib.exactness`, maps and joins at 64 dims only. `segments_of` says when scans
+are cut along time; `override_segments` goes before it.
 """
 
 from __future__ import annotations
