@@ -269,7 +269,7 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
                ROWS: tl.constexpr,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one chunk, head and ROWS key dims, by levels where the chunk's decays are strong; dv if asked for."""
+    """Gradients of one chunk, head and ROWS key dims, by levels where its decays are strong; of v too, if asked for."""
     at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
     if _is_strong(lowest, at, BOUND, TILES):
         _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
