@@ -299,16 +299,25 @@ def _told_apart(rows, value, title, best):
     return f"{apart}: {format_interval(mean, low, high, 3)} from {best}"
 
 
-def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
+def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2",
+               again: str = "GA-S2, other text") -> str:
     """For each of `titles`, in Markdown: its share of the reference's FLOPs and seconds, how its scores rank layers
-    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL."""
+    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL.
+
+    Where no cost of the reference is on record, that of its run `again`, which does the same work, stands for it.
+    """
     rows, lines = contest.chosen, []
+    costs = {t: rows[rows["selector"] == t][["flops", "seconds"]].mean() for t in (reference, again)}
+    stands_in = costs[reference].isna().all() and costs[again].notna().all()
+    paid = costs[again if stands_in else reference]
+    if stands_in:
+        lines.append(f"- The cost of **{reference}** is that of **{again}**: its own is not on record.")
     for title in titles:
         if title == reference or not {title, reference} <= set(rows["selector"]):
             lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
             continue
         a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
-        parts = [f"{_share(a[column].mean(), b[column].mean())} of its {label}"
+        parts = [f"{_share(a[column].mean(), paid[column])} of its {label}"
                  for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
         if all(v is not None for v in [*a["values"], *b["values"]]):
             rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]

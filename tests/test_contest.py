@@ -86,6 +86,10 @@ def test_unknown_costs_are_shown_as_such(known):
     assert c.cost_table(known).loc["GA-S2", "FLOPs (estimated)"] == "\u2013"
     assert set(c.cost_table(known)["peak memory (MiB)"]) == {"\u2013"}
     assert "GA-S2" not in c.front(known, "kl") and "unknown share of its FLOPs" in c.cost_words(known, ["cheap"])
+    known.rows.loc[known.rows["selector"] == "GA-S2", "seconds"] = float("nan")
+    first, line = c.cost_words(known, ["cheap"], again="dear").splitlines()  # ten times the cost of GA-S2
+    assert first == "- The cost of **GA-S2** is that of **dear**: its own is not on record."
+    assert "1/100 of its FLOPs" in line and "unknown share" in c.cost_words(known, ["cheap"])
 
 
 def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
