@@ -17,6 +17,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from .ablation import TaskTooHard
 from .agreement import spearman
 from .batched import match_sets
 from .checks import check_choice, check_int, check_number
@@ -58,7 +59,8 @@ class OracleSettings(StudySettings):
     oracle_heldout_tokens: int = 2_048
     recall_examples: int = 8
     piece: int = 8
-    selectors: Sequence[str] = ("ga-s2", "gr-s2", "ga-s1", "smart", "uniform", "first", "last", "oracle-greedy")
+    selectors: Sequence[str] = ("ga-s2", "gr-s2", "gate-gradient", "ga-s1", "smart", "uniform", "first", "last",
+                                "oracle-greedy")
 
     def __post_init__(self):
         super().__post_init__()
@@ -202,7 +204,8 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
     """The set that each selector keeps at every size that `record` has in full. Record kind ``"choices"``.
 
     A name of `SEARCHES` searches the record's own KL, which costs it as many distilled sets as it asks for; it is left
-    out at sizes for which a set that it asks for was not measured. Others are `Study.select`'s.
+    out at sizes for which a set that it asks for was not measured. Others are `Study.select`'s; those whose task is
+    beyond the teacher are left out.
     """
     p, table = record.parameters, values(record)
     num_layers, selectors = study.num_layers, list(selectors)
@@ -226,7 +229,10 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
                         continue
                     layers, cost = result.layers, {"evaluations": result.evaluations}
                 else:
-                    layers, cost = at_size.select(selector, p["mixer"], p["seed"]), {}
+                    try:
+                        layers, cost = at_size.select(selector, p["mixer"], p["seed"]), {}
+                    except TaskTooHard:
+                        continue
                 found.append({"selector": selector, "size": size, "layers": list(layers), **cost})
         return {"choices": found}
 
@@ -308,7 +314,8 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
 
 
 def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record]]:
-    """The oracle of a ledger, (records, choices), one of each a seed; of several settings that with most sets measured.
+    """The oracle of a ledger, (records, choices), one of each a seed; of several settings that with most sets measured,
+    of several choices those of most selectors, and of equals the latest.
 
     Both are empty if there is none. `mixer` None takes any.
     """
@@ -323,8 +330,9 @@ def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Reco
     best = max(groups.values(), key=lambda g: (sum(len(r.metrics["sets"]) for r in g.values()),
                                                max(r.started for r in g.values())))
     records = [best[seed] for seed in sorted(best)]
-    latest = {r.parameters["oracle"]: r for r in every if r.kind == "choices"}
-    return records, [latest[r.key] for r in records if r.key in latest]
+    chosen = sorted((r for r in every if r.kind == "choices"), key=lambda r: (len(r.metrics["choices"]), r.started))
+    most = {r.parameters["oracle"]: r for r in chosen}
+    return records, [most[r.key] for r in records if r.key in most]
 
 
 def _depth(v):

@@ -142,7 +142,7 @@ def test_more_sizes_add_to_what_was_measured_and_other_measurements_do_not(tiny_
         oracle.oracle_record(tiny_study(), 0, sets=[(3,)], tokens=64, measure=measure)
 
 
-def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_study):
+def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_study, monkeypatch):
     study = tiny_study()
     record = oracle.oracle_record(study, 0, tokens=64, measure=one_by_one([]))
     found = oracle.choices(study, ["first", "random", "ga-s2", "oracle-greedy"], record).metrics["choices"]
@@ -155,7 +155,15 @@ def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_stu
     assert by["oracle-greedy", 1] == best
     assert by["oracle-greedy", 2] == min((tuple(sorted({*best, l})) for l in range(3) if l not in best), key=v.get)
     part = oracle.oracle_record(study, 0, sizes=[2], tokens=64, measure=one_by_one([]))
-    found = oracle.choices(study, ["last", "oracle-greedy"], part).metrics["choices"]
+
+    def beyond_the_teacher(self, selector, *args):
+        if selector == "ar-mh":
+            raise oracle.TaskTooHard("no recall to lose")
+        return select(self, selector, *args)
+
+    select = hl.Study.select
+    monkeypatch.setattr(hl.Study, "select", beyond_the_teacher)
+    found = oracle.choices(study, ["last", "ar-mh", "oracle-greedy"], part).metrics["choices"]
     assert found == [{"selector": "last", "size": 2, "layers": [1, 2]}]  # the search needs single layers
 
 
@@ -275,6 +283,10 @@ def test_a_ledger_gives_the_fullest_oracle_and_its_choices(tiny_study):
     both = [oracle.oracle_record(study, seed, sizes=[1, 2], tokens=64, measure=one_by_one([])) for seed in (0, 1)]
     chosen = [oracle.choices(study, ["first"], record) for record in both]
     assert oracle.recorded_oracle(study.ledger) == (both, chosen)
+    more = [oracle.choices(study, ["first", "uniform"], record) for record in both]
+    for record in both:
+        oracle.choices(study, ["last"], record)
+    assert oracle.recorded_oracle(study.ledger) == (both, more)
     assert oracle.recorded_oracle(study.ledger, "gla") == ([], [])
     assert "No oracle" in oracle_report.about_oracle([])
     assert "6 sets of 1 to 2 layers" in oracle_report.about_oracle(both)
