@@ -6,7 +6,7 @@ second notebook, or a reader without the GPU, draws from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -24,7 +24,7 @@ from .style import format_interval, format_number
 
 __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
            "cost_table", "cost_words", "front", "front_words", "other_words", "participants", "recorded_contest",
-           "recorded_contests", "recorded_scores", "repeat_words", "run_contest"]
+           "recorded_contests", "recorded_scores", "repeat_words", "run_contest", "score_pairs"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
@@ -174,6 +174,15 @@ def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[st
     order = {name: i for i, name in enumerate(SELECTORS)}
     return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): found[name, seed]
             for name, seed in sorted(found, key=lambda key: (order[key[0]], key[1]))}
+
+
+def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2") -> dict[str, tuple]:
+    """Pairs of `recorded_scores` for `reading.rankings`: each selector's with the reference's, then each selector's own
+    of two seeds, where it has them."""
+    pairs = {f"{t} with {reference}": (v, scores[reference]) for t, v in scores.items()
+             if reference in scores and t != reference}
+    return pairs | {f"{t} with itself, seed 1": (v, scores[f"{t}, seed 1"]) for t, v in scores.items()
+                    if f"{t}, seed 1" in scores}
 
 
 def _scorer(p):

@@ -92,6 +92,14 @@ def test_unknown_costs_are_shown_as_such(known):
     assert "1/100 of its FLOPs" in line and "unknown share" in c.cost_words(known, ["cheap"])
 
 
+def test_scores_are_paired_with_the_references_and_with_their_own_of_another_seed():
+    scores = {"PPL": (1.0, 2.0), "GA-S2": (3.0, 4.0), "GA-S2, seed 1": (5.0, 6.0)}
+    assert c.score_pairs(scores) == {
+        "PPL with GA-S2": ((1.0, 2.0), (3.0, 4.0)), "GA-S2, seed 1 with GA-S2": ((5.0, 6.0), (3.0, 4.0)),
+        "GA-S2 with itself, seed 1": ((3.0, 4.0), (5.0, 6.0))}
+    assert c.score_pairs({"PPL": (1.0, 2.0)}) == {}
+
+
 def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
     teacher, real = tiny_teacher(layers=4), hl.evaluate
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
