@@ -5,8 +5,7 @@ kernel             one program for each                computes
 =================  ==================================  =======================================================
 _scan              segment, head, tile of the state    states before chunks, or their gradients, last chunk first
 _outputs           chunk and head                      O
-_gradients         chunk, head and 64 key dims         all gradients but dv (with it, where all dims are 64) and the
-                                                       initial state's
+_gradients         chunk, head and 64 key dims         gradients of q, k and log_decay; where no dim is 128, dv too
 _value_gradients   chunk and head                      dv, where a dim is 128
 =================  ==================================  =======================================================
 
