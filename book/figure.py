@@ -1,4 +1,4 @@
-"""Draw the README's figure, book/images/oracle.png, from the records in data/results/h100.
+"""Draw the README's figures, book/images/oracle.png and cost.png, from the records in data/results/h100.
 
 Usage: python book/figure.py
 """
@@ -8,21 +8,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import hybridlib as hl
-from hybridlib import oracle, oracle_report
+from hybridlib import contest, oracle, oracle_report, selector_plots
 
 SHOWN = ("ga-s2", "ga-s1", "uniform", "first")
 
 
 def main():
-    records, choices = oracle.recorded_oracle(hl.Ledger(hl.results_folder("h100")), "gdn")
-    if not records:
-        raise SystemExit("data/results/h100 has no record of the oracle; run notebooks/oracle.ipynb on a GPU first")
+    ledger, folder = hl.Ledger(hl.results_folder("h100")), Path(__file__).resolve().parent / "images"
+    records, choices = oracle.recorded_oracle(ledger, "gdn")
+    found = contest.recorded_contest(ledger)
+    if not records or found is None:
+        raise SystemExit("data/results/h100 has no record of the oracle or of a contest; run notebooks/oracle.ipynb "
+                         "and notebooks/selectors.ipynb on a GPU first")
     judged = oracle.judge(records, choices)
     titles = {name: hl.SELECTORS[name].title for name in SHOWN}
     judged = judged.assign(selector=judged["selector"].replace(titles))
-    path = Path(__file__).resolve().parent / "images" / "oracle.png"
-    path.parent.mkdir(exist_ok=True)
-    oracle_report.landscape(oracle.oracle_table(records), judged, selectors=tuple(titles.values())).savefig(path)
+    folder.mkdir(exist_ok=True)
+    oracle_report.landscape(oracle.oracle_table(records), judged, selectors=tuple(titles.values())).savefig(
+        folder / "oracle.png")
+    selector_plots.quality_and_cost(found.chosen, "kl", "flops", contest.front(found, "kl"), log=True,
+                                    ylabel="held-out KL (nats a token)",
+                                    xlabel="FLOPs of choosing (estimated)").savefig(folder / "cost.png")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ _NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
 _COLUMNS = ["selector", "name", "needs", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
 _COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
           "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
+_SAME_WORK = {"ga-s2": ["ga-s2-again"], "smart": ["ga-s2-again"], "ga-s2-spaced": ["ga-s2-again"],
+              "avg": ["ga-s2-again", "gr-s2"]}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Contest:
     `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
     ``values`` (a number a layer, or None), the metrics of its hybrid, and the fields of its `Cost` (nan if unknown).
     The hybrid that keeps no layer is among them as `reading.FLOOR`, with the name ``"none"``. `refused` has the
-    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics.
+    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics. `stand_ins` has the
+    selectors whose records have no cost, and whose cost in `rows` is that of the same work on other text.
     """
 
     rows: pd.DataFrame
@@ -71,6 +74,7 @@ class Contest:
     num_layers: int
     settings: dict
     device: str
+    stand_ins: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> pd.DataFrame:
@@ -97,6 +101,9 @@ def about(contest: Contest | None, notebook: str) -> str:
     text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
             f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
+    if contest.stand_ins:
+        text += (f" No cost of {', '.join(contest.stand_ins)} is on record; that of the same work on other text stands "
+                 "in for it.")
     return text + "".join(f"\n\n**{title}** was not run: {why}." for title, why in contest.refused.items())
 
 
@@ -211,7 +218,23 @@ def _contest(record):
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
     rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
     rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
-    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
+    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device,
+                   _stand_in(rows))
+
+
+def _stand_in(rows):
+    """Give the selectors of `_SAME_WORK` that have no cost that of the same work on other text; returns their titles.
+
+    Their scores were recorded before costs were. Tokens, passes and FLOPs are equal, seconds those of another run.
+    """
+    titles, columns = [], list(_COSTS)
+    for i, row in rows[rows["flops"].isna() & rows["name"].isin(list(_SAME_WORK))].iterrows():
+        work = rows[(rows["seed"] == row["seed"]) & rows["name"].isin(_SAME_WORK[row["name"]])][columns]
+        if len(work) == len(_SAME_WORK[row["name"]]) and work["flops"].notna().all():
+            rows.loc[i, columns] = work.sum(min_count=1)
+            rows.loc[i, "peak_memory"] = work["peak_memory"].max()
+            titles.append(row["selector"])
+    return tuple(dict.fromkeys(titles))
 
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:
@@ -308,25 +331,16 @@ def _told_apart(rows, value, title, best):
     return f"{apart}: {format_interval(mean, low, high, 3)} from {best}"
 
 
-def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2",
-               again: str = "GA-S2, other text") -> str:
+def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
     """For each of `titles`, in Markdown: its share of the reference's FLOPs and seconds, how its scores rank layers
-    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL.
-
-    Where no cost of the reference is on record, that of its run `again`, which does the same work, stands for it.
-    """
+    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL."""
     rows, lines = contest.chosen, []
-    costs = {t: rows[rows["selector"] == t][["flops", "seconds"]].mean() for t in (reference, again)}
-    stands_in = costs[reference].isna().all() and costs[again].notna().all()
-    paid = costs[again if stands_in else reference]
-    if stands_in:
-        lines.append(f"- The cost of **{reference}** is that of **{again}**: its own is not on record.")
     for title in titles:
         if title == reference or not {title, reference} <= set(rows["selector"]):
             lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
             continue
         a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
-        parts = [f"{_share(a[column].mean(), paid[column])} of its {label}"
+        parts = [f"{_share(a[column].mean(), b[column].mean())} of its {label}"
                  for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
         if all(v is not None for v in [*a["values"], *b["values"]]):
             rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
