@@ -315,8 +315,7 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     at.launch(_outputs, use, (at.heads * at.chunks, 1, 1),
               q, k, v, log_decay, states, lowest, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
               stride(q), stride(k), stride(v), stride(log_decay),
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
-              precision(q.dtype))
+              *_constants(at, use, lowest))
     return o, final, (states, lowest, maps)
 
 
@@ -334,16 +333,20 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
               q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, cu_seqlens,
               at.time, at.sequences, at.heads, scale,
               stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
-              at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
-              precision(q.dtype))
+              *_constants(at, use, lowest))
     if apart:
         use = at.how("linear_attention.value_gradients")
         at.launch(_value_gradients, use, (at.heads * at.chunks, 1, 1),
                   q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, at.time, at.sequences, at.heads, scale,
                   stride(q), stride(k), stride(log_decay), stride(d_o),
-                  at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[q.dtype],
-                  precision(q.dtype))
+                  *_constants(at, use, lowest))
     return dq, dk, dv, d_decay, d_initial
+
+
+def _constants(at, use, lowest):
+    """What the kernels by chunk are compiled for, from KEY_DIM to PRECISION."""
+    return (at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[at.dtype],
+            precision(at.dtype))
 
 
 def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
