@@ -102,8 +102,8 @@ def about(contest: Contest | None, notebook: str) -> str:
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
             f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
     if contest.stand_ins:
-        text += (f" No cost of {', '.join(contest.stand_ins)} is on record; that of the same work on other text stands "
-                 "in for it.")
+        named = ", ".join(f"**{title}**" for title in contest.stand_ins)
+        text += f" No cost of {named} is on record; that of the same work on other text stands in for it."
     return text + "".join(f"\n\n**{title}** was not run: {why}." for title, why in contest.refused.items())
 
 
