@@ -36,7 +36,7 @@ class Verdict:
     ----------
     target : in words; bound : its number, in `unit`; most : whether the bound is not to be passed, rather than reached.
     found : what was measured, in `unit`; None if nothing was, or not all that it needs.
-    aim : a second bound, beyond the first, if there is one.
+    aim : a second bound, beyond the first, if there is one. why : what else was measured and tells why it is missed.
     """
 
     target: str
@@ -45,6 +45,7 @@ class Verdict:
     most: bool
     found: float | None
     aim: float | None = None
+    why: str = ""
 
     @property
     def verdict(self) -> str:
@@ -106,15 +107,18 @@ def target_words(verdicts: Iterable[Verdict]) -> str:
                          for word in ("met", "missed", "not measured"))
     lines = [f"- {one.target}: {_bound(one)}; "
              + (f"{_number(one)}, **{one.verdict}**." if one.found is not None else f"{one.verdict}.")
-             for one in verdicts]
+             + (f" {one.why}" if one.why and one.verdict.startswith("missed") else "") for one in verdicts]
     return (f"Of {len(verdicts)} targets {met} met, {missed} missed, {none} not measured.\n\n" + "\n".join(lines))
 
 
 def _ratio(frame, operator, peer, ours, shape, direction, clock, least, text, dtype):
     """How many times the time of `ours` the peer takes, both on one device."""
     times = [_operator(frame, operator, backend, shape, direction, clock, dtype) for backend in (peer, ours)]
+    on_gpu = _operator(frame, operator, ours, shape, direction, "gpu_seconds", dtype) if clock == "seconds" else None
+    why = "" if None in (on_gpu, times[1]) else (f"Of its {_short(1e3 * times[1])} ms as launched the GPU computes for "
+                                                 f"{_short(1e3 * on_gpu)} ms; the rest is the processor's.")
     return Verdict(f"{_call(operator, direction, shape)}: time of {_NAMES[peer]} over that of `{ours}`, {text}", least,
-                   "times", False, None if None in times else times[0] / times[1])
+                   "times", False, None if None in times else times[0] / times[1], why=why)
 
 
 def _operator(frame, operator, backend, shape, direction, clock, dtype):

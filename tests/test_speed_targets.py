@@ -44,6 +44,17 @@ def test_each_target_is_met_missed_or_not_measured():
     assert found["stage 2 (`match`)"].verdict == "met, aim missed"
 
 
+def test_a_call_that_is_launched_too_slowly_says_how_much_of_it_the_gpu_computes():
+    frame = tables()
+    frame["operators"].loc[frame["operators"]["backend"] == "fused", "seconds"] = 0.5e-3
+    lines = [line for line in speed_targets.target_words(speed_targets.gpu_verdicts(frame)).splitlines()
+             if "delta rule, forward, (16" in line]
+    assert "Of its 0.5 ms as launched the GPU computes for" in lines[2] and "**missed**" in lines[2]
+    assert not any("as launched the GPU" in line for line in lines[:2])
+    assert "the GPU computes" not in "\n".join(
+        line for line in speed_targets.target_words(verdicts().values()).splitlines() if "**met" in line)
+
+
 def test_a_bound_itself_is_within():
     found = verdicts(forward=0.08, fla=0.16, align=250_000)
     assert [one.verdict for name, one in found.items() if "gated delta rule, forward, (16" in name][:2] == ["met"] * 2
