@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _TOGETHER = 10
 _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes, well beyond the caches
+_KEPT = 31 * 2**20  # bytes: glibc keeps freed blocks for itself up to 32 MiB, once one of that size has been freed
 
 
 def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *, repeats: int = 20,
@@ -45,6 +46,8 @@ def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *,
     """
     device = _check(calls, device, repeats, max_seconds, together)
     at_once = list(calls) * -(-together // len(calls)) if device.type == "cuda" else list(calls[:1])
+    if device.type == "cpu":  # else the first calls of a process wait for pages of memory, which training does not
+        torch.empty(_KEPT, dtype=torch.uint8)
     for call in at_once:  # compiles, tunes, and fills the allocator's pool
         call()
     wait(device)

@@ -80,24 +80,24 @@ def _in_chunks(function, inputs, scale, initial_state, chunk):
 
 
 def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
-    """`_GatedDeltaRule` without what gradients need: N from the state at hand, a chunk after the other.
+    """`_GatedDeltaRule` without what gradients need: N from the state at hand, a chunk after the other, and in place.
 
-    N = (I + A)^-1 (beta v - beta in k S) needs neither U nor W, nor a factor of the states: fewer products, more calls.
+    Decays, scale and beta multiply A and P (C x C) instead of keys and queries before the products, and there is no
+    factor of the states.
     """
-    (count, rows, size, key_dim), value_dim = k.shape, v.shape[-1]
+    (count, rows, size, _), value_dim = k.shape, v.shape[-1]
     q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
     decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
-    keys = torch.cat((k * beta, q * scale), 1)                                      # (all, 2C, K)
-    scores = (keys @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])             # A (and more), P
-    inverse = _inverse(scores[:, 0])                                                # (all, C, C)
-    keys.view(-1, 2, size, key_dim).mul_(decay_in[:, None])
-    k_out, v, o = (k * decay[:, -1, :, None]).mT, v * beta, torch.empty_like(v)     # (all, K, C), (all, C, V) twice
+    inverse = _inverse((k @ k.mT).mul_(decay).mul_(beta))                           # (all, C, C)
+    scores = (q @ k.mT).mul_(decay).mul_(scale)                                     # P
+    new, w = inverse @ (v * beta), inverse @ (k * (beta * -decay_in))               # U, -W
+    q_in, k_out = q * (scale * decay_in), (k * decay[:, -1, :, None]).mT
+    o, state = torch.empty_like(v), state.clone()
     for n in range(count):
         at = slice(n * rows, (n + 1) * rows)
-        found = keys[at] @ state                                                    # (rows, 2C, V)
-        new = inverse[at] @ (v[at] - found[:, :size])                               # N (rows, C, V)
-        torch.baddbmm(found[:, size:], scores[at, 1], new, out=o[at])
-        state = torch.baddbmm(state * decay_in[at, -1:], k_out[at], new)
+        new[at].baddbmm_(w[at], state)                                              # N (rows, C, V)
+        torch.bmm(q_in[at], state, out=o[at]).baddbmm_(scores[at], new[at])
+        state.mul_(decay_in[at, -1:]).baddbmm_(k_out[at], new[at])
     return o.view(count, rows, size, value_dim), state
 
 
@@ -271,11 +271,18 @@ def _lower_blocks(x, half):
 
 
 def _inverse(a):
-    """(I + strictly lower part of a)^-1, for a (all, C, C): inverses of 1, 2, 4, .. tokens, two joined into one.
+    """(I + strictly lower part of a)^-1, for a (all, C, C).
 
-    [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]: as stable as substitution, but in products.
+    By substitution on a CPU. On a GPU by inverses of 1, 2, 4, .. tokens, two joined into one,
+
+        [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]:
+
+    as stable as substitution, but in products.
     """
     size, half = a.shape[-1], 1
+    if a.device.type == "cpu":
+        identity = torch.eye(size, dtype=a.dtype).expand_as(a)
+        return torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
     diagonal = torch.ones_like(a[:, :, None, :1])                                   # blocks (all, C / half, half, half)
     while half < size:
         x1, x2 = diagonal[:, ::2], diagonal[:, 1::2]
