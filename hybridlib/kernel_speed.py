@@ -166,15 +166,16 @@ def count_kernels(ledger: Ledger, operator: str, shape: Iterable[int], *, dtype:
 
 def measure_kernels(ledger: Ledger, operators: Iterable[str], shapes: Iterable[Iterable[int]], *, dtype: str = "auto",
                     device="auto", repeats: int = 20, recompute: bool = False) -> dict[str, pd.DataFrame]:
-    """All three measurements of these operators, those by shape for every shape; nothing if there are no shapes.
+    """All three measurements of these operators, by shape or, with more and more programs, by the shapes' dims.
 
     Tables of one row a record: ``"kernels"``, ``"scaling"``, ``"counters"``.
     """
-    shapes, rows = list(shapes), {"kernels": [], "scaling": [], "counters": []}
+    shapes, rows = [check_shape(shape) for shape in shapes], {"kernels": [], "scaling": [], "counters": []}
     how = {"dtype": dtype, "device": device, "recompute": recompute}
     for operator in operators if shapes else ():
         rows["kernels"] += [time_kernels(ledger, operator, shape, repeats=repeats, **how) for shape in shapes]
-        rows["scaling"].append(scale_programs(ledger, operator, repeats=repeats, **how))
+        rows["scaling"] += [scale_programs(ledger, operator, dim=dim, repeats=repeats, **how)
+                            for dim in dict.fromkeys(shape[3] for shape in shapes)]
         rows["counters"] += [count_kernels(ledger, operator, shape, **how) for shape in shapes]
     return {name: pd.DataFrame(found) for name, found in rows.items()}
 

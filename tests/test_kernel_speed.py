@@ -406,8 +406,8 @@ def test_tables_have_a_line_a_launch():
 
 def test_the_figure_has_a_panel_a_call_and_a_line_at_the_multiprocessors():
     figure, = speed_plots.kernel_figures(tables()["scaling"])
-    assert [axes.get_title("left") for axes in figure.axes] == ["gated delta rule, forward",
-                                                                "gated delta rule, forward+backward"]
+    assert [axes.get_title("left") for axes in figure.axes] == ["gated delta rule, 64 dims, forward",
+                                                                "gated delta rule, 64 dims, forward+backward"]
     scan, edge = figure.axes[0].lines
     assert scan.get_xdata().tolist() == [9, 132, 264, 528] and scan.get_ydata().tolist() == pytest.approx([80, 84, 100,
                                                                                                           1600])
@@ -424,9 +424,9 @@ def test_without_shapes_or_records_nothing_is_said(ledger):
 
 def test_records_are_found_again_by_the_names_of_their_tables(ledger, monkeypatch):
     monkeypatch.setattr(kernels.fused, "why_not", lambda: "there is none")
-    measured = kernel_speed.measure_kernels(ledger, ["gated_delta_rule"], [[1, 64, 1, 64], [2, 64, 1, 64]],
+    measured = kernel_speed.measure_kernels(ledger, ["gated_delta_rule"], [[1, 64, 1, 64], [2, 64, 1, 128]],
                                             device="cpu")
-    assert {name: len(frame) for name, frame in measured.items()} == {"kernels": 2, "scaling": 1, "counters": 2}
+    assert {name: len(frame) for name, frame in measured.items()} == {"kernels": 2, "scaling": 2, "counters": 2}
     found = speed.recorded_speed(ledger)
     assert all(len(found[name]) == len(frame) for name, frame in measured.items())
 
