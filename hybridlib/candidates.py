@@ -208,9 +208,9 @@ def _measure_in_turn(job, key, layer, until, since):
         step = Switched(inputs.student, inputs.teacher, inputs.tokens, job.num_tokens, job.settings, inputs.states)
         inputs.alive.update(step=(key, step), held={})
     step, held, path = inputs.alive["step"][1], inputs.alive["held"], job.checkpoint(layer)
-    before = held.pop((job.direction, layer), None) if since and path is None else None
     kept, end = _kept(job, inputs, layer), step.steps
-    step.take(kept, checkpoint=path if steps_done(path) else None, held=before)
+    step.take(kept, checkpoint=path if steps_done(path) else None,  # its memory serves what is held next
+              held=held.pop((job.direction, layer), None) if since and path is None else None)
     if until < job.num_tokens:
         end = max(1, until // step.step_tokens)
     if step.step > end:

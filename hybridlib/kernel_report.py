@@ -12,7 +12,7 @@ import pandas as pd
 
 __all__ = ["counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share", "scaling_points"]
 
-_GROWTH = 4  # times as many programs, at least, must have been tried to say what bounds a kernel
+_GROWTH = 3  # times as many programs, at least, must have been tried to say what bounds a kernel
 _WAITS = 3  # reasons that a line names
 _NONE = "\u2013"
 
@@ -60,7 +60,7 @@ def latency_share(programs: Sequence[int], seconds: Sequence[float], multiproces
 
     Programs that each have a multiprocessor of their own share memory and nothing else: with few, a kernel takes as
     long as the chain of steps in a program, each waiting for the one before; what is added with more is waiting for
-    memory. None if no two numbers of programs that differ by 4 times or more had a multiprocessor each.
+    memory. None if no two numbers of programs that differ by 3 times or more had a multiprocessor each.
     """
     alone = [point for point in sorted(zip(programs, seconds)) if point[0] <= multiprocessors]
     if not alone or alone[-1][0] < _GROWTH * alone[0][0]:

@@ -7,7 +7,6 @@ model, one candidate after the other. The branch that does not count costs its s
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,16 +103,18 @@ class Switched(Cohort):
 
 
 def _room_for(tensors):
-    """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow."""
+    """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow.
+
+    It is on the GPU if an eighth of the GPU would still be free beside it at the peak since the last `cost.Meter` began:
+    where a GPU is nearly full, every allocation of the next step first gives back what torch has cached.
+    """
     device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
-    block = None
+    where = {"pin_memory": device.type == "cuda"}
     if device.type == "cuda":
-        free = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                - torch.cuda.memory_allocated(device))
-        with contextlib.suppress(torch.OutOfMemoryError):
-            block = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if free > 2 * sum(sizes) else None
-    if block is None:
-        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        free, total = torch.cuda.mem_get_info(device)
+        spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        where = {"device": device} if spare - sum(sizes) > total // 8 else where
+    block = torch.empty(sum(sizes), dtype=torch.uint8, **where)
     return [part[:t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(block.split(sizes), tensors, strict=True)]
 
 
