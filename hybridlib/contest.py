@@ -23,7 +23,7 @@ from .study import Study, StudySettings
 from .style import format_interval, format_number
 
 __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "other_words", "participants", "recorded_contest",
+           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest",
            "recorded_contests", "recorded_scores", "repeat_words", "run_contest", "score_pairs"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
@@ -37,8 +37,6 @@ _NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
 _COLUMNS = ["selector", "name", "needs", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
 _COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
           "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
-_SAME_WORK = {"ga-s2": ["ga-s2-again"], "smart": ["ga-s2-again"], "ga-s2-spaced": ["ga-s2-again"],
-              "avg": ["ga-s2-again", "gr-s2"]}
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ class Contest:
     `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
     ``values`` (a number a layer, or None), the metrics of its hybrid, and the fields of its `Cost` (nan if unknown).
     The hybrid that keeps no layer is among them as `reading.FLOOR`, with the name ``"none"``. `refused` has the
-    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics. `stand_ins` has the
-    selectors whose records have no cost, and whose cost in `rows` is that of the same work on other text.
+    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics.
     """
 
     rows: pd.DataFrame
@@ -74,7 +71,6 @@ class Contest:
     num_layers: int
     settings: dict
     device: str
-    stand_ins: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> pd.DataFrame:
@@ -101,9 +97,6 @@ def about(contest: Contest | None, notebook: str) -> str:
     text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
             f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
-    if contest.stand_ins:
-        named = ", ".join(f"**{title}**" for title in contest.stand_ins)
-        text += f" No cost of {named} is on record; that of the same work on other text stands in for it."
     return text + "".join(f"\n\n**{title}** was not run: {why}." for title, why in contest.refused.items())
 
 
@@ -158,14 +151,6 @@ def recorded_contest(ledger: Ledger) -> Contest | None:
     return next(iter(recorded_contests(ledger)), None)
 
 
-def other_words(ledger: Ledger, notebook: str) -> str:
-    """In Markdown, all `recorded_contests` but the first: what was run, how far GA-S2 repeats itself, and each selector
-    against GA-S2. Empty if there are none."""
-    return "\n\n".join("\n\n".join([about(other, notebook), repeat_words(other, [t for t in other.titles
-                                                                              if not t.startswith("GA-S2")]),
-                                    cost_words(other, other.titles)]) for other in recorded_contests(ledger)[1:])
-
-
 def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[str, tuple[float, ...]]:
     """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
 
@@ -218,23 +203,7 @@ def _contest(record):
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
     rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
     rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
-    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device,
-                   _stand_in(rows))
-
-
-def _stand_in(rows):
-    """Give the selectors of `_SAME_WORK` that have no cost that of the same work on other text; returns their titles.
-
-    Their scores were recorded before costs were. Tokens, passes and FLOPs are equal, seconds those of another run.
-    """
-    titles, columns = [], list(_COSTS)
-    for i, row in rows[rows["flops"].isna() & rows["name"].isin(list(_SAME_WORK))].iterrows():
-        work = rows[(rows["seed"] == row["seed"]) & rows["name"].isin(_SAME_WORK[row["name"]])][columns]
-        if len(work) == len(_SAME_WORK[row["name"]]) and work["flops"].notna().all():
-            rows.loc[i, columns] = work.sum(min_count=1)
-            rows.loc[i, "peak_memory"] = work["peak_memory"].max()
-            titles.append(row["selector"])
-    return tuple(dict.fromkeys(titles))
+    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
 
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:

@@ -49,8 +49,9 @@ def scaling_points(frame: pd.DataFrame) -> pd.DataFrame:
     """Points of a figure: ``panel`` (operator, dims and call), ``kernel``, its ``programs``, ``microseconds``; and
     ``multiprocessors``.
     """
-    points = [{"panel": f"{_operator(row)}, {int(row['dim'])} dims, {one['call']}", "kernel": _label(one), "programs": one["programs"],
-               "microseconds": _micro(one), "multiprocessors": int(row["multiprocessors"])}
+    points = [{"panel": f"{_operator(row)}, {int(row['dim'])} dims, {one['call']}", "kernel": _label(one),
+               "programs": one["programs"], "microseconds": _micro(one),
+               "multiprocessors": int(row["multiprocessors"])}
               for row, _, one in _launches(frame)]
     return pd.DataFrame(points)
 

@@ -313,17 +313,18 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"])
 
 
-def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record]]:
-    """The oracle of a ledger, (records, choices), one of each a seed; of several settings that with most sets measured,
-    of several choices those of most selectors, and of equals the latest.
+def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:
+    """The oracle of a ledger, (records, choices), a record a seed; of several settings that with most sets measured.
 
-    Both are empty if there is none. `mixer` None takes any.
+    Of several choices those of most selectors, of equals the latest; then, as mappings, what contests of the same
+    aligned students chose at their one size where the choices have nothing. Both are empty if there is none. `mixer`
+    None takes any.
     """
     every = list(ledger)
     groups: dict[str, dict[int, Record]] = {}
     for record in (r for r in every if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):
         common = {k: v for k, v in record.parameters.items() if k not in ("seed", "aligned")}
-        common["aligned"] = {k: v for k, v in record.parameters["aligned"].items() if k not in ("seed", "data")}
+        common["aligned"] = _alignment(record)
         groups.setdefault(json.dumps(common, sort_keys=True), {})[record.seed] = record
     if not groups:
         return [], []
@@ -332,7 +333,20 @@ def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Reco
     records = [best[seed] for seed in sorted(best)]
     chosen = sorted((r for r in every if r.kind == "choices"), key=lambda r: (len(r.metrics["choices"]), r.started))
     most = {r.parameters["oracle"]: r for r in chosen}
-    return records, [most[r.key] for r in records if r.key in most]
+    found = [most[r.key] for r in records if r.key in most]
+    known = {(r.seed, c["selector"], len(c["layers"])) for r in found for c in r.metrics["choices"]}
+    for row in (row for r in every if r.kind == "contest" and _alignment(r) == _alignment(records[0])
+                for row in r.metrics["rows"]):
+        asked = row["seed"], row["name"], len(row["layers"])
+        if row["seed"] in best and row["name"] in SELECTORS and asked not in known:
+            known.add(asked)
+            found.append({"seed": row["seed"], "choices": [{"selector": row["name"], "layers": row["layers"]}]})
+    return records, found
+
+
+def _alignment(record):
+    """How the aligned students of a record were made, whatever their seeds."""
+    return {k: v for k, v in record.parameters["aligned"].items() if k not in ("seed", "data")}
 
 
 def _depth(v):

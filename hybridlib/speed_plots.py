@@ -76,7 +76,7 @@ def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def kernel_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Seconds of each kernel against its programs, both logarithmic, a panel an operator, dim and call: scaling records.
+    """Seconds of each kernel against its programs, both logarithmic, a panel an operator, dim and call.
 
     A dashed line stands at the number of multiprocessors, up to which each program has one of its own.
     """

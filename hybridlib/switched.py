@@ -105,8 +105,8 @@ class Switched(Cohort):
 def _room_for(tensors):
     """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow.
 
-    It is on the GPU if an eighth of the GPU would still be free beside it at the peak since the last `cost.Meter` began:
-    where a GPU is nearly full, every allocation of the next step first gives back what torch has cached.
+    It is on the GPU if an eighth of that would still be free at the peak since the last `cost.Meter` began: where a GPU
+    is nearly full, every allocation of the next step first gives back what torch has cached.
     """
     device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
     where = {"pin_memory": device.type == "cuda"}

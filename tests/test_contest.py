@@ -88,25 +88,6 @@ def test_unknown_costs_are_shown_as_such(known):
     assert "GA-S2" not in c.front(known, "kl") and "unknown share of its FLOPs" in c.cost_words(known, ["cheap"])
 
 
-def test_the_same_work_on_other_text_stands_in_for_costs_that_no_record_has(tmp_path):
-    known = hl.Cost(10, 20, 2, 1e6, 5.0, 300, "a GPU").to_dict()
-    removal, none = hl.Cost(10, 20, 2, 1e6, 4.0, 400, "a GPU").to_dict(), dict.fromkeys(known)
-    rows = [{"selector": hl.SELECTORS[name].title, "name": name, "needs": "stage 2", "seed": 0, "layers": [0],
-             "values": None, "kl": 0.1, "perplexity": 2.0, "top1_agreement": 0.9, "recall_exact": 0.5, **cost}
-            for name, cost in (("ga-s1", none), ("ga-s2", none), ("ga-s2-again", known), ("gr-s2", removal),
-                               ("avg", none))]
-    settings = {"aligned": {"teacher": "tiny"}, "mixer": "gdn", "align_tokens": 1, "score_tokens": 2, "match_tokens": 3,
-                "seeds": 1}
-    ledger = hl.Ledger(tmp_path)
-    ledger.run("contest", settings, lambda: {"rows": rows, "refused": {}, "teacher": {}, "num_layers": 4})
-    found = c.recorded_contest(ledger)
-    assert found.stand_ins == ("GA-S2", "AVG")
-    costs = found.rows.set_index("name")[["flops", "seconds", "peak_memory"]]
-    assert costs.loc["ga-s2"].tolist() == [1e6, 5.0, 300] and costs.loc["avg"].tolist() == [2e6, 9.0, 400]
-    assert costs.loc["ga-s1"].isna().all()
-    assert "No cost of **GA-S2**, **AVG** is on record" in c.about(found, "selectors")
-
-
 def test_scores_are_paired_with_the_references_and_with_their_own_of_another_seed():
     scores = {"PPL": (1.0, 2.0), "GA-S2": (3.0, 4.0), "GA-S2, seed 1": (5.0, 6.0)}
     assert c.score_pairs(scores) == {

@@ -288,6 +288,14 @@ def test_a_ledger_gives_the_fullest_oracle_and_its_choices(tiny_study):
         oracle.choices(study, ["last"], record)
     assert oracle.recorded_oracle(study.ledger) == (both, more)
     assert oracle.recorded_oracle(study.ledger, "gla") == ([], [])
+    aligned = both[0].parameters["aligned"]
+    for other in (aligned, aligned | {"num_tokens": 1}):  # a contest of other students counts for nothing
+        study.ledger.run("contest", {"aligned": other}, lambda: {"rows": [
+            {"name": name, "seed": seed, "layers": layers} for seed in (1, 2)
+            for name, layers in (("first", [0]), ("first", [0, 1, 2]), ("none", []), ("ga-s1", [3]))]})
+    assert oracle.recorded_oracle(study.ledger)[1] == more + [
+        {"seed": 1, "choices": [{"selector": name, "layers": layers}]}
+        for name, layers in (("first", [0, 1, 2]), ("ga-s1", [3]))]
     assert "No oracle" in oracle_report.about_oracle([])
     assert "6 sets of 1 to 2 layers" in oracle_report.about_oracle(both)
 
