@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .checks import check_int
-from .objectives import kl_divergence
+from .objectives import divergence_from_hidden, kl_divergence
 from .passes import TeacherStates, last_hidden
 from .recall import RecallTask, generate_recall, score_recall
 
@@ -60,20 +60,33 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
                       score and score.exact_match, score and score.stderr)
 
 
+@torch.no_grad()
 def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192,
                states: TeacherStates | None = None, compiled: bool = False):
     """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows.
 
     `states`, of this teacher, spare its pass where another model was measured on the same rows; `compiled` runs the
-    model's layers through ``torch.compile``.
+    model's layers through ``torch.compile``. Logits are held a row at a time.
     """
-    rows = _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states, compiled)
-    return mean_stderr([value for batch in rows for value in batch[0]])
+    values = []
+    for _, theirs, mine in _read(model, teacher, tokens, heldout_tokens, batch_tokens, states, compiled):
+        with _autocast(mine.device):
+            values += [divergence_from_hidden(t, teacher.lm_head.weight, m, model.lm_head.weight)
+                       for t, m in zip(theirs, mine, strict=True)]
+    return mean_stderr(torch.stack(values).tolist())
 
 
 @torch.no_grad()
-def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None, compiled=False):
+def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
     """A batch at a time: KL of each row, and sums over rows of the model's nats, the agreement, the teacher's nats."""
+    for ids, theirs, mine in _read(model, teacher, tokens, heldout_tokens, batch_tokens):
+        with _autocast(ids.device):
+            theirs, mine = teacher.lm_head(theirs).float(), model.lm_head(mine).float()  # (rows, context, vocab)
+        yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
+
+
+def _read(model, teacher, tokens, heldout_tokens, batch_tokens, states=None, compiled=False):
+    """A batch at a time: held-out ids (rows, context), and both models' last hidden states (rows, context, width)."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
         check_int("heldout_tokens", heldout_tokens, tokens.context)
@@ -82,12 +95,15 @@ def _measured(model, teacher, tokens, heldout_tokens, batch_tokens, states=None,
     model.eval()
     for ids in tokens.heldout[:count].split(max(1, batch_tokens // tokens.context)):
         ids = ids.to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = last_hidden(teacher, ids) if states is None else states(ids)
-            theirs = teacher.lm_head(hidden).float()  # (rows, context, vocab)
-            mine = model.lm_head(last_hidden(model, ids, compiled=compiled)).float()
-        yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
+        with _autocast(device):
+            theirs = last_hidden(teacher, ids) if states is None else states(ids)
+            mine = last_hidden(model, ids, compiled=compiled)
+        yield ids, theirs, mine
     model.train(was_training)
+
+
+def _autocast(device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def compare(teacher_logits, logits, ids) -> tuple[list[float], float, float]:
