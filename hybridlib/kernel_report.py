@@ -77,7 +77,8 @@ def kernel_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
 
 
 def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
-    """A list in Markdown: where the time of each call goes, kernel by kernel, and how kernels grow with programs."""
+    """A list in Markdown: where the time of each call goes, kernel by kernel, how kernels grow with programs, and what
+    stands around the operators in their mixers."""
     counted, lines = {_key(*found): found[-1] for found in _launches(tables["counters"])}, []
     for row, number, one in _launches(tables["kernels"]):
         if number == 1:
@@ -93,7 +94,21 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
                      "multiprocessors:")
         lines += [f"  - {kernel}: {_grown(found.sort_values('programs'))}"
                   for kernel, found in part.groupby("kernel", sort=False)]
-    return "\n".join(lines)
+    mixers = tables.get("mixers", pd.DataFrame())
+    return "\n".join(lines + [_around(row) for _, row in mixers[mixers["reason"].isna()].iterrows()]
+                     if len(mixers) else lines)
+
+
+def _around(row):
+    """How long each part of a mixer takes, and what its operator could absorb."""
+    times = {name: 1e6 * part["seconds"] for name, part in row["parts"].items()}
+    whole, around = sum(times.values()), times["before"] + times["after"]
+    said = ", ".join(f"{text} {_short(times[name])} ({_percent(times[name] / whole)})" for name, text in (
+        ("projections", "projections"), ("before", "activations, norms and gates"), ("operator", "the operator"),
+        ("after", "norm and gate of its output"), ("output", "the output's projection")))
+    return (f"- Mixer **{row['mixer']}**, {_shape(row)}, {row['dtype']}, {row['direction']}, part by part: "
+            f"{_short(whole)}; {said}. What an operator that took in everything elementwise around it could save at "
+            f"most is {_percent(around / whole)} of that.")
 
 
 def _said(row, one, counted):

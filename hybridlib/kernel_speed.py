@@ -32,11 +32,13 @@ from .counters import read_counters, why_no_counters
 from .kernels.fused import launch
 from .launches import limits_of, resident_programs, watch_launches
 from .ledger import Ledger
+from .mixer_speed import time_mixer
 from .timing import measured, sentence, time_copy, time_graph, wait
 
 __all__ = ["PROGRAMS", "count_kernels", "measure_kernels", "scale_programs", "split_calls", "time_kernels"]
 
 PROGRAMS = (9, 18, 33, 66, 132, 144, 198, 264, 288, 528)  # of a scan
+_MIXER_OF = dict(zip(OPERATORS, ("gdn", "gla")))
 _SQUARE = 8192  # sides of the matrices whose product says how fast products are
 _PROGRAM = ("import json, sys; from hybridlib.kernel_speed import _counted; "
             "_counted(*json.loads(sys.argv[1]))")
@@ -168,11 +170,15 @@ def measure_kernels(ledger: Ledger, operators: Iterable[str], shapes: Iterable[I
                     device="auto", repeats: int = 20, recompute: bool = False) -> dict[str, pd.DataFrame]:
     """All three measurements of these operators, by shape or, with more and more programs, by the shapes' dims.
 
-    Tables of one row a record: ``"kernels"``, ``"scaling"``, ``"counters"``.
+    And the parts of their mixers, by `time_mixer`. Tables of one row a record: ``"kernels"``, ``"scaling"``,
+    ``"counters"``, ``"mixers"``.
     """
-    shapes, rows = [check_shape(shape) for shape in shapes], {"kernels": [], "scaling": [], "counters": []}
+    shapes = [check_shape(shape) for shape in shapes]
+    rows = {"mixers": [], "kernels": [], "scaling": [], "counters": []}
     how = {"dtype": dtype, "device": device, "recompute": recompute}
     for operator in operators if shapes else ():
+        rows["mixers"] += [time_mixer(ledger, _MIXER_OF[operator], shape, direction=direction, repeats=repeats, **how)
+                           for shape in shapes for direction in DIRECTIONS]
         rows["kernels"] += [time_kernels(ledger, operator, shape, repeats=repeats, **how) for shape in shapes]
         rows["scaling"] += [scale_programs(ledger, operator, dim=dim, repeats=repeats, **how)
                             for dim in dict.fromkeys(shape[3] for shape in shapes)]

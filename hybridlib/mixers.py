@@ -115,15 +115,24 @@ class _Mixer(nn.Module):
         have no meaning here and are ignored.
         """
         state = None if past_key_values is None else self._cached(past_key_values)
+        q, k, v, g, *gates = self.project(hidden_states)
+        o, state = self.mix(q, k, v, *gates, padding_mask, state)  # o: (batch, time, heads, head_dim)
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+        return self.o_proj(self.gate_output(o, g)), None
+
+    def project(self, hidden_states):
+        """q, k, v and the output's gate, (batch, time, heads, head_dim) each, and the operator's gates as they come."""
         parts = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.gate_projections())
         q, k, v, g, *gates = _project(hidden_states, parts)
         q, k, v, g = (self._heads(x) for x in (q, k, v, g))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
-        o, state = self.mix(q, k, v, *gates, padding_mask, state)  # o: (batch, time, heads, head_dim)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
-        return self.o_proj((_normed(self.o_norm, o) * F.silu(g)).flatten(2)), None
+        return q, k, v, g, *gates
+
+    def gate_output(self, o, g):
+        """The operator's output, normalised head by head and gated: (batch, time, heads * head_dim)."""
+        return (_normed(self.o_norm, o) * F.silu(g)).flatten(2)
 
     def _cached(self, cache):
         layer = cache.layers[self.layer_idx]

@@ -36,7 +36,7 @@ __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_tabl
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
          "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed", "scaling": "kernel_scaling",
-         "counters": "kernel_counters"}
+         "counters": "kernel_counters", "mixers": "mixer_speed"}
 _LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
           "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS, "shapes": None, "objective_shapes": None,
           "contexts": None, "shares": None, "kernel_shapes": None}
@@ -59,7 +59,8 @@ class SpeedSettings:
     budget : softmax layers of the hybrid in stage 2, share or count.
     contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
     decode_batch : prompts at once; new_tokens : generated for each.
-    kernel_shapes : shapes whose calls of the fused operators are taken apart, kernel by kernel, on a GPU.
+    kernel_shapes : shapes whose calls are taken apart: the fused operators kernel by kernel, on a GPU, and the mixers
+        part by part.
 
     An empty list of shapes, exactness_cases, objective_shapes, stages, contexts or kernel_shapes leaves that part out.
     """

@@ -417,7 +417,7 @@ def test_the_figure_has_a_panel_a_call_and_a_line_at_the_multiprocessors():
 
 def test_without_shapes_or_records_nothing_is_said(ledger):
     empty = kernel_speed.measure_kernels(ledger, ["gated_delta_rule"], [], device="cpu")
-    assert set(empty) == {"kernels", "scaling", "counters"} and not ledger.folder.exists()
+    assert set(empty) == {"kernels", "scaling", "counters", "mixers"} and not ledger.folder.exists()
     assert kernel_report.kernel_words(empty) == "" and kernel_report.kernel_tables(empty) == {}
     assert speed_plots.kernel_figures(empty["scaling"]) == [] and kernel_report.scaling_points(empty["scaling"]).empty
 
@@ -426,7 +426,9 @@ def test_records_are_found_again_by_the_names_of_their_tables(ledger, monkeypatc
     monkeypatch.setattr(kernels.fused, "why_not", lambda: "there is none")
     measured = kernel_speed.measure_kernels(ledger, ["gated_delta_rule"], [[1, 64, 1, 64], [2, 64, 1, 128]],
                                             device="cpu")
-    assert {name: len(frame) for name, frame in measured.items()} == {"kernels": 2, "scaling": 2, "counters": 2}
+    assert "Mixer **gdn**, (2, 64, 1, 128), float32, forward+backward" in kernel_report.kernel_words(measured)
+    assert {name: len(frame) for name, frame in measured.items()} == {"mixers": 4, "kernels": 2, "scaling": 2,
+                                                                      "counters": 2}
     found = speed.recorded_speed(ledger)
     assert all(len(found[name]) == len(frame) for name, frame in measured.items())
 
