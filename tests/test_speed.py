@@ -351,7 +351,7 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
     assert exactness.exactness_words(found["exactness"]) == exactness.exactness_words(exact)
     about = speed.about_speed(found)
     assert about.startswith("10 records (exactness, objectives), measured on ")
-    assert "No GPU record of operators, steps, decoding, kernels, scaling, counters is committed yet." in about
+    assert "No GPU record of operators, steps, decoding, kernels, scaling, counters, mixers is committed yet." in about
     assert "gpu.yaml" in about
     fewer = exactness.measure_exactness(study.ledger, "gated_delta_rule", "chunked", ["length 1"], device="cpu")
     latest = speed.recorded_speed(study.ledger)["exactness"]
