@@ -232,3 +232,17 @@ def test_a_recorded_group_lives_on_through_rounds(tiny_teacher, tiny_tokens):
     one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER, group=1)
     found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER, group=3)
     assert found.values == pytest.approx(one.values, rel=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("full", [False, True])
+def test_candidates_wait_on_the_gpu_while_an_eighth_of_it_is_free(tiny_teacher, tiny_tokens, monkeypatch, full):
+    teacher, total = tiny_teacher("llama").to("cuda"), torch.cuda.mem_get_info()[1]
+    student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True)
+    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER, group=1)
+    held, hold = [], Switched.hold
+    monkeypatch.setattr(Switched, "hold", lambda self: held.append(hold(self)) or held[-1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0 if full else total, total))
+    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER, group=1)
+    assert found.values == pytest.approx(one.values, rel=2e-2)
+    assert held and {kept[0].device.type for kept, *_ in held} == {"cpu" if full else "cuda"}
