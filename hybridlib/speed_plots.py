@@ -100,7 +100,7 @@ def kernel_figures(frame: pd.DataFrame) -> list[Figure]:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid()
-            axes.set_title(name, fontsize=9, loc="left")
+            axes.set_title(name, fontsize=8, loc="left")
         log_ticks(grid[0, 0].xaxis, *grid[0, 0].get_xlim())
         log_ticks(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
         figure.supxlabel("programs of the kernel", fontsize=9)
