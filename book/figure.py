@@ -10,7 +10,7 @@ from pathlib import Path
 import hybridlib as hl
 from hybridlib import contest, oracle, oracle_report, selector_plots
 
-SHOWN = ("ga-s2", "ga-s1", "uniform", "first")
+SHOWN = ("ga-s2", "gate-gradient", "ga-s1", "uniform", "first")
 
 
 def main():
