@@ -27,7 +27,9 @@ from .passes import TeacherStates, last_hidden
 from .recall import exact_match, judge, pad_left, recall_logits
 from .stacked import own_weights, stacked, stacked_weights
 
-__all__ = ["Cohort", "steps_done"]
+__all__ = ["MOMENTS", "Cohort", "steps_done"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 
 
 class Cohort:
@@ -179,7 +181,7 @@ class Cohort:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 step = torch.zeros((), device=self.device if group["fused"] else "cpu")
-                self.optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in _MOMENTS}}
+                self.optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in MOMENTS}}
 
     def _candidate(self, c):
         """Weights of candidate `c` by their names in its hybrid, and the optimizer's state of them: views of both."""
@@ -187,14 +189,11 @@ class Cohort:
         for name, p, index in self._own_weights(c):
             own, kept = p.detach()[index], self.optimizer.state.get(p, {})
             named.append((name, own))
-            state[own] = {key: value[index] if key in _MOMENTS else value for key, value in kept.items()}
+            state[own] = {key: value[index] if key in MOMENTS else value for key, value in kept.items()}
         return named, SimpleNamespace(state=state, param_groups=self.optimizer.param_groups)
 
     def _run_of(self, named):
         return self._run | {"weights": {name: list(p.shape) for name, p in named}}
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def steps_done(checkpoint: Path | None) -> int:

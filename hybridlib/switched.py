@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .cohort import _MOMENTS, Cohort
+from .cohort import MOMENTS, Cohort
 from .evaluate import heldout_kl
 from .hybrid import restore
 from .passes import last_hidden
@@ -69,7 +69,7 @@ class Switched(Cohort):
     def _state(self):
         """The candidate's weights and their moments, once the optimizer has any."""
         named, optimizer = self._candidate(0)
-        return [p for _, p in named] + [optimizer.state[p][key] for key in _MOMENTS for _, p in named]
+        return [p for _, p in named] + [optimizer.state[p][key] for key in MOMENTS for _, p in named]
 
     def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
         """`evaluate.heldout_kl` of the candidate."""
