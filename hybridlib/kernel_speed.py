@@ -33,12 +33,13 @@ from .kernels.fused import launch
 from .launches import limits_of, resident_programs, watch_launches
 from .ledger import Ledger
 from .mixer_speed import time_mixer
+from .mixers import MIXERS
 from .timing import measured, sentence, time_copy, time_graph, wait
 
 __all__ = ["PROGRAMS", "count_kernels", "measure_kernels", "scale_programs", "split_calls", "time_kernels"]
 
 PROGRAMS = (9, 18, 33, 66, 132, 144, 198, 264, 288, 528)  # of a scan
-_MIXER_OF = dict(zip(OPERATORS, ("gdn", "gla")))
+_MIXER_OF = {mixer.operator: name for name, mixer in MIXERS.items()}
 _SQUARE = 8192  # sides of the matrices whose product says how fast products are
 _PROGRAM = ("import json, sys; from hybridlib.kernel_speed import _counted; "
             "_counted(*json.loads(sys.argv[1]))")

@@ -10,7 +10,6 @@ import torch
 
 from .benchmarks import DIRECTIONS, check_shape, dtype_name
 from .checks import check_choice, check_device, check_int, check_number
-from .kernels import gated_delta_rule, gated_linear_attention
 from .ledger import Ledger
 from .mixers import MIXERS, build_mixer
 from .timing import measured, time_calls, time_graph
@@ -79,14 +78,10 @@ def mixer_parts(module) -> dict[str, Callable]:
     ``output`` : that -> the mixer's output.
     """
     taken = copy.copy(module)
-    taken._run = lambda operator, one_step, inputs, state: (inputs, state)  # what the operator would be given
+    taken._run = lambda inputs, state: (inputs, state)  # what the operator would be given
 
-    def operator(*inputs):
-        run = gated_delta_rule if len(inputs) == 5 else gated_linear_attention
-        return run(*inputs, backend=module.backend)[0]
-
-    functions = (module.project, lambda q, k, v, *gates: taken.mix(q, k, v, *gates, None, None)[0], operator,
-                 module.gate_output, module.o_proj)
+    functions = (module.project, lambda q, k, v, *gates: taken.mix(q, k, v, *gates, None, None)[0],
+                 lambda *inputs: module._run(inputs, None)[0], module.gate_output, module.o_proj)
     return dict(zip(PARTS, functions, strict=True))
 
 

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
+from . import kernels
 from .checks import check_choice
-from .kernels import gated_delta_rule, gated_linear_attention, step
+from .kernels import step
 
 __all__ = ["KV_TRANSFERS", "MIXERS", "GatedDeltaNet", "GatedLinearAttention", "MixerState", "build_mixer"]
 
@@ -85,8 +86,9 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
 
 
 class _Mixer(nn.Module):
-    """Projections, output norm and gate that both mixers share; a subclass gives `gate_projections` and `mix`.
+    """Projections, output norm and gate that both mixers share.
 
+    A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `gate_projections` and `mix`.
     Attribute `backend` names the kernel to run, ``"auto"`` unless it is set; see `hybridlib.kernels`.
     """
 
@@ -141,11 +143,11 @@ class _Mixer(nn.Module):
                              "needs a MixerState; call the hybrid itself, or its .model with use_cache=False")
         return layer.state
 
-    def _run(self, operator, one_step, inputs, state):
+    def _run(self, inputs, state):
         """(output, state) of `inputs`, (batch, time, heads, ...) each: one step where there is one token to add."""
         if state is None or inputs[0].shape[1] > 1:
-            return operator(*inputs, initial_state=state, backend=self.backend)
-        o, state = one_step(*(x[:, 0] for x in inputs), state)
+            return getattr(kernels, self.operator)(*inputs, initial_state=state, backend=self.backend)
+        o, state = getattr(step, self.operator)(*(x[:, 0] for x in inputs), state)
         return o[:, None], state
 
     def _heads(self, x):
@@ -188,6 +190,8 @@ class GatedDeltaNet(_Mixer):
     silu on q, k and v, l2-normalised q and k, an output gate and no short convolution.
     """
 
+    operator = "gated_delta_rule"
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.a_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
@@ -214,7 +218,7 @@ class GatedDeltaNet(_Mixer):
         if padding_mask is not None:
             keep = padding_mask[..., None].to(beta.dtype)
             beta, log_decay = beta * keep, log_decay * keep
-        return self._run(gated_delta_rule, step.gated_delta_rule, (q, k, F.silu(v), log_decay, beta), state)
+        return self._run((q, k, F.silu(v), log_decay, beta), state)
 
 
 class GatedLinearAttention(_Mixer):
@@ -222,6 +226,8 @@ class GatedLinearAttention(_Mixer):
 
     S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, with no feature map on q and k.
     """
+
+    operator = "gated_linear_attention"
 
     def __init__(self, config, layer_idx: int, rank: int = 16, temperature: float = 16.0):
         super().__init__(config, layer_idx)
@@ -243,7 +249,7 @@ class GatedLinearAttention(_Mixer):
         if padding_mask is not None:
             keep = padding_mask[..., None, None].to(k.dtype)
             k, log_decay = k * keep, log_decay * keep
-        return self._run(gated_linear_attention, step.gated_linear_attention, (q, k, v, log_decay), state)
+        return self._run((q, k, v, log_decay), state)
 
 
 MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}
