@@ -7,6 +7,7 @@ model, one candidate after the other. The branch that does not count costs its s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,12 +110,14 @@ def _room_for(tensors):
     is nearly full, every allocation of the next step first gives back what torch has cached.
     """
     device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
-    where = {"pin_memory": device.type == "cuda"}
+    block = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        where = {"device": device} if spare - sum(sizes) > total // 8 else where
-    block = torch.empty(sum(sizes), dtype=torch.uint8, **where)
+        spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - sum(sizes)
+        with contextlib.suppress(torch.OutOfMemoryError):  # what is free may lie in pieces
+            block = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if spare > total // 8 else None
+    if block is None:
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     return [part[:t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(block.split(sizes), tensors, strict=True)]
 
 
