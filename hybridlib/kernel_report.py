@@ -95,8 +95,8 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
         lines += [f"  - {kernel}: {_grown(found.sort_values('programs'))}"
                   for kernel, found in part.groupby("kernel", sort=False)]
     mixers = tables.get("mixers", pd.DataFrame())
-    return "\n".join(lines + [_around(row) for _, row in mixers[mixers["reason"].isna()].iterrows()]
-                     if len(mixers) else lines)
+    lines += [_around(row) for _, row in (mixers[mixers["reason"].isna()].iterrows() if len(mixers) else ())]
+    return "\n".join(lines)
 
 
 def _around(row):
