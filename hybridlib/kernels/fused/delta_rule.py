@@ -26,7 +26,6 @@ from . import segments
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
-    chunk_of,
     exp,
     kernel,
     load_rows,
@@ -94,7 +93,7 @@ def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
 
 
 @kernel
-def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads, parts, part,
+def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
             k_stride, gate_stride, beta_stride,
             KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
@@ -102,7 +101,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
     By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
     T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n).
     """
-    head, chunk = tl.program_id(0), chunk_of(cu_seqlens, tl.program_id(1), time, parts, part, 64)
+    head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
     strides = k_stride, gate_stride, beta_stride
     k0, c0, total, b0 = _keys_and_gates(k, log_decay, beta, start, end, *strides, head, KEY_DIM)
@@ -144,7 +143,7 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
 
 @kernel
 def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
-          cu_seqlens, time, sequences, heads, segments, parts, part, scale, q_stride, k_stride, v_stride,
+          cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
@@ -153,16 +152,13 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
     None, gets the state before each chunk.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
-    start, end, chunk = segment(cu_seqlens, n * parts + part, time, sequences, segments * parts, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if initial is None:
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
     else:
         state = tl.load(block(initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)).to(tl.float32)
-    if final is not None:
-        if part > 0:
-            state = tl.load(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
     for step in range(tl.cdiv(end - start, SIZE)):
         token, at = start + step * SIZE, (chunk + step) * heads + head
         q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
@@ -191,7 +187,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
 
 @kernel
 def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
-               cu_seqlens, time, sequences, heads, segments, parts, part, scale, q_stride, k_stride, o_stride,
+               cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
@@ -199,16 +195,13 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
     dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
-    start, end, chunk = segment(cu_seqlens, n * parts + part, time, sequences, segments * parts, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     if d_final is None:
         d_state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
     else:
         d_state = tl.load(block(d_final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
-    if d_initial is not None:
-        if part < parts - 1:
-            d_state = tl.load(block(d_initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
     count = tl.cdiv(end - start, SIZE)
     for step in range(count):
         token = start + (count - 1 - step) * SIZE
@@ -244,7 +237,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
 
 @kernel
 def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-               cu_seqlens, time, sequences, heads, parts, part, scale, q_stride, k_stride, v_stride, o_stride,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
@@ -258,7 +251,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     The gradient of log_decay of token t is a sum over what it decays: pairs with j < t <= i (those of P and A),
     in_i for t <= i, out_j for j < t, and in_C.
     """
-    head, chunk = tl.program_id(0), chunk_of(cu_seqlens, tl.program_id(1), time, parts, part, SIZE)
+    head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
@@ -338,26 +331,18 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
-    use = at.how("delta_rule.scan")
-
-    def invert(part):
-        at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks_of(part), 1),
-                  k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape, at.parts, part,
-                  strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
-
-    def scan(part, starts=initial, ends=final):
-        at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-                  q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
-                  cu_seqlens, *shape, at.segments, at.parts, part, scale, *strides,
-                  at.key_dim, at.value_dim, use.width, SIZE, many, dots)
-
-    if maps is None:
-        at.run(invert, scan, urgent=scan)
-    else:
-        invert(0)
-        starts = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens)
+    at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
+              k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
+              strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
+    starts, ends = initial, final
+    if maps is not None:
+        starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
         segments.join(at, maps, starts, initial, final, False)
-        scan(0, starts, None)
+    use = at.how("delta_rule.scan")
+    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
+              q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
+              cu_seqlens, *shape, at.segments, scale, *strides,
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return o, final, (inverse, rest, sums, strengths, states, maps)
 
 
@@ -367,30 +352,26 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     inverse, rest, sums, strengths, states, maps = saved
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
-    d_initial, d_first = at.room_for_gradient(initial)
+    d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    use = at.how("delta_rule.scan_back")
 
-    def scan_back(part, d_ends=d_final, d_right=dv, d_states=d_states, d_starts=d_first, variant=0):
-        use = at.how("delta_rule.scan_back")
+    def scan_back(*ends_and_found, part=0):
         at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-                  q, k, inverse, rest, sums, strengths, d_o, d_ends, d_right, d_states, d_starts,
-                  cu_seqlens, *shape, at.segments, at.parts, part, scale, stride(q), stride(k), stride(d_o),
-                  at.key_dim, at.value_dim, use.width, SIZE, many, dots, variant=variant)
-
-    def gradients(part):
-        use = at.how("delta_rule.gradients")
-        at.launch(_gradients, use, (at.heads, at.chunks_of(part), 1),
-                  q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-                  cu_seqlens, *shape, at.parts, part, scale, stride(q), stride(k), stride(v), stride(d_o),
-                  at.key_dim, at.value_dim, use.width, SIZE, many, dots)
+                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
+                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=part)
 
     if maps is None:
-        at.run(scan_back, gradients, urgent=scan_back, back=True)
+        scan_back(d_final, dv, d_states, d_initial)
     else:
         d_ends = segments.ends(at, q.device)
-        scan_back(0, None, None, None, d_ends, variant=1)
+        scan_back(None, None, None, d_ends, part=1)
         segments.join(at, maps, d_ends, d_final, d_initial, True)
-        scan_back(0, d_ends, dv, d_states, None)
-        gradients(0)
+        scan_back(d_ends, dv, d_states, None)
+    use = at.how("delta_rule.gradients")
+    at.launch(_gradients, use, (at.heads, at.chunks, 1),
+              q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+              cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return dq, dk, dv, d_decay, d_beta, d_initial

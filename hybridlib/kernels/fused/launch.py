@@ -12,7 +12,7 @@ are cut along time; `override_segments` goes before it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,9 +36,6 @@ class Launch(NamedTuple):
 
 override: dict[str, Launch] = {}
 override_segments: int | None = None  # the same in a forward pass and its backward pass
-override_parts: int | None = None  # recorded or not
-most_parts = 1
-priority = -1
 watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
@@ -90,7 +87,7 @@ class Place:
         """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
         q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
-        self.value_dim, self.dtype, self.device, self.many = v.shape[-1], v.dtype, q.device, 1
+        self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
         if cu_seqlens is None:
             self.sequences = self.batch
             self.chunks = self.batch * -(-self.time // SIZE)
@@ -99,11 +96,7 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
-        self.most = parts_of(q, v, self.segments, states) if cu_seqlens is None else 1
-        self.parts = self.most if override_parts or self.most > 1 and torch.cuda.is_current_stream_capturing() else 1
-        if self.most > 1 and q.is_cuda:
-            _stream_beside(q.device)
-        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1, self.most > 1], 0
+        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
         for x in tokens:
             key += x.dtype, x.stride(1)
             aligned |= x.data_ptr()
@@ -116,9 +109,9 @@ class Place:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         return how(kernel, self.dtype, self.key_dim, self.value_dim)
 
-    def launch(self, kernel, use, grid, *arguments, variant=0):
-        """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and variant."""
-        key = None if self.key is None else (id(kernel), use, variant, self.key)
+    def launch(self, kernel, use, grid, *arguments, part=0):
+        """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
+        key = None if self.key is None else (id(kernel), use, part, self.key)
         _, compiled = _compiled.get(key, (kernel, None))
         if compiled is not None:
             compiled[grid](*arguments)
@@ -129,58 +122,6 @@ class Place:
                 _compiled[key] = kernel, compiled
         if watch is not None:
             watch(kernel, use, grid, arguments, compiled)
-
-    def chunks_of(self, part: int) -> int:
-        """Chunks of all sequences in one of `parts`."""
-        if self.parts == 1:
-            return self.chunks
-        count = self.chunks // self.sequences
-        each = -(-count // self.parts)
-        return self.sequences * min(each, count - part * each)
-
-    def room_for_gradient(self, initial):
-        """Room for the gradient of the initial state (None if there is none), and for what parts leave to the next."""
-        found = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
-        if found is not None or self.most == 1:
-            return found, found
-        shape = self.sequences, self.heads, self.key_dim, self.value_dim
-        return None, torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def run(self, first: Callable, then: Callable, urgent: Callable, back: bool = False) -> None:
-        """Call `first` and `then` with each part, in their order (back: the last one first).
-
-        If there are several, either runs on a stream of its own, the `urgent` one with priority: `then` of a part waits
-        for `first` of it alone.
-        """
-        order = range(self.parts)[::-1 if back else 1]
-        if self.parts == 1 or self.device.type == "cpu":
-            for part in order:
-                first(part)
-                then(part)
-            return
-        here, beside = torch.cuda.current_stream(self.device), _stream_beside(self.device)
-        beside.wait_stream(here)
-        for part in order:
-            with torch.cuda.stream(beside if first is urgent else here):
-                first(part)
-            ready = (beside if first is urgent else here).record_event()
-            with torch.cuda.stream(beside if then is urgent else here):
-                torch.cuda.current_stream(self.device).wait_event(ready)
-                then(part)
-        here.wait_stream(beside)
-
-
-def parts_of(q: torch.Tensor, v: torch.Tensor, segments: int, states: Sequence[torch.Tensor | None]) -> int:
-    """In how many parts of its time a call runs while a CUDA graph records it."""
-    if segments > 1 or any(x is not None and x.dtype != torch.float32 for x in states):
-        return 1
-    count = -(-q.shape[1] // SIZE)
-    return -(-count // -(-count // (override_parts or most_parts)))
-
-
-@functools.cache
-def _stream_beside(device):
-    return torch.cuda.Stream(device, priority=priority)
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:

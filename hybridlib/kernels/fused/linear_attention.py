@@ -39,7 +39,6 @@ from . import segments
 from .launch import SIZE, Place, how, precision, stride
 from .tiles import (
     block,
-    chunk_of,
     exp,
     kernel,
     load_columns,
@@ -80,15 +79,9 @@ def _is_strong(lowest, at, BOUND: tl.constexpr, TILES: tl.constexpr):
     return tl.min(tl.load(lowest + at * TILES + tl.arange(0, TILES)), 0) < BOUND
 
 
-@triton.jit
-def _place_of(cu_seqlens, n, time, heads, parts, part, SIZE: tl.constexpr):
-    """Where what is kept for the n-th chunk and head of a part lies."""
-    return chunk_of(cu_seqlens, n // heads, time, parts, part, SIZE) * heads + n % heads
-
-
 @kernel
-def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, time, sequences, heads, segments,
-          parts, part, scale, x_stride, y_stride, decay_stride,
+def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, time, sequences, heads, segments, scale,
+          x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
@@ -99,16 +92,13 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, t
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
-    start, end, chunk = segment(cu_seqlens, n * parts + part, time, sequences, segments * parts, SIZE, MANY)
+    start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = x.dtype.element_ty
     if initial is None:
         state = tl.zeros((HEIGHT, WIDTH), tl.float32)
     else:
         state = tl.load(block(initial, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH)).to(tl.float32)
-    if final is not None:
-        if part != (parts - 1 if BACK else 0):
-            state = tl.load(block(final, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH))
     count = tl.cdiv(end - start, SIZE)
     passed = tl.zeros((HEIGHT,), tl.float32)
     for step in range(count):
@@ -171,12 +161,12 @@ def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, 
 
 
 @kernel
-def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences, heads, parts, part, scale,
+def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences, heads, scale,
              q_stride, k_stride, v_stride, decay_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
              MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
     """Outputs of one chunk and head, by levels where its decays are strong."""
-    at = _place_of(cu_seqlens, tl.program_id(0), time, heads, parts, part, SIZE)
+    at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
         _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
                     q_stride, k_stride, v_stride, decay_stride,
@@ -274,13 +264,12 @@ def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, 
 
 @kernel
 def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay,
-               cu_seqlens, time, sequences, heads, parts, part, scale, q_stride, k_stride, v_stride, decay_stride,
-               o_stride, ROWS: tl.constexpr,
+               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               ROWS: tl.constexpr,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk, head and ROWS key dims, by levels where its decays are strong; of v too, if asked for."""
     at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
-    at = _place_of(cu_seqlens, at, time, heads, parts, part, SIZE)
     if _is_strong(lowest, at, BOUND, TILES):
         _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
                       sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
@@ -292,12 +281,12 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
 
 
 @kernel
-def _value_gradients(q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, time, sequences, heads, parts, part, scale,
+def _value_gradients(q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, time, sequences, heads, scale,
                      q_stride, k_stride, decay_stride, o_stride,
                      KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                      MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
     """dv of one chunk and head, by levels where the chunk's decays are strong."""
-    at = _place_of(cu_seqlens, tl.program_id(0), time, heads, parts, part, SIZE)
+    at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
         _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, cu_seqlens, time,
                       sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
@@ -321,14 +310,12 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     states, lowest, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")
-
-    def outputs(part):
-        at.launch(_outputs, use, (at.heads * at.chunks_of(part), 1, 1),
-                  q, k, v, log_decay, states, lowest, o, cu_seqlens, at.time, at.sequences, at.heads, at.parts, part,
-                  scale, stride(q), stride(k), stride(v), stride(log_decay), *_constants(at, use, lowest))
-
-    _scan_then(at, outputs, k, v, log_decay, initial, final, final, states, lowest, maps, cu_seqlens, 1.0, False)
+    at.launch(_outputs, use, (at.heads * at.chunks, 1, 1),
+              q, k, v, log_decay, states, lowest, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
+              stride(q), stride(k), stride(v), stride(log_decay),
+              *_constants(at, use, lowest))
     return o, final, (states, lowest, maps)
 
 
@@ -336,25 +323,23 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
     at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
-    d_initial, d_first = at.room_for_gradient(initial)
+    d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
+    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale, True)
+    use = at.how("linear_attention.gradients")
     apart = max(at.key_dim, at.value_dim) > 64  # dv by itself: one program cannot hold it all in registers
-
-    def gradients(part):
-        use = at.how("linear_attention.gradients")
-        rows = use.width if apart else at.key_dim
-        at.launch(_gradients, use, (at.heads * at.chunks_of(part) * (at.key_dim // rows), 1, 1),
-                  q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, cu_seqlens,
-                  at.time, at.sequences, at.heads, at.parts, part, scale,
-                  stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows, *_constants(at, use, lowest))
-        if apart:
-            use = at.how("linear_attention.value_gradients")
-            at.launch(_value_gradients, use, (at.heads * at.chunks_of(part), 1, 1),
-                      q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, at.time, at.sequences, at.heads, at.parts,
-                      part, scale, stride(q), stride(k), stride(log_decay), stride(d_o), *_constants(at, use, lowest))
-
-    _scan_then(at, gradients, q, d_o, log_decay, d_final, d_initial, d_first, d_states, None, maps, cu_seqlens, scale,
-               True)
+    rows = use.width if apart else at.key_dim
+    at.launch(_gradients, use, (at.heads * at.chunks * (at.key_dim // rows), 1, 1),
+              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, cu_seqlens,
+              at.time, at.sequences, at.heads, scale,
+              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
+              *_constants(at, use, lowest))
+    if apart:
+        use = at.how("linear_attention.value_gradients")
+        at.launch(_value_gradients, use, (at.heads * at.chunks, 1, 1),
+                  q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, at.time, at.sequences, at.heads, scale,
+                  stride(q), stride(k), stride(log_decay), stride(d_o),
+                  *_constants(at, use, lowest))
     return dq, dk, dv, d_decay, d_initial
 
 
@@ -364,24 +349,21 @@ def _constants(at, use, lowest):
             precision(at.dtype))
 
 
-def _scan_then(at, by_chunk, x, y, log_decay, initial, final, carried, states, lowest, maps, cu_seqlens, scale, back):
-    """Scan, and launch what takes each chunk by itself; `carried`, `final` if there is one, takes parts' last states."""
+def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
 
-    def scan(part, starts=initial, ends=carried, states=states, lowest=lowest, totals=None, variant=0):
+    def scan(*ends_and_found, part=0):
         at.launch(_scan, use, grid,
-                  x, y, log_decay, starts, ends, states, lowest, totals,
-                  cu_seqlens, at.time, at.sequences, at.heads, at.segments, at.parts, part, scale,
+                  x, y, log_decay, *ends_and_found,
+                  cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
-                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), variant=variant)
+                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
 
     if maps is None:
-        at.run(scan, by_chunk, urgent=scan, back=back)
-    else:
-        ends = segments.ends(at, x.device)
-        scan(0, None, ends, None, None, None if back else maps, variant=1)
-        segments.join(at, maps, ends, initial, final, back)
-        scan(0, ends, None)
-        by_chunk(0)
+        return scan(initial, final, states, lowest, None)
+    ends = segments.ends(at, x.device)
+    scan(None, ends, None, None, None if back else maps, part=1)
+    segments.join(at, maps, ends, initial, final, back)
+    scan(ends, None, states, lowest, None)

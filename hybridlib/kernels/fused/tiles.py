@@ -18,8 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-128.0)  # exp of it is 0 in float32
 
 # Kernels are not compiled anew for sizes that differ from call to call.
-kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "parts", "part", "gate_stride",
-                                       "beta_stride"])
+kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "gate_stride", "beta_stride"])
 
 
 @triton.jit
@@ -72,17 +71,6 @@ def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: 
     each = tl.cdiv(tl.cdiv(end - start, SIZE), segments)  # chunks
     first = n % segments * each
     return tl.minimum(start + first * SIZE, end), tl.minimum(start + (first + each) * SIZE, end), chunk + first
-
-
-@triton.jit
-def chunk_of(cu_seqlens, n, time, parts, part, SIZE: tl.constexpr):
-    """The number of the n-th chunk of one of `parts` of the time of every sequence; of packed sequences n."""
-    if cu_seqlens is None:
-        count = tl.cdiv(time, SIZE)
-        each = tl.cdiv(count, parts)
-        here = tl.minimum(each, count - part * each)
-        n = n // here * count + part * each + n % here
-    return n
 
 
 @triton.jit
