@@ -48,13 +48,20 @@ def watch_launches(operator: str) -> Iterator[list[dict]]:
                      "programs": grid[0] * grid[1] * grid[2], "warps": use.warps,
                      "registers": getattr(compiled, "n_regs", None), "spills": getattr(compiled, "n_spills", None),
                      "shared": compiled and compiled.metadata.shared, "flops": product_flops(name, named),
-                     "bytes": sum(x.nbytes * (2 if (name, key) in _TWICE else 1) for key, x in tensors.items())})
+                     "bytes": sum(_moved(name, key, x, named) for key, x in tensors.items())})
 
     launch.watch = watch
     try:
         yield seen
     finally:
         launch.watch = before
+
+
+def _moved(name, key, x, arguments):
+    """Bytes of an argument that a kernel moves at least."""
+    if key in ("inverse", "rest") and (arguments.get("LOWER") or arguments.get("ZEROS") is False):
+        return x.nbytes * 10 // 16  # not the blocks above the diagonal
+    return x.nbytes * (2 if (name, key) in _TWICE else 1)
 
 
 def product_flops(name: str, arguments: Mapping) -> int | None:
@@ -65,7 +72,7 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
     inverse (3 where what rounding cut off is multiplied as well, else 1), the multiply-adds a chunk and head are
 
     - delta rule: invert 10 16^2 K + 40 16^3, scans (either way) 3 C K V + (f + 1) C^2 V + C^2 K V / W,
-      gradients 4 C K V + (f + 2) C^2 V + 6 C^2 K, maps (K + V) (2 C K + f C^2);
+      gradients 4 C K V + 2 C^2 V + 6 C^2 K, maps (K + V) (2 C K + f C^2);
     - linear attention: scans (either way) C K V + 2 C^2 K V / W, outputs and gradients of the values alone C K V +
       C^2 V + 3 C^2 K, gradients 3 C K V + 2 C^2 V + (5 + s) C^2 K, with s = 4, or 2 in float32, and without those of
       the values, by p programs, 2 C K V + p C^2 V + (4 + s) C^2 K; all in chunks that need no levels.
@@ -84,7 +91,7 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
         "delta_rule.invert": 10 * 16**2 * k + 40 * 16**3,
         "delta_rule.scan": 3 * c * k * v + (fine + 1) * c * c * v + c * c * k * tiles,
         "delta_rule.scan_back": 3 * c * k * v + (fine + 1) * c * c * v + c * c * k * tiles,
-        "delta_rule.gradients": 4 * c * k * v + (fine + 2) * c * c * v + 6 * c * c * k,
+        "delta_rule.gradients": 4 * c * k * v + 2 * c * c * v + 6 * c * c * k,
         "delta_rule.maps": (k + v) * (2 * c * k + fine * c * c),
         "linear_attention.scan": c * k * v + 2 * c * c * k * tiles,
         "linear_attention.outputs": c * k * v + c * c * v + 3 * c * c * k,

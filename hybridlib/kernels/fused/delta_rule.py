@@ -10,10 +10,10 @@ _gradients         chunk and head           all other gradients
 =================  =======================  ============================================================
 
 With R = beta (v - in k S), what each token writes is N = T R; then O = scale (in q) S + P N and
-S' = in_C S + (out k)^T N. T is kept for the backward pass, in the dtype of the inputs, and so are the states, if
-gradients are wanted; R, N and P are computed again. Sums of log_decay from the chunk's start (`sums`) and beta
-(`strengths`) are kept by chunk, in float32. A segment is a sequence or, where these are few, a part of one; `segments`
-has the two kernels that this takes besides.
+S' = in_C S + (out k)^T N. If gradients are wanted, T, the states and N (`written`) are kept for the backward pass, in
+the dtype of the inputs, and what rounding cut off T (`rest`), for dR = T^T dN cancels where keys repeat; R and P are
+computed again. Sums of log_decay from the chunk's start (`sums`) and beta (`strengths`) are kept by chunk, in float32.
+A segment is a sequence or, where these are few, a part of one; `segments` has the two kernels that this takes besides.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .tiles import (
     exp,
     kernel,
     load_rows,
+    load_square,
     pairwise_decay,
     fine_product,
     product,
@@ -71,21 +72,22 @@ def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.cons
 
 
 @triton.jit
-def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
+def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33, ZEROS: tl.constexpr):
     kind = x.dtype.element_ty
-    zero = tl.zeros((16, 16), kind)
+    if ZEROS:
+        zero = tl.zeros((16, 16), kind)
+        tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
+        tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
+        tl.store(block(x, at, 0, 48, 64, 64, 16, 16), zero)
+        tl.store(block(x, at, 16, 32, 64, 64, 16, 16), zero)
+        tl.store(block(x, at, 16, 48, 64, 64, 16, 16), zero)
+        tl.store(block(x, at, 32, 48, 64, 64, 16, 16), zero)
     tl.store(block(x, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
-    tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
-    tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
-    tl.store(block(x, at, 0, 48, 64, 64, 16, 16), zero)
     tl.store(block(x, at, 16, 0, 64, 64, 16, 16), t10.to(kind))
     tl.store(block(x, at, 16, 16, 64, 64, 16, 16), t11.to(kind))
-    tl.store(block(x, at, 16, 32, 64, 64, 16, 16), zero)
-    tl.store(block(x, at, 16, 48, 64, 64, 16, 16), zero)
     tl.store(block(x, at, 32, 0, 64, 64, 16, 16), t20.to(kind))
     tl.store(block(x, at, 32, 16, 64, 64, 16, 16), t21.to(kind))
     tl.store(block(x, at, 32, 32, 64, 64, 16, 16), t22.to(kind))
-    tl.store(block(x, at, 32, 48, 64, 64, 16, 16), zero)
     tl.store(block(x, at, 48, 0, 64, 64, 16, 16), t30.to(kind))
     tl.store(block(x, at, 48, 16, 64, 64, 16, 16), t31.to(kind))
     tl.store(block(x, at, 48, 32, 64, 64, 16, 16), t32.to(kind))
@@ -95,11 +97,12 @@ def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33):
 @kernel
 def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
             k_stride, gate_stride, beta_stride,
-            KEY_DIM: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
+            KEY_DIM: tl.constexpr, MANY: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
+            FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
 
     By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
-    T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n).
+    T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n). Above it, zeros are stored only if ZEROS.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
@@ -128,12 +131,12 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
     t30 = -product(t33, product(a30, t00, FINE) + product(a31, t10, FINE) + product(a32, t20, FINE), FINE)
 
     at = chunk * heads + head
-    _store_inverse(inverse, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
+    _store_inverse(inverse, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33, ZEROS)
     if rest is not None:
         kind = inverse.dtype.element_ty
         _store_inverse(rest, at, t00 - t00.to(kind), t10 - t10.to(kind), t11 - t11.to(kind), t20 - t20.to(kind),
                        t21 - t21.to(kind), t22 - t22.to(kind), t30 - t30.to(kind), t31 - t31.to(kind),
-                       t32 - t32.to(kind), t33 - t33.to(kind))
+                       t32 - t32.to(kind), t33 - t33.to(kind), ZEROS)
     t = at.to(tl.int64) * 64 + tl.arange(0, 16)
     tl.store(sums + t, c0), tl.store(strengths + t, b0)
     tl.store(sums + t + 16, c1), tl.store(strengths + t + 16, b1)
@@ -142,14 +145,14 @@ def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time
 
 
 @kernel
-def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
+def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
           cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
-          PRECISION: tl.constexpr):
+          LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
 
-    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. `states`, if not
-    None, gets the state before each chunk.
+    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. `states` and
+    `written`, if not None, get the state before each chunk and N. LOWER: of T the lower blocks alone are read.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -164,8 +167,7 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
         q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
-        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        inverse_c = load_square(inverse, at, SIZE, LOWER)
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
@@ -175,7 +177,9 @@ def _scan(q, k, v, inverse, rest, sums, strengths, initial, o, final, states,
         if states is not None:
             tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
         right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
-        new = fine_product(inverse_c, rest_c, right, PRECISION)
+        new = product(inverse_c, right.to(kind), PRECISION)
+        if written is not None:
+            store_rows(written, new, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
         scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
         read = decay_in[:, None] * product(q_c, before, PRECISION)
         read += product(scores.to(kind), new.to(kind), PRECISION)
@@ -209,8 +213,8 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         do_c = load_rows(d_o, token, end, o_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
-        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        inverse_c = load_square(inverse, at, SIZE, False)
+        rest_c = None if rest is None else load_square(rest, at, SIZE, False)
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
@@ -236,11 +240,11 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
 
 
 @kernel
-def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta,
                cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one chunk from dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
+    """Gradients of one chunk from N, dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
 
     dv = beta dR, dP = dO N^T and dA = -dR N^T in the lower triangle (A's without the diagonal), and
 
@@ -258,8 +262,6 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
     kind = q.dtype.element_ty
     q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
     k_c = load_rows(k, start, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
-    inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
-    rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
     sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
     total = tl.min(sum_c, 0)
@@ -277,7 +279,7 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
         d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
         after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
-        new = fine_product(inverse_c, rest_c, strength[:, None] * error, PRECISION).to(kind)  # N
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)             # N
         d_strength += tl.sum(d_right.to(tl.float32) * error, 1)
         store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
         da -= product(d_right, tl.trans(new), PRECISION)
@@ -315,41 +317,42 @@ def _gradients(q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, d
 
 
 def kept(q, v, count, keep, sequences):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states, M."""
+    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states, N, M."""
     inverse = q.new_empty(count, SIZE, SIZE)
     rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
     sums, strengths = (q.new_empty(count, SIZE, dtype=torch.float32) for _ in range(2))
     states = q.new_empty(count, q.shape[-1], v.shape[-1]) if keep else None
-    return inverse, rest, sums, strengths, states, segments.room(q, v, sequences, q.shape[-1], q.shape[-1])
+    written = torch.empty(v.shape, dtype=v.dtype, device=v.device) if keep else None
+    return inverse, rest, sums, strengths, states, written, segments.room(q, v, sequences, q.shape[-1], q.shape[-1])
 
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: T, its rest, sums, strengths, (if `keep`) states, and M."""
+    """o, final state, and what `backward` needs: T, its rest, sums, strengths, (if `keep`) states and N, and M."""
     at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
     strides = stride(q), stride(k), stride(v)
-    inverse, rest, sums, strengths, states, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
+    inverse, rest, sums, strengths, states, written, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
               k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
-              strides[1], stride(log_decay), stride(beta), at.key_dim, many, dots, dots)
+              strides[1], stride(log_decay), stride(beta), at.key_dim, many, keep or not at.by_lower, dots, dots)
     starts, ends = initial, final
     if maps is not None:
         starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
         segments.join(at, maps, starts, initial, final, False)
     use = at.how("delta_rule.scan")
     at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-              q, k, v, inverse, rest, sums, strengths, starts, o, ends, states,
+              q, k, v, inverse, sums, strengths, starts, o, ends, states, written,
               cu_seqlens, *shape, at.segments, scale, *strides,
-              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
-    return o, final, (inverse, rest, sums, strengths, states, maps)
+              at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots)
+    return o, final, (inverse, rest, sums, strengths, states, written, maps)
 
 
 def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
     at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
-    inverse, rest, sums, strengths, states, maps = saved
+    inverse, rest, sums, strengths, states, written, maps = saved
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
@@ -371,7 +374,7 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
         scan_back(d_ends, dv, d_states, None)
     use = at.how("delta_rule.gradients")
     at.launch(_gradients, use, (at.heads, at.chunks, 1),
-              q, k, v, inverse, rest, sums, strengths, states, d_o, d_states, dq, dk, dv, d_decay, d_beta,
+              q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta,
               cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
               at.key_dim, at.value_dim, use.width, SIZE, many, dots)
     return dq, dk, dv, d_decay, d_beta, d_initial

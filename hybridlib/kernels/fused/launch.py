@@ -96,6 +96,7 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
+        self.by_lower = max(self.key_dim, self.value_dim) <= 64  # scans forward read T by its lower half
         key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
         for x in tokens:
             key += x.dtype, x.stride(1)

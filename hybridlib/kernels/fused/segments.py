@@ -24,14 +24,14 @@ import torch
 import triton.language as tl
 
 from .launch import SIZE, precision, segments_of, stride
-from .tiles import block, fine_product, kernel, load_rows, product, segment
+from .tiles import block, fine_product, kernel, load_rows, load_square, product, segment
 
 
 @kernel
 def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments,
           k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
-          PRECISION: tl.constexpr):
+          LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + k^T (out T (beta v - (beta in) k S)) over a segment: `ends` from 0, `maps` from 1 with v = 0."""
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -45,8 +45,8 @@ def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, se
         token, at = start + step * SIZE, (chunk + step) * heads + head
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         v_c = load_rows(v, token, last, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        inverse_c = tl.load(block(inverse, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
-        rest_c = None if rest is None else tl.load(block(rest, at, 0, 0, SIZE, SIZE, SIZE, SIZE))
+        inverse_c = load_square(inverse, at, SIZE, LOWER)
+        rest_c = None if rest is None else load_square(rest, at, SIZE, LOWER)
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
@@ -108,7 +108,7 @@ def map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens):
     at.launch(_maps, use, ((at.key_dim + at.value_dim) // width, at.heads, at.sequences * at.segments),
               k, v, inverse, rest, sums, strengths, maps, found, cu_seqlens,
               at.time, at.sequences, at.heads, at.segments, stride(k), stride(v),
-              at.key_dim, at.value_dim, width, SIZE, at.many, precision(at.dtype))
+              at.key_dim, at.value_dim, width, SIZE, at.many, at.by_lower, precision(at.dtype))
     return found
 
 

@@ -129,6 +129,15 @@ def block(x, index, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIG
 
 
 @triton.jit
+def load_square(x, index, SIZE: tl.constexpr, LOWER: tl.constexpr):
+    """x[index] (SIZE, SIZE); LOWER: of which blocks of 16 above the diagonal are taken for 0, and not read."""
+    if not LOWER:
+        return tl.load(block(x, index, 0, 0, SIZE, SIZE, SIZE, SIZE))
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    return tl.load(block(x, index, 0, 0, SIZE, SIZE, SIZE, SIZE), i // 16 >= j // 16, 0.0)
+
+
+@triton.jit
 def pairwise_decay(sums_i, sums_j, keep):
     """exp(sums_i - sums_j) for the pairs in `keep`, where that is never positive; 0 for the others."""
     return tl.where(keep, exp(sums_i[:, None] - sums_j[None, :]), 0.0)
