@@ -1,10 +1,9 @@
 """Distil a softmax Transformer into a hybrid of softmax and linear layers, and choose which layers stay softmax."""
 
 from .ablation import ablate, score_associative_recall, score_halo, score_perplexity
-from .agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference, spearman,
-                        top_k_jaccard)
+from .agreement import (bootstrap_interval, chance_jaccard, contiguity, interval, jaccard, kendall,
+                        paired_difference, spearman, top_k_jaccard)
 from .batched import match_sets
-from .agreement import (contiguity)
 from .candidates import ScoringInputs
 from .corpus import Tokens, load_tokens
 from .cost import Cost, Meter, forward_flops, one_run_a_layer_flops, training_flops

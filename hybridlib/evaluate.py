@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -12,7 +14,7 @@ from .objectives import divergence_from_hidden, kl_divergence
 from .passes import TeacherStates, last_hidden
 from .recall import RecallTask, generate_recall, score_recall
 
-__all__ = ["Evaluation", "evaluate", "heldout_kl"]
+__all__ = ["Evaluation", "evaluate", "heldout_kl", "row_kl"]
 
 
 @dataclass(frozen=True)
@@ -62,31 +64,43 @@ def evaluate(model, teacher, tokens, *, recall: RecallTask | None = None, recall
 
 @torch.no_grad()
 def heldout_kl(model, teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192,
-               states: TeacherStates | None = None, compiled: bool = False):
+               states: TeacherStates | None = None, measure: Callable | None = None):
     """(mean, standard error over rows) of KL(teacher || model) in nats a token on held-out rows.
 
-    `states`, of this teacher, spare its pass where another model was measured on the same rows; `compiled` runs the
-    model's layers through ``torch.compile``. Logits are held a row at a time.
+    `states`, of this teacher, spare its pass where another model was measured on the same rows. `measure`, of ids and
+    the teacher's last hidden states, is `row_kl` of both models, unless the caller has a faster form of it.
     """
-    values = []
-    for _, theirs, mine in _read(model, teacher, tokens, heldout_tokens, batch_tokens, states, compiled):
-        with _autocast(mine.device):
-            values += [divergence_from_hidden(t, teacher.lm_head.weight, m, model.lm_head.weight)
-                       for t, m in zip(theirs, mine, strict=True)]
-    return mean_stderr(torch.stack(values).tolist())
+    measure, values = measure or partial(row_kl, model, teacher), []
+    for ids, theirs in _read(model, teacher, tokens, heldout_tokens, batch_tokens, states):
+        values.append(measure(ids, theirs).clone())  # the next call may write to the same place
+    return mean_stderr(torch.cat(values).tolist())
+
+
+def row_kl(model, teacher, ids: torch.Tensor, theirs: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+    """KL(teacher || model) in nats a token of each row, (rows,), with logits of a row at a time.
+
+    `ids` : (rows, time); `theirs` : the teacher's last hidden states of them, (rows, time, width). `compiled` runs the
+    model's layers through ``torch.compile``.
+    """
+    with _autocast(ids.device):
+        mine = last_hidden(model, ids, compiled=compiled)
+        return torch.stack([divergence_from_hidden(t, teacher.lm_head.weight, m, model.lm_head.weight)
+                            for t, m in zip(theirs, mine, strict=True)])
 
 
 @torch.no_grad()
 def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
     """A batch at a time: KL of each row, and sums over rows of the model's nats, the agreement, the teacher's nats."""
-    for ids, theirs, mine in _read(model, teacher, tokens, heldout_tokens, batch_tokens):
+    for ids, theirs in _read(model, teacher, tokens, heldout_tokens, batch_tokens):
         with _autocast(ids.device):
-            theirs, mine = teacher.lm_head(theirs).float(), model.lm_head(mine).float()  # (rows, context, vocab)
+            theirs, mine = teacher.lm_head(theirs).float(), model.lm_head(last_hidden(model, ids)).float()
         yield (*compare(theirs, mine, ids), _nats(theirs, ids).sum().item())
 
 
-def _read(model, teacher, tokens, heldout_tokens, batch_tokens, states=None, compiled=False):
-    """A batch at a time: held-out ids (rows, context), and both models' last hidden states (rows, context, width)."""
+def _read(model, teacher, tokens, heldout_tokens, batch_tokens, states=None):
+    """A batch at a time: held-out ids (rows, context), and the teacher's last hidden states (rows, context, width).
+
+    Meanwhile `model` is in its evaluation mode."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
         check_int("heldout_tokens", heldout_tokens, tokens.context)
@@ -97,8 +111,7 @@ def _read(model, teacher, tokens, heldout_tokens, batch_tokens, states=None, com
         ids = ids.to(device).long()
         with _autocast(device):
             theirs = last_hidden(teacher, ids) if states is None else states(ids)
-            mine = last_hidden(model, ids, compiled=compiled)
-        yield ids, theirs, mine
+        yield ids, theirs
     model.train(was_training)
 
 

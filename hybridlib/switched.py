@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .cohort import MOMENTS, Cohort
-from .evaluate import heldout_kl
+from .evaluate import heldout_kl, row_kl
+from .graphs import Graphed
 from .hybrid import restore
 from .passes import last_hidden
 
@@ -32,39 +34,45 @@ class Switched(Cohort):
 
     def __init__(self, student, teacher, tokens, num_tokens, settings, states=None):
         self.compiled = settings.compile and next(student.parameters()).is_cuda
-        self._student = student
         super().__init__(student, teacher, tokens, [()], num_tokens, settings, states)
+        self._origins = [_origin(name) for name, _, _ in self.weights]
+        self._sources = [(teacher if branch == "softmax" else student).get_parameter(own)
+                         for own, branch, _ in self._origins]
+        self._unfit = (~torch.stack([source.isfinite().all() for source in self._sources])).nonzero().flatten().tolist()
+        self._measures: dict[torch.Size, Graphed] = {}
 
     @torch.no_grad()
     def take(self, softmax: Sequence[int], *, checkpoint: Path | None = None, held: tuple | None = None) -> None:
         """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it."""
         fresh = type(self.histories[0])
         self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [fresh("match")], {}, 0
-        self.optimizer.state.clear()
         for l, layer in enumerate(self.stack.model.layers):
             layer.self_attn.keeps.fill_(l in softmax)
-        for name, p, _ in self.weights:
-            own, branch, layer = _origin(name)
-            p.copy_((self.teacher if branch == "softmax" else self._student).get_parameter(own))
+        weights = [p for _, p, _ in self.weights]
+        torch._foreach_copy_(weights, self._sources)
+        for i in self._unfit:
+            _, branch, layer = self._origins[i]
             if branch is not None and (branch == "softmax") != (layer in softmax):
-                p.nan_to_num_()  # it does not count, and must not be felt
-        if checkpoint is not None:
-            self.resume({0: checkpoint})
-        elif held is not None:
+                weights[i].nan_to_num_()  # it does not count, and must not be felt
+        if held is None:
+            self.optimizer.state.clear()
+            if checkpoint is not None:
+                self.resume({0: checkpoint})
+            return
+        kept, history, self.step = held
+        self.histories = [copy.deepcopy(history)]
+        if len(self.optimizer.state) < len(weights):
             self._start_moments()
-            kept, history, self.step = held
-            self.histories = [copy.deepcopy(history)]
-            for tensor, value in zip(self._state(), kept, strict=True):
-                tensor.copy_(value, non_blocking=True)
-            for state in self.optimizer.state.values():
-                state["step"].fill_(self.step)
+        state = [self.optimizer.state[p] for p in weights]
+        torch._foreach_zero_([one[name] for one in state for name in (*MOMENTS, "step")])
+        torch._foreach_add_([one["step"] for one in state], self.step)
+        torch._foreach_copy_(self._state(), kept, non_blocking=True)
 
     def hold(self) -> tuple:
         """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
         state = self._state()
         kept = _room_for(state)
-        for value, tensor in zip(kept, state, strict=True):
-            value.copy_(tensor, non_blocking=True)
+        torch._foreach_copy_(kept, state, non_blocking=True)
         return kept, copy.deepcopy(self.histories[0]), self.step
 
     def _state(self):
@@ -73,9 +81,23 @@ class Switched(Cohort):
         return [p for _, p in named] + [optimizer.state[p][key] for key in MOMENTS for _, p in named]
 
     def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
-        """`evaluate.heldout_kl` of the candidate."""
+        """`evaluate.heldout_kl` of the candidate, of which each shape of a batch is recorded as well."""
         return heldout_kl(self.stack, self.teacher, tokens, heldout_tokens=heldout_tokens, states=self.states,
-                          compiled=self.compiled)
+                          measure=self._measure)
+
+    def release(self) -> None:
+        super().release()
+        for graphed in self._measures.values():
+            graphed.release()
+        self._measures.clear()
+
+    def _measure(self, ids, theirs):
+        measure = partial(row_kl, self.stack, self.teacher, compiled=self.compiled)
+        if self._graphed is None:
+            return measure(ids, theirs)
+        if ids.shape not in self._measures:
+            self._measures[ids.shape] = Graphed(measure)
+        return self._measures[ids.shape](ids, theirs)
 
     def _build(self, student, teacher):
         every = range(student.config.num_hidden_layers)
@@ -88,8 +110,7 @@ class Switched(Cohort):
         return [(name, p, None) for name, p in self.stack.named_parameters()]
 
     def _own_weights(self, c):
-        for name, p, _ in self.weights:
-            own, branch, layer = _origin(name)
+        for (own, branch, layer), (_, p, _) in zip(self._origins, self.weights, strict=True):
             if branch is None or (branch == "softmax") == (layer in self.sets[0]):
                 yield own, p, ()
 
