@@ -112,9 +112,11 @@ def target_words(verdicts: Iterable[Verdict]) -> str:
 
 
 def _ratio(frame, operator, peer, ours, shape, direction, clock, least, text, dtype):
-    """How many times the time of `ours` the peer takes, both on one device."""
+    """How many times the time of `ours` the peer takes, both on one device; of two runs if their commits differ."""
     times = [_operator(frame, operator, backend, shape, direction, clock, dtype) for backend in (peer, ours)]
     on_gpu = _operator(frame, operator, ours, shape, direction, "gpu_seconds", dtype) if clock == "seconds" else None
+    runs = {_operator(frame, operator, backend, shape, direction, "commit", dtype) for backend in (peer, ours)}
+    text += ", of two runs" if len(runs - {None}) > 1 else ""
     why = "" if None in (on_gpu, times[1]) else (f"Of its {_short(1e3 * times[1])} ms as launched the GPU computes for "
                                                  f"{_short(1e3 * on_gpu)} ms; the rest is the processor's.")
     return Verdict(f"{_call(operator, direction, shape)}: time of {_NAMES[peer]} over that of `{ours}`, {text}", least,
@@ -125,7 +127,7 @@ def _operator(frame, operator, backend, shape, direction, clock, dtype):
     rows = _where(frame, operator=operator, backend=backend, direction=direction, dtype=dtype,
                   **dict(zip(("batch", "time", "heads", "dim"), shape)))
     rows = rows[rows[clock].notna()] if len(rows) and clock in rows else rows[:0]
-    return None if rows.empty else float(rows.iloc[-1][clock])
+    return None if rows.empty else rows.iloc[-1][clock]
 
 
 def _where(frame, **values):

@@ -46,7 +46,8 @@ def test_words_name_what_an_operator_could_absorb():
 
 
 @pytest.mark.parametrize("change, message", [({"mixer": "mamba"}, "mixer='mamba'"), ({"shape": (1, 2, 3)}, "shape"),
-                                             ({"direction": "back"}, "direction='back'"), ({"repeats": 0}, "repeats=0")])
+                                             ({"direction": "back"}, "direction='back'"),
+                                             ({"repeats": 0}, "repeats=0")])
 def test_bad_arguments_are_named(change, message, tmp_path):
     arguments = {"mixer": "gdn", "shape": (1, 64, 2, 16), "device": "cpu"} | change
     with pytest.raises(ValueError, match=message):
