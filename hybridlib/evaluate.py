@@ -100,7 +100,8 @@ def _measured(model, teacher, tokens, heldout_tokens, batch_tokens):
 def _read(model, teacher, tokens, heldout_tokens, batch_tokens, states=None):
     """A batch at a time: held-out ids (rows, context), and the teacher's last hidden states (rows, context, width).
 
-    Meanwhile `model` is in its evaluation mode."""
+    Meanwhile `model` is in its evaluation mode.
+    """
     count = len(tokens.heldout)
     if heldout_tokens is not None:
         check_int("heldout_tokens", heldout_tokens, tokens.context)

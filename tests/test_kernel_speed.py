@@ -463,3 +463,11 @@ def test_the_counters_of_a_call_are_read(tmp_path):
         pytest.skip(row["reason"])
     assert [one["name"].split(".")[1] for one in row["kernels"]] == ["invert", "scan", "scan_back", "gradients"]
     assert all(one["seconds"] > 0 and 0 < one["issue"] < 1 and one["stalls"] for one in row["kernels"])
+
+
+@pytest.mark.parametrize("key, arguments, share", [
+    ("inverse", {"LOWER": True}, 10), ("rest", {"ZEROS": False}, 10), ("inverse", {"ZEROS": True}, 16),
+    ("inverse", {"LOWER": False}, 16), ("k", {"LOWER": True}, 16)])
+def test_blocks_above_the_diagonal_count_as_moved_only_where_they_are(key, arguments, share):
+    x = torch.empty(3, 64, 64, dtype=torch.bfloat16)
+    assert launches._moved("delta_rule.scan", key, x, arguments) == 3 * 16 * 16 * share * 2

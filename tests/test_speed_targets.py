@@ -62,6 +62,15 @@ def test_a_bound_itself_is_within():
     assert verdicts(align=249_999)["stage 1 (`align`)"].verdict == "missed, aim missed"
 
 
+@pytest.mark.parametrize("commits, said", [(("a", "b"), True), (("a", "a"), False), ((None, "b"), False)])
+def test_a_comparison_of_records_of_two_commits_says_so(commits, said):
+    frame = tables()
+    frame["operators"]["commit"] = frame["operators"]["backend"].map(dict(zip(("fused", "fla"), commits)))
+    compared = [one.target for one in speed_targets.gpu_verdicts(frame)
+                if "time of flash" in one.target and one.found is not None]
+    assert len(compared) == 2 and all(("of two runs" in target) == said for target in compared)
+
+
 def test_other_devices_and_empty_tables_have_no_verdict():
     for found in (speed_targets.gpu_verdicts({"operators": pd.DataFrame(), "steps": pd.DataFrame()}),
                   verdicts(device="NVIDIA H200").values()):
