@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from .distill import (DistillationDiverged, History, MatchSettings, check_finite, load_checkpoint, rate_at,
                       save_checkpoint)
 from .evaluate import compare, mean_stderr
-from .graphs import Graphed
+from .graphs import Graphed, Update
 from .objectives import divergence_from_hidden
 from .passes import TeacherStates, last_hidden
 from .recall import exact_match, judge, pad_left, recall_logits
@@ -70,6 +70,7 @@ class Cohort:
                                            lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay,
                                            fused=self.device.type == "cuda")
         self._graphed = Graphed(self._gradients) if settings.cuda_graph and self.device.type == "cuda" else None
+        self._update = Update(self.optimizer, self._graphed)
 
     def steps_for(self, tokens: int) -> int:
         """Whole steps, at most all, in which at least so many tokens are read."""
@@ -84,8 +85,6 @@ class Cohort:
             batch = [ids.to(self.device, non_blocking=True)]
             if self.states is not None:
                 batch.append(torch.cat([self.states(part, compiled=self.compiled) for part in ids.split(self.micro)]))
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_at(step, self.steps, self.settings)
             losses, norms = (x.tolist() for x in (self._graphed or self._gradients)(*batch))
             for c in set(range(count)) - set(self.errors):
                 named = () if math.isfinite(losses[c] + norms[c]) else self._trained(c)
@@ -96,7 +95,7 @@ class Cohort:
             if len(self.errors) == count:
                 break
             _silence(self.weights, self.errors)
-            self.optimizer.step()
+            self._update(rate_at(step, self.steps, self.settings))
             self.step = step + 1
             seconds = (time.perf_counter() - begun) / count
             for c in set(range(count)) - set(self.errors):
@@ -137,6 +136,7 @@ class Cohort:
     def release(self) -> None:
         """Give back what training needs; what is left can still be measured."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._update.release()
         if self._graphed is not None:
             self._graphed.release()
 
@@ -178,6 +178,10 @@ class Cohort:
         return _own(self.weights, c)
 
     def _start_moments(self):
+        """The optimizer's state before a first step, in place where there is one: a recorded update writes there."""
+        if self.optimizer.state:
+            torch._foreach_zero_([x for kept in self.optimizer.state.values() for x in kept.values()])
+            return
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 step = torch.zeros((), device=self.device if group["fused"] else "cpu")

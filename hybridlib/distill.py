@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .checks import check_choice, check_int, check_number
-from .graphs import Graphed
+from .graphs import Graphed, Update
 from .hybrid import linear_layers
 from .objectives import check_divergence, divergence_from_hidden
 from .passes import TeacherStates, attention_io, compiled_if, last_hidden, mixer_loss
@@ -51,8 +51,8 @@ class _Settings:
     checkpoint_every : tokens between two checkpoints.
     compile : on a GPU, run the layers through ``torch.compile``, which costs a minute once; elsewhere it changes
         nothing.
-    cuda_graph : on a GPU, record a step's forward and backward passes once and replay them, which saves the time to
-        launch them. Needs the memory of a step for itself; elsewhere it changes nothing.
+    cuda_graph : on a GPU, record a step (its passes, and the optimizer's update) once and replay it, which saves the
+        time to launch it. Needs the memory of a step for itself; elsewhere it changes nothing.
     divergence_factor : stop if a step's loss is this many times the mean of the first ten steps (or of
         `loss_floor`, where those are smaller).
     """
@@ -269,11 +269,12 @@ def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: C
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 for key, loss in step_loss(share, *part).items():
                     losses[key] = losses.get(key, 0) + loss * share
-        return losses, torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
+        return list(losses), torch.stack([*losses.values(), norm])  # to be read at once: each reading waits
 
     model.train()
     graphed = Graphed(gradients) if settings.cuda_graph and device.type == "cuda" else None
-    gradients = graphed or gradients
+    gradients, update = graphed or gradients, Update(optimizer, graphed)
     started = time.perf_counter() - history.seconds
     with tqdm(total=steps * rows * tokens.context, initial=begun * rows * tokens.context, unit="tok", unit_scale=True,
               desc=stage, leave=False) as bar:
@@ -282,13 +283,11 @@ def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: C
             batch = [ids.to(device, non_blocking=True)]
             if targets is not None:
                 batch.append(torch.cat([targets(part) for part in ids.split(micro)]))
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_at(step, steps, settings)
-            losses, norm = gradients(*batch)
-            values = {key: float(loss) for key, loss in losses.items()}
-            loss = sum(values.values()) / len(values)
-            check_finite(stage, step, values, float(norm), named, history, settings)
-            optimizer.step()
+            keys, numbers = gradients(*batch)
+            *losses, norm = numbers.tolist()
+            values, loss = dict(zip(keys, losses, strict=True)), sum(losses) / len(losses)
+            check_finite(stage, step, values, norm, named, history, settings)
+            update(rate_at(step, steps, settings))
             history.tokens.append((step + 1) * rows * tokens.context)
             history.losses.append(loss)
             history.seconds = time.perf_counter() - started
@@ -299,6 +298,7 @@ def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: C
             if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
                 save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
     optimizer.zero_grad(set_to_none=True)
+    update.release()
     if graphed:
         graphed.release()
     for p, flag in frozen:

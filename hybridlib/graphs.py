@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: thousands of small launches become one."""
+"""A training step as two CUDA graphs, its gradients and its update: thousands of small launches become two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Graphed"]
+__all__ = ["Graphed", "Update"]
 
 
 class Graphed:
@@ -54,3 +54,41 @@ class Graphed:
         if self.graph is not None:
             self.graph.reset()
         self.graph = self.result = self.batch = self.compute = None
+
+
+class Update:
+    """`optimizer.step()` at a share of each group's ``"peak"`` rate, recorded once its gradients are and then replayed.
+
+    Parameters
+    ----------
+    optimizer : of torch, of a kind that can be ``capturable`` if `gradients` is given. Its state, once there, must be written in place only.
+    gradients : what computes the gradients, if that is recorded; None, and every step runs as it is.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, gradients: Graphed | None = None):
+        self.optimizer, self.gradients, self.graph = optimizer, gradients, None
+
+    def __call__(self, share: float) -> None:
+        recorded = self.gradients is not None and self.gradients.graph is not None
+        for group in self.optimizer.param_groups:
+            rate = group["peak"] * share
+            if self.graph is not None:
+                group["lr"].fill_(rate)
+            elif recorded:
+                group["lr"], group["capturable"] = torch.tensor(rate, device=group["params"][0].device), True
+            else:
+                group["lr"] = rate
+        if not recorded:
+            self.optimizer.step()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.optimizer.step()
+        self.graph.replay()
+
+    def release(self) -> None:
+        """Give back what was recorded."""
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph = self.gradients = None

@@ -54,18 +54,15 @@ class Switched(Cohort):
             _, branch, layer = self._origins[i]
             if branch is not None and (branch == "softmax") != (layer in softmax):
                 weights[i].nan_to_num_()  # it does not count, and must not be felt
+        if checkpoint is not None and held is None:
+            self.resume({0: checkpoint})
+            return
+        self._start_moments()
         if held is None:
-            self.optimizer.state.clear()
-            if checkpoint is not None:
-                self.resume({0: checkpoint})
             return
         kept, history, self.step = held
         self.histories = [copy.deepcopy(history)]
-        if len(self.optimizer.state) < len(weights):
-            self._start_moments()
-        state = [self.optimizer.state[p] for p in weights]
-        torch._foreach_zero_([one[name] for one in state for name in (*MOMENTS, "step")])
-        torch._foreach_add_([one["step"] for one in state], self.step)
+        torch._foreach_add_([self.optimizer.state[p]["step"] for p in weights], self.step)
         torch._foreach_copy_(self._state(), kept, non_blocking=True)
 
     def hold(self) -> tuple:
