@@ -212,13 +212,11 @@ class GatedDeltaNet(_Mixer):
         return self.a_proj, self.b_proj
 
     def mix(self, q, k, v, a, b, padding_mask, state):
-        q, k = F.normalize(F.silu(q), dim=-1, eps=1e-6), F.normalize(F.silu(k), dim=-1, eps=1e-6)
-        beta = b.sigmoid()  # (batch, time, heads)
-        log_decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
+        q, k, v, log_decay, beta = kernels.delta_rule_inputs(q, k, v, a, b, self.A_log, self.dt_bias, self.backend)
         if padding_mask is not None:
             keep = padding_mask[..., None].to(beta.dtype)
             beta, log_decay = beta * keep, log_decay * keep
-        return self._run((q, k, F.silu(v), log_decay, beta), state)
+        return self._run((q, k, v, log_decay, beta), state)
 
 
 class GatedLinearAttention(_Mixer):

@@ -130,6 +130,48 @@ def test_delta_rule_writes(dtype, beta, repeat_keys):
     check("gdn", inputs, state, BOUNDS[dtype])
 
 
+def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, device="cpu", **compiled):
+    """Hold what the gated delta rule is given, and the gradients of that, against PyTorch in float64."""
+    (batch, time, heads), random = (2, 45, 3), torch.Generator().manual_seed(key_dim)
+    whole = torch.randn(batch, time, heads * (2 * key_dim + value_dim + 2) + 7, generator=random) * 3
+    whole[0, 0] = 0  # silu of it has no length
+    few = (batch, 1, heads) if by_batch else (heads,)
+    own = [torch.randn(few, generator=random), torch.randn(few, generator=random) - 4]
+    weights = [torch.randn(x, generator=random).to(dtype) for x in (
+        (batch, time, heads, key_dim),) * 2 + ((batch, time, heads, value_dim),) + ((batch, time, heads),) * 2]
+    weights[0][0, 0] = weights[1][0, 0] = 0  # where the gradient is as large as 1e6
+
+    def run(backend, dtype, wrap=lambda f: f):
+        tensors = [x.to(device, dtype).requires_grad_() for x in (whole.to(bfloat16_or(whole)), *own)]
+
+        def compute(whole, A_log, dt_bias):
+            sizes = [heads * key_dim] * 2 + [heads * value_dim, heads, heads, 7]
+            *qkv, a, b, _ = whole.split(sizes, -1)
+            q, k, v = (x.unflatten(-1, (heads, -1)) for x in qkv)
+            return kernels.delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend)
+
+        found = wrap(compute)(*tensors)
+        seeds = [w.to(x) for w, x in zip(weights, found, strict=True)]
+        return [*(x.detach() for x in found), *torch.autograd.grad(found, tensors, seeds)]
+
+    def bfloat16_or(x):
+        return torch.bfloat16 if dtype == torch.bfloat16 else x.dtype
+
+    truth, found = run("reference", torch.float64), run("auto", dtype)
+    for name, x, t in zip(("q", "k", "v", "log_decay", "beta", "projections", "A_log", "dt_bias"), found, truth):
+        assert error(x, t) <= bound, f"{name}: {error(x, t):.1e} > {bound:.1e}"
+    again = run("auto", dtype, lambda f: torch.compile(f, fullgraph=True, **compiled))
+    assert all(torch.equal(x, y) for x, y in zip(found[:5], again))
+
+
+@on_gpu
+@pytest.mark.parametrize("by_batch", [False, True])
+@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (64, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch):
+    check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, device="cuda")
+
+
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
 def test_packed_sequences(operator, dtype):
@@ -361,6 +403,14 @@ def interpreted_checks():
             check("gdn", inputs, state, 1e-4)
 
 
+def interpreted_checks_of_inputs():
+    """What the gated delta rule is given."""
+    interpret_as_gpus_compute()
+    for key_dim, value_dim, by_batch in ((32, 32, False), (64, 128, True)):
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, backend="aot_eager")
+
+
 def interpreted_checks_of_segments():
     """As `interpreted_checks`, with scans cut along time: some segments shorter, some empty."""
     interpret_as_gpus_compute()
@@ -387,7 +437,7 @@ def interpreted_checks_of_segments():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("checks", ["interpreted_checks", "interpreted_checks_of_segments"])
+@pytest.mark.parametrize("checks", ["interpreted_checks", "interpreted_checks_of_segments", "interpreted_checks_of_inputs"])
 def test_in_the_interpreter(checks):
     root = Path(__file__).resolve().parent.parent
     code = f"import torch; torch.set_num_threads(1); from tests import test_fused; test_fused.{checks}()"

@@ -23,11 +23,12 @@ begins and the last ends. ``"fused"`` takes them at once, the other backends one
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..checks import check_choice, check_number
 from . import chunked, fla, fused, reference
 
-__all__ = ["available_backends", "gated_delta_rule", "gated_linear_attention"]
+__all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated_linear_attention"]
 
 _BACKENDS = ("auto", "reference", "chunked", "fused", "fla")
 _INTEGERS = (torch.int32, torch.int64)
@@ -84,6 +85,28 @@ def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, b
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     return _run("gated_linear_attention", inputs, "B T H K", scale, initial_state, backend, cu_seqlens)
+
+
+def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
+    """What `gated_delta_rule` is given in a mixer, from the mixer's projections.
+
+    q and k become silu(q) and silu(k) of unit length, v silu(v), log_decay = -exp(A_log) softplus(a + dt_bias) and
+    beta = sigmoid(b).
+
+    Parameters
+    ----------
+    q, k : (batch, time, heads, key_dim); v : (batch, time, heads, value_dim); a, b : (batch, time, heads).
+    A_log, dt_bias : (heads,), or (batch, 1, heads).
+    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call, one launch each way; everywhere
+        else, and with any other backend, PyTorch does it.
+
+    Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Source: arXiv 2412.06464, section 3.4.
+    """
+    if backend in ("auto", "fused") and q.dtype == v.dtype and fused.why_not_for(q, v) is None:
+        return fused.delta_rule_inputs(q, k, v, a, b, A_log, dt_bias)
+    q, k = (F.normalize(F.silu(x), dim=-1, eps=1e-6) for x in (q, k))
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return q, k, F.silu(v), -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias), b.sigmoid()
 
 
 def available_backends() -> dict[str, str | None]:

@@ -5,10 +5,11 @@ module               what it has
 ===================  =====================================================================================
 `delta_rule`         the gated delta rule: the inverse, a scan over chunks, and both backwards
 `linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
+`delta_inputs`       what the gated delta rule is given: activations, normalised keys, gates
 `segments`           scans cut along time, where sequences and heads are too few to fill the GPU
 `tiles`              tiles in and out of memory, decays, products
 `launch`             warps, stages and tile widths of each kernel, and when scans are cut
-`ops`                both as operators that torch.compile takes whole
+`ops`                all as operators that torch.compile takes whole
 ===================  =====================================================================================
 
 Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
@@ -31,8 +32,9 @@ from torch.nn.functional import pad
 
 from . import ops
 from .launch import by_token
+from .ops import delta_rule_inputs
 
-__all__ = ["gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for"]
+__all__ = ["delta_rule_inputs", "gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for"]
 
 DIMS = (32, 64, 128)
 

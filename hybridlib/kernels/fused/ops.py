@@ -1,4 +1,4 @@
-"""Both operators as custom operators of torch: torch.compile takes a call whole instead of breaking off there."""
+"""Our kernels as custom operators of torch: torch.compile takes a call whole instead of breaking off there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .launch import SIZE, by_token
 
-__all__ = ["OPERATORS", "module"]
+__all__ = ["OPERATORS", "delta_rule_inputs", "module"]
 
-_MODULES = {"gated_delta_rule": "delta_rule", "gated_linear_attention": "linear_attention"}
+_OPERATORS = {"gated_delta_rule": "delta_rule", "gated_linear_attention": "linear_attention"}
+_MODULES = {**_OPERATORS, "delta_rule_inputs": "delta_inputs"}
 
 
 @functools.cache
@@ -80,4 +81,38 @@ def _empty_like(x):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-OPERATORS = {name: _define(name) for name in _MODULES}
+OPERATORS = {name: _define(name) for name in _OPERATORS}
+
+
+@torch.library.custom_op("hybridlib::delta_rule_inputs", mutates_args=())
+def delta_rule_inputs(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor,
+                      dt_bias: Tensor) -> list[Tensor]:
+    """The operator hybridlib::delta_rule_inputs: arguments and result of the function of that name in `kernels`."""
+    return module("delta_rule_inputs").forward(q, k, v, a, b, A_log, dt_bias)
+
+
+@delta_rule_inputs.register_fake
+def _(q, k, v, a, b, A_log, dt_bias):
+    return [*map(_empty_like, (q, k, v)), a.new_empty(a.shape, dtype=torch.float32), _empty_like(b)]
+
+
+@torch.library.custom_op("hybridlib::delta_rule_inputs_backward", mutates_args=())
+def _inputs_backward(given: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    return module("delta_rule_inputs").backward(*given, *grads)
+
+
+@_inputs_backward.register_fake
+def _(given, grads):
+    return [*map(_empty_like, given[:5]), given[5].new_empty(2, *given[5].shape, dtype=torch.float32)]
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _inputs_gradients(ctx, grads):
+    *found, own = _inputs_backward([*ctx.saved_tensors], grads)
+    return *found, *own.to(ctx.saved_tensors[5].dtype).unbind(0)
+
+
+delta_rule_inputs.register_autograd(_inputs_gradients, setup_context=_keep)

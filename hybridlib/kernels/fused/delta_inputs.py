@@ -1,0 +1,168 @@
+"""What the gated delta rule is given, from a mixer's projections, and the gradients of that, in one kernel each way.
+
+==============  ========================================  ========================================================
+                made of a projection z                    gradient, from that of what was made (d)
+==============  ========================================  ========================================================
+q, k            y = s / |s|, s = silu(z)                  (d - y (y . d)) / |s| silu'(z)
+v               silu(z)                                   d silu'(z)
+log_decay       g = -exp(A_log) softplus(z + dt_bias)     -exp(A_log) sigmoid(z + dt_bias) d; A_log: sum of g d
+beta            sigmoid(z)                                beta (1 - beta) d
+==============  ========================================  ========================================================
+
+A program has a few rows, each a head of a token, in registers: everything is read once and written once, and the
+backward pass computes again what it needs of the forward pass. Arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import by_token
+from .tiles import exp
+
+__all__ = ["backward", "forward"]
+
+_ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
+
+
+def forward(q, k, v, a, b, A_log, dt_bias):
+    """q, k, v, log_decay, beta; arguments as `hybridlib.kernels.delta_rule_inputs`."""
+    given = [*map(by_token, (q, k, v, a, b))]
+    made = _like(given)
+    made[3] = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    grid, sizes = _sizes(given, A_log)
+    with torch.cuda.device_of(q):
+        _forward[grid](*given, A_log.contiguous(), dt_bias.contiguous(), *made, *sizes, num_warps=_WARPS)
+    return made
+
+
+def backward(q, k, v, a, b, A_log, dt_bias, *d_made):
+    """Gradients of q, k, v, a, b from those of what `forward` returns, and in one tensor those of A_log and dt_bias."""
+    given = [*map(by_token, (q, k, v, a, b))]
+    found, (grid, sizes) = _like(given), _sizes(given, A_log)
+    sums = torch.empty(2, grid[1], grid[0], q.shape[2], dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _backward[grid](*given, A_log.contiguous(), dt_bias.contiguous(), *(d.contiguous() for d in d_made), *found,
+                        sums, *sizes, triton.next_power_of_2(q.shape[2]), num_warps=_WARPS)
+    return [*found, sums.sum(2, keepdim=True) if A_log.dim() > 1 else sums.sum((1, 2))]
+
+
+def _like(tensors):
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+
+
+def _sizes(given, A_log):
+    """The grid, and what the kernels take after tensors."""
+    (batch, time, heads, key_dim), value_dim = given[0].shape, given[2].shape[-1]
+    rows = _ELEMENTS // max(key_dim, value_dim)
+    strides = [x.stride(1) for x in given]
+    return (triton.cdiv(time * heads, rows), batch), (time, *strides, heads, key_dim, value_dim, A_log.dim() > 1, rows)
+
+
+@triton.jit
+def _forward(q, k, v, a, b, A_log, dt_bias, q_made, k_made, v_made, log_decay, beta, time, q_stride, k_stride, v_stride,
+             a_stride, b_stride, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BY_BATCH: tl.constexpr,
+             ROWS: tl.constexpr):
+    row, token, head, exist = _rows(time, H, ROWS)
+    s, length = _unit(_load(q, token * q_stride + head * K, exist, K))
+    _store(q_made, row * K, s / length[:, None], exist, K)
+    s, length = _unit(_load(k, token * k_stride + head * K, exist, K))
+    _store(k_made, row * K, s / length[:, None], exist, K)
+    z = _load(v, token * v_stride + head * V, exist, V)
+    _store(v_made, row * V, z * _sigmoid(z), exist, V)
+    rate, x = _gate(a + token * a_stride + head, A_log, dt_bias, head, exist, H, BY_BATCH)
+    tl.store(log_decay + row, -rate * _softplus(x), exist)
+    strength = _sigmoid(tl.load(b + token * b_stride + head, exist, 0.0).to(tl.float32))
+    tl.store(beta + row, strength.to(beta.dtype.element_ty), exist)
+
+
+@triton.jit
+def _backward(q, k, v, a, b, A_log, dt_bias, d_q_made, d_k_made, d_v_made, d_log_decay, d_beta, d_q, d_k, d_v, d_a, d_b,
+              sums, time, q_stride, k_stride, v_stride, a_stride, b_stride, H: tl.constexpr, K: tl.constexpr,
+              V: tl.constexpr, BY_BATCH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    row, token, head, exist = _rows(time, H, ROWS)
+    z = _load(q, token * q_stride + head * K, exist, K)
+    _store(d_q, row * K, _unit_back(z, _load(d_q_made, row * K, exist, K)), exist, K)
+    z = _load(k, token * k_stride + head * K, exist, K)
+    _store(d_k, row * K, _unit_back(z, _load(d_k_made, row * K, exist, K)), exist, K)
+    z = _load(v, token * v_stride + head * V, exist, V)
+    _store(d_v, row * V, _load(d_v_made, row * V, exist, V) * _silu_slope(z), exist, V)
+    strength = _sigmoid(tl.load(b + token * b_stride + head, exist, 0.0).to(tl.float32))
+    d = tl.load(d_beta + row, exist, 0.0).to(tl.float32) * strength * (1 - strength)
+    tl.store(d_b + row, d.to(d_b.dtype.element_ty), exist)
+    rate, x = _gate(a + token * a_stride + head, A_log, dt_bias, head, exist, H, BY_BATCH)
+    d = -rate * tl.load(d_log_decay + row, exist, 0.0).to(tl.float32)  # 0 where there is no row
+    tl.store(d_a + row, (d * _sigmoid(x)).to(d_a.dtype.element_ty), exist)
+    one = tl.arange(0, HEADS)
+    mine = head[:, None] == one[None, :]
+    place = sums + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * H + one
+    tl.store(place, tl.sum(tl.where(mine, (d * _softplus(x))[:, None], 0.0), 0), one < H)  # of A_log
+    place += tl.num_programs(1) * tl.num_programs(0) * H
+    tl.store(place, tl.sum(tl.where(mine, (d * _sigmoid(x))[:, None], 0.0), 0), one < H)  # of dt_bias
+
+
+@triton.jit
+def _rows(time, H: tl.constexpr, ROWS: tl.constexpr):
+    """Of a program's rows: where they lie in dense tensors, their token in all sequences and their head, and which are
+    there."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1).to(tl.int64) * time * H + i
+    return row, row // H, i % H, i < time * H
+
+
+@triton.jit
+def _load(x, start, exist, DIM: tl.constexpr):
+    return tl.load(x + start[:, None] + tl.arange(0, DIM)[None, :], exist[:, None], 0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, start, value, exist, DIM: tl.constexpr):
+    tl.store(x + start[:, None] + tl.arange(0, DIM)[None, :], value.to(x.dtype.element_ty), exist[:, None])
+
+
+@triton.jit
+def _gate(a, A_log, dt_bias, head, exist, H: tl.constexpr, BY_BATCH: tl.constexpr):
+    """exp(A_log), and what softplus is taken of."""
+    own = head
+    if BY_BATCH:
+        own += tl.program_id(1) * H
+    x = tl.load(a, exist, 0.0).to(tl.float32) + tl.load(dt_bias + own).to(tl.float32)
+    return exp(tl.load(A_log + own).to(tl.float32)), x
+
+
+@triton.jit
+def _unit(z):
+    """s = silu(z) and its length, at least 1e-6, a row."""
+    s = z * _sigmoid(z)
+    return s, tl.maximum(tl.sqrt(tl.sum(s * s, 1)), 1e-6)
+
+
+@triton.jit
+def _unit_back(z, d):
+    s, length = _unit(z)
+    y = s / length[:, None]
+    along = tl.where(length > 1e-6, tl.sum(y * d, 1), 0.0)
+    return (d - y * along[:, None]) / length[:, None] * _silu_slope(z)
+
+
+@triton.jit
+def _silu_slope(z):
+    p = _sigmoid(z)
+    return p * (1 + z * (1 - p))
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), exact to float32 for every x: log(1 + e) = 2 artanh(e / (2 + e)), e = e^-|x|, by its series."""
+    e = exp(-tl.abs(x))
+    u = e / (2 + e)  # at most 1/3
+    w = u * u
+    series = 1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w * (1 / 13))))))
+    return tl.maximum(x, 0.0) + 2 * u * series
