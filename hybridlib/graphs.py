@@ -61,7 +61,8 @@ class Update:
 
     Parameters
     ----------
-    optimizer : of torch, of a kind that can be ``capturable`` if `gradients` is given. Its state, once there, must be written in place only.
+    optimizer : of torch; if `gradients` is given, of a kind that can be ``capturable``. Its state, once there, must be
+        written in place only.
     gradients : what computes the gradients, if that is recorded; None, and every step runs as it is.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
@@ -33,7 +33,7 @@ from .timing import measured, peak_memory
 from .workers import count_workers, pool_of_workers
 
 __all__ = ["AIM", "BUDGETS", "ENGINES", "CostSettings", "compare_engines", "compare_scoring", "engine_table",
-           "engine_words", "recorded_scoring_speed"]
+           "engine_words", "recorded_scoring_speed", "repeat_pairs"]
 
 #: the loops that can be compared, the plain one first
 ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, with early stopping",
@@ -146,10 +146,10 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     def compute(loop, settings, layers):
         def scored():
             if loop == "plain":
-                return _plain(student, teacher, tokens, num_tokens, direction, settings)
-            return _figures(score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens,
-                                         group=layers, settings=settings,
-                                         early_stop=early_stop if loop == "engine" else None))
+                return _plain(student, teacher, tokens, num_tokens, direction, settings), None
+            scores = score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens, group=layers,
+                                  settings=settings, early_stop=early_stop if loop == "engine" else None)
+            return _figures(scores), scores.cost.peak_memory
 
         if loop == "workers":
             inputs = replace(study._inputs(mixer, seed, tokens), max_tokens=max(num_tokens, s.context))
@@ -159,8 +159,9 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         if device.type == "cuda":
             torch.compiler.reset()
         begun = time.perf_counter()
-        found, peak = peak_memory(scored, device)
-        return found | {"seconds": time.perf_counter() - begun, "peak_bytes": peak, "num_layers": study.num_layers}
+        (found, most), peak = peak_memory(scored, device)
+        spent, peak = time.perf_counter() - begun, peak if most is None else max(peak, most)  # each counts from 0
+        return found | {"seconds": spent, "peak_bytes": peak, "num_layers": study.num_layers}
 
     rows = []
     for loop in (name for name in ENGINES if name in loops and not (name == "recorded" and device.type == "cpu")):
@@ -210,6 +211,29 @@ def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
     return [pd.DataFrame([group[loop] for loop in ENGINES if loop in group]) for group in groups.values()]
 
 
+def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher: str,
+                 mixer: str = "gdn") -> dict[str, tuple]:
+    """Pairs for `reading.rankings` from the recorded comparisons of a teacher's loops, by adding a layer.
+
+    First GA-S2 with itself, by the plain loop and by recorded steps over the same text, wherever both were run: they
+    differ by rounding. Then each of `scores` (title -> a number a layer) with the plain loop's of the comparison in
+    which those two rank layers most alike.
+    """
+    repeats = {}
+    for frame in recorded_scoring_speed(ledger):
+        rows = frame[frame["reason"].isna()].set_index("loop")
+        first = frame.iloc[0]
+        if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
+                and {"plain", "recorded"} <= set(rows.index)):
+            title = f"{first['num_tokens']:,} tokens, mixers at {first['settings']['mixer_learning_rate']:g}"
+            repeats[title] = tuple(rows.loc[loop, "values"] for loop in ("plain", "recorded"))
+    if not repeats:
+        return {}
+    best = max(repeats, key=lambda title: spearman(*repeats[title]))
+    return ({f"GA-S2 with itself: {title}": pair for title, pair in repeats.items()}
+            | {f"{title} with GA-S2: {best}": (values, repeats[best][0]) for title, values in scores.items()})
+
+
 def engine_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each loop: seconds, how many times as fast as the plain one, tokens, and how its ranking agrees with that."""
     rows = {}
@@ -234,7 +258,8 @@ def engine_words(frame: pd.DataFrame) -> str:
         return "The comparison of scoring loops was left out."
     first = frame.iloc[0]
     text = (f"Teacher **{first['aligned']['teacher']}** on {first['device']}, {first['num_tokens']:,} tokens of stage "
-            f"2 for each candidate, measured on {first['heldout_tokens']:,}")
+            f"2 for each candidate, mixers at a rate of {first['settings']['mixer_learning_rate']:g}, measured on "
+            f"{first['heldout_tokens']:,}")
     rows = frame[frame["reason"].isna()].set_index("loop")
     if not {"plain", "engine"} <= set(rows.index):
         return f"{text}: the plain loop and the engine were not both run."
@@ -250,10 +275,20 @@ def engine_words(frame: pd.DataFrame) -> str:
                      if loop != "engine") + _worker_words(rows)
     return (f"{text}: the engine took {engine['seconds']:,.1f} s against the plain loop's {plain['seconds']:,.1f} s, "
             f"**{found['speed']:.2f} times** as fast, with {100 * engine['tokens'] / plain['tokens']:.0f}% of the "
-            f"tokens; it {early}. Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard of the best layers "
-            f"{_jaccards(found)}; {_stops_for(engine)}."
+            f"tokens; it {early}.{_beyond_training(rows)} Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard "
+            f"of the best layers {_jaccards(found)}; {_stops_for(engine)}."
             f"{_along(engine)}{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
             f"{AIM[1]:g} at every budget is {verdict}.")
+
+
+def _beyond_training(rows):
+    """What an engine whose layers train alone spends on anything but training, by the time of the same steps alone."""
+    engine = rows.loc["engine"]
+    if "recorded" not in rows.index or engine["group"] != 1:
+        return ""
+    alone = rows.loc["recorded", "seconds"] * engine["tokens"] / rows.loc["recorded", "tokens"]
+    return (f" As many tokens take the recorded steps alone {alone:,.1f} s; the rest goes into "
+            f"{len(engine['history'])} measurements of every candidate in place of one, and into changing candidates.")
 
 
 def _along(engine):

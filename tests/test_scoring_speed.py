@@ -83,7 +83,7 @@ def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
 
 def frame(values, seconds, tokens=(8000, 2000), reached=500):
     common = {"aligned": {"teacher": "lab"}, "device": "a GPU", "num_tokens": 1000, "heldout_tokens": 64, "group": 1,
-              "reason": None, "peak_bytes": None}
+              "reason": None, "peak_bytes": None, "settings": {"mixer_learning_rate": 1e-3}}
     plain = common | {"loop": "plain", "early_stop": None, "seconds": 60.0, "tokens": tokens[0],
                       "values": [8, 7, 6, 5, 4, 3, 2, 1], "history_tokens": [1000]}
     return pd.DataFrame([plain, common | {"loop": "engine", "seconds": seconds, "tokens": tokens[1], "values": values,
@@ -98,6 +98,7 @@ def frame(values, seconds, tokens=(8000, 2000), reached=500):
 def test_the_aim_is_met_by_both_time_and_sets(values, seconds, met, said):
     text = scoring_speed.engine_words(frame(values, seconds))
     assert ("is **met** here" in text) == met and all(part in text for part in said)
+    assert "1,000 tokens of stage 2 for each candidate, mixers at a rate of 0.001, measured on 64: the engine" in text
     table = scoring_speed.engine_table(frame(values, seconds))
     assert table["times as fast"].tolist() == ["1.00", f"{60 / seconds:.2f}"]
 
@@ -110,6 +111,28 @@ def test_the_aim_may_be_met_by_a_part_of_the_engine():
     assert "Teacher's states shared: 2.00 times as fast, Spearman 1.000" in text
     text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), slow | {"seconds": 12.0}]))
     assert text.endswith("at every budget is **met** here by: teacher's states shared.")
+    values = both["values"].tolist()
+    both["history"] = [[values[0]], [values[1]] * 3]
+    both["history_tokens"] = [[1000], [125, 250, 500]]
+    recorded = slow | {"loop": "recorded", "tokens": 8000}
+    text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), recorded]))
+    assert ("As many tokens take the recorded steps alone 7.5 s; the rest goes into 3 measurements of every candidate "
+            "in place of one") in text
+
+
+def test_how_far_two_loops_repeat_one_another_is_said_beside_every_score(tmp_path):
+    ledger, plain = hl.Ledger(tmp_path), [5.0, 4, 3, 2, 1, 0]
+    metrics = {"reason": None, "seconds": 1.0, "tokens": 6, "history_tokens": [1]}
+    for rate, again in ((1e-3, [0.0, 1, 2, 3, 4, 5]), (1e-4, [5.0, 4, 3, 2, 0, 1])):
+        common = {"aligned": {"teacher": "lab"}, "mixer": "gdn", "seed": 0, "direction": "add", "num_tokens": 1000,
+                  "heldout_tokens": 64, "settings": {"mixer_learning_rate": rate}, "device": "a GPU"}
+        for loop, values in (("plain", plain), ("recorded", again)):
+            ledger.add("scoring_speed", common | {"loop": loop}, metrics | {"values": values}, seconds=1.0)
+    pairs = scoring_speed.repeat_pairs(ledger, {"PPL": (1.0, 2, 3, 4, 5, 6)}, "lab")
+    assert pairs == {"GA-S2 with itself: 1,000 tokens, mixers at 0.001": (plain, [0, 1, 2, 3, 4, 5]),
+                     "GA-S2 with itself: 1,000 tokens, mixers at 0.0001": (plain, [5, 4, 3, 2, 0, 1]),
+                     "PPL with GA-S2: 1,000 tokens, mixers at 0.0001": ((1, 2, 3, 4, 5, 6), plain)}
+    assert scoring_speed.repeat_pairs(ledger, {}, "another") == {}
 
 
 def test_a_scoring_that_went_on_to_the_end_is_said_to_have(study):
