@@ -189,21 +189,35 @@ def _gate_gradient(study, mixer, seed, at, order, steps, share, train):
 
 def _again(study, mixer, seed):
     """GA-S2 once more: the same student, settings and held-out rows, trained on the corpus's next rows."""
-    s, settings = study.settings, study.match_settings
+    s = study.settings
     rows = max(1, s.score_tokens // s.context)
 
-    def compute():
+    def next_rows():
         whole = study.tokens(seed, 2 * rows * s.context, "score")
         if len(whole.train) < 2 * rows:
             raise ValueError(f"corpus={s.corpus!r} has {whole.train.numel()} tokens to train on; 'ga-s2-again' "
                              f"needs twice score_tokens={s.score_tokens}; lower that")
-        tokens = Tokens(whole.train[rows:], whole.heldout, whole.tokenizer, whole.source, whole.seed)
-        return score_layers(study.aligned(mixer, seed), study.teacher.model, tokens, num_tokens=s.score_tokens,
-                            settings=settings).to_dict()
+        return Tokens(whole.train[rows:], whole.heldout, whole.tokenizer, whole.source, whole.seed)
 
-    return _best(study, LayerScores.from_dict(study.remember(
-        {"selector": "ga-s2-again", "num_tokens": s.score_tokens, "settings": settings.numbers()}, compute, mixer, seed
-    ).metrics))
+    return _scored_anew(study, mixer, seed, "ga-s2-again", study.match_settings, next_rows)
+
+
+def _slow(study, mixer, seed, rate):
+    """GA-S2 with candidates' mixers trained at `rate` times the rate that hybrids' are."""
+    check_number("rate", rate, 0, open_low=True)
+    settings = replace(study.match_settings, mixer_learning_rate=rate * study.settings.mixer_learning_rate)
+    return _scored_anew(study, mixer, seed, "ga-s2-slow", settings,
+                        lambda: study.tokens(seed, study.settings.score_tokens, "score"))
+
+
+def _scored_anew(study, mixer, seed, selector, settings, tokens):
+    """The K best by stage-2 addition under `settings` on what `tokens` gives; a record of `selector`'s own."""
+    def compute():
+        return score_layers(study.aligned(mixer, seed), study.teacher.model, tokens(),
+                            num_tokens=study.settings.score_tokens, settings=settings).to_dict()
+
+    parameters = {"selector": selector, "num_tokens": study.settings.score_tokens, "settings": settings.numbers()}
+    return _best(study, LayerScores.from_dict(study.remember(parameters, compute, mixer, seed).metrics))
 
 
 def _learned_gates(study, mixer, seed, num_tokens):
@@ -349,6 +363,9 @@ SELECTORS: dict[str, Selector] = {
     "ga-s2": Selector("GA-S2", _PAPER, "stage 2", _ALONE + "; " + _SHORT, partial(_ranked, "ga-s2")),
     "ga-s2-again": Selector("GA-S2, other text", "ours: does GA-S2 repeat itself", "stage 2", _ALONE + "; " + _SHORT,
                             _again),
+    "ga-s2-slow": Selector("GA-S2, slow", "ours: does a lower rate make GA-S2 repeat itself", "stage 2",
+                           _ALONE + "; training at a lower rate than the hybrid's ranks layers as that would", _slow,
+                           {"rate": 0.1}),
     "ga-s2-spaced": Selector("GA-S2, spaced", "asked for by the paper's reviewers", "stage 2",
                              "neighbours stand in for one another", partial(_ranked, "ga-s2-spaced"),
                              {"penalty": 0.25, "distance": 1}),

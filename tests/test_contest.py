@@ -132,7 +132,7 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
     study = hl.Study(c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results")))
     names = ["ppl", "rad", "ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns",
-             "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "gr-s2", "exhaustive"]
+             "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "ga-s2-slow", "gr-s2", "exhaustive"]
     chosen = {name: study.selection(name, seed=0) for name in names}
     later = study.selection("ga-s2", seed=1)
     study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
 import pytest
@@ -130,6 +131,18 @@ def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
     assert study.selection("ga-s2-again").values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
     with pytest.raises(ValueError, match="'ga-s2-again' needs twice score_tokens"):
         make(score_tokens=10**6).select("ga-s2-again")
+
+
+def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
+    study = make()
+    settings = dataclasses.replace(study.match_settings, mixer_learning_rate=study.settings.mixer_learning_rate / 4)
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                              num_tokens=128, settings=settings)
+    slow = study.selection("ga-s2-slow", rate=0.25)
+    assert slow.values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
+    assert slow.values != study.selection("ga-s2").values
+    with pytest.raises(ValueError, match="^rate=0"):
+        study.select("ga-s2-slow", rate=0)
 
 
 def test_the_names_are_those_of_the_rules_and_each_is_described():
