@@ -287,7 +287,7 @@ def _beyond_training(rows):
     if "recorded" not in rows.index or engine["group"] != 1:
         return ""
     alone = rows.loc["recorded", "seconds"] * engine["tokens"] / rows.loc["recorded", "tokens"]
-    return (f" As many tokens take the recorded steps alone {alone:,.1f} s; the rest goes into "
+    return (f" For as many tokens the recorded steps alone take {alone:,.1f} s; the rest goes into "
             f"{len(engine['history'])} measurements of every candidate in place of one, and into changing candidates.")
 
 

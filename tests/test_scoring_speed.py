@@ -116,7 +116,7 @@ def test_the_aim_may_be_met_by_a_part_of_the_engine():
     both["history_tokens"] = [[1000], [125, 250, 500]]
     recorded = slow | {"loop": "recorded", "tokens": 8000}
     text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), recorded]))
-    assert ("As many tokens take the recorded steps alone 7.5 s; the rest goes into 3 measurements of every candidate "
+    assert ("For as many tokens the recorded steps alone take 7.5 s; the rest goes into 3 measurements of every candidate "
             "in place of one") in text
 
 
