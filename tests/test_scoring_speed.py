@@ -116,8 +116,8 @@ def test_the_aim_may_be_met_by_a_part_of_the_engine():
     both["history_tokens"] = [[1000], [125, 250, 500]]
     recorded = slow | {"loop": "recorded", "tokens": 8000}
     text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), recorded]))
-    assert ("For as many tokens the recorded steps alone take 7.5 s; the rest goes into 3 measurements of every candidate "
-            "in place of one") in text
+    assert ("For as many tokens the recorded steps alone take 7.5 s; the rest goes into 3 measurements of every "
+            "candidate in place of one") in text
 
 
 def test_how_far_two_loops_repeat_one_another_is_said_beside_every_score(tmp_path):
