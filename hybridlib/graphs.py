@@ -70,13 +70,14 @@ class Update:
         self.optimizer, self.gradients, self.graph = optimizer, gradients, None
 
     def __call__(self, share: float) -> None:
-        recorded = self.gradients is not None and self.gradients.graph is not None
-        for group in self.optimizer.param_groups:
+        groups, recorded = self.optimizer.param_groups, self.gradients is not None and self.gradients.graph is not None
+        device = next(p.device for group in groups for p in group["params"])
+        for group in groups:
             rate = group["peak"] * share
             if self.graph is not None:
                 group["lr"].fill_(rate)
             elif recorded:
-                group["lr"], group["capturable"] = torch.tensor(rate, device=group["params"][0].device), True
+                group["lr"], group["capturable"] = torch.tensor(rate, device=device), True
             else:
                 group["lr"] = rate
         if not recorded:

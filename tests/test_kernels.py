@@ -272,3 +272,13 @@ def test_fla_agrees(operator):
         results.append([o.detach(), state.detach(), *torch.autograd.grad(o.float().sum() + state.sum(), leaves)])
     for expected, found in zip(*results):
         assert found.dtype == expected.dtype and error(found, expected.double()) < 2e-2
+
+
+@pytest.mark.parametrize("name, shape", [("k", (2, 3, 4, 16)), ("v", (2, 3, 5, 8)), ("a", (2, 3)), ("b", (2, 3, 5)),
+                                         ("A_log", (2, 3, 4)), ("dt_bias", (2, 1, 4))])
+def test_inputs_that_do_not_fit_are_refused(name, shape):
+    shapes = {"q": (2, 3, 4, 8), "k": (2, 3, 4, 8), "v": (2, 3, 4, 8), "a": (2, 3, 4), "b": (2, 3, 4), "A_log": (4,),
+              "dt_bias": (4,)}
+    assert [x.shape for x in kernels.delta_rule_inputs(*map(torch.ones, shapes.values()))[3:]] == [(2, 3, 4)] * 2
+    with pytest.raises(ValueError, match=f"do not fit one another: .*{name} .{', '.join(map(str, shape))}"):
+        kernels.delta_rule_inputs(*map(torch.ones, (shapes | {name: shape}).values()))
