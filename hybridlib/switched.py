@@ -54,16 +54,14 @@ class Switched(Cohort):
             _, branch, layer = self._origins[i]
             if branch is not None and (branch == "softmax") != (layer in softmax):
                 weights[i].nan_to_num_()  # it does not count, and must not be felt
-        if checkpoint is not None and held is None:
-            self.resume({0: checkpoint})
-            return
         self._start_moments()
-        if held is None:
-            return
-        kept, history, self.step = held
-        self.histories = [copy.deepcopy(history)]
-        torch._foreach_add_([self.optimizer.state[p]["step"] for p in weights], self.step)
-        torch._foreach_copy_(self._state(), kept, non_blocking=True)
+        if held is not None:
+            kept, history, self.step = held
+            self.histories = [copy.deepcopy(history)]
+            torch._foreach_add_([self.optimizer.state[p]["step"] for p in weights], self.step)
+            torch._foreach_copy_(self._state(), kept, non_blocking=True)
+        elif checkpoint is not None:
+            self.resume({0: checkpoint})
 
     def hold(self) -> tuple:
         """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
