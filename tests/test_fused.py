@@ -135,14 +135,15 @@ def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, de
     (batch, time, heads), random = (2, 45, 3), torch.Generator().manual_seed(key_dim)
     whole = torch.randn(batch, time, heads * (2 * key_dim + value_dim + 2) + 7, generator=random) * 3
     whole[0, 0] = 0  # silu of it has no length
+    whole = whole.to(dtype)
     few = (batch, 1, heads) if by_batch else (heads,)
     own = [torch.randn(few, generator=random), torch.randn(few, generator=random) - 4]
     weights = [torch.randn(x, generator=random).to(dtype) for x in (
         (batch, time, heads, key_dim),) * 2 + ((batch, time, heads, value_dim),) + ((batch, time, heads),) * 2]
     weights[0][0, 0] = weights[1][0, 0] = 0  # where the gradient is as large as 1e6
 
-    def run(backend, dtype, wrap=lambda f: f):
-        tensors = [x.to(device, dtype).requires_grad_() for x in (whole.to(bfloat16_or(whole)), *own)]
+    def run(backend, wide=None, wrap=lambda f: f):
+        tensors = [x.to(device, wide or x.dtype).requires_grad_() for x in (whole, *own)]
 
         def compute(whole, A_log, dt_bias):
             sizes = [heads * key_dim] * 2 + [heads * value_dim, heads, heads, 7]
@@ -154,13 +155,10 @@ def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, de
         seeds = [w.to(x) for w, x in zip(weights, found, strict=True)]
         return [*(x.detach() for x in found), *torch.autograd.grad(found, tensors, seeds)]
 
-    def bfloat16_or(x):
-        return torch.bfloat16 if dtype == torch.bfloat16 else x.dtype
-
-    truth, found = run("reference", torch.float64), run("auto", dtype)
+    truth, found = run("reference", torch.float64), run("auto")
     for name, x, t in zip(("q", "k", "v", "log_decay", "beta", "projections", "A_log", "dt_bias"), found, truth):
         assert error(x, t) <= bound, f"{name}: {error(x, t):.1e} > {bound:.1e}"
-    again = run("auto", dtype, lambda f: torch.compile(f, fullgraph=True, **compiled))
+    again = run("auto", wrap=lambda f: torch.compile(f, fullgraph=True, **compiled))
     assert all(torch.equal(x, y) for x, y in zip(found[:5], again))
 
 

@@ -282,3 +282,5 @@ def test_inputs_that_do_not_fit_are_refused(name, shape):
     assert [x.shape for x in kernels.delta_rule_inputs(*map(torch.ones, shapes.values()))[3:]] == [(2, 3, 4)] * 2
     with pytest.raises(ValueError, match=f"do not fit one another: .*{name} .{', '.join(map(str, shape))}"):
         kernels.delta_rule_inputs(*map(torch.ones, (shapes | {name: shape}).values()))
+    with pytest.raises(ValueError, match="backend='fastest'"):
+        kernels.delta_rule_inputs(*map(torch.ones, shapes.values()), backend="fastest")

@@ -100,12 +100,13 @@ def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
     backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call, one launch each way; everywhere
         else, and with any other backend, PyTorch does it.
 
-    Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Raises ValueError if shapes do not fit one
-    another. Source: arXiv 2412.06464, section 3.4.
+    Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Raises ValueError for an unknown backend, and
+    if shapes do not fit one another. Source: arXiv 2412.06464, section 3.4.
     """
-    given = {"q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias}
+    check_choice("backend", backend, _BACKENDS)
     if (q.dim() != 4 or k.shape != q.shape or not q.shape[:3] == v.shape[:3] == a.shape == b.shape or v.dim() != 4
             or A_log.shape != dt_bias.shape or A_log.shape not in ((q.shape[2],), (q.shape[0], 1, q.shape[2]))):
+        given = {"q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias}
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
         raise ValueError(f"shapes do not fit one another: {shapes}; give them as the mixer does, see the function's "
                          "parameters")
