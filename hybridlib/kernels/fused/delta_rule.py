@@ -267,48 +267,65 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
     total = tl.min(sum_c, 0)
     decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
-    dp, da = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, SIZE), tl.float32)
-    dq_in, dk_in = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
-    dk_out, d_strength = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE,), tl.float32)
+    da, d_strength = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE,), tl.float32)
+    for column in range(0, VALUE_DIM, WIDTH):
+        here = head * VALUE_DIM + column
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)             # N
+        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
+        da -= product(d_right, tl.trans(new), PRECISION)
+        d_strength += tl.sum(d_right.to(tl.float32) * v_c.to(tl.float32), 1)
+    da *= pairwise_decay(sum_c, sum_c, i > j)
+    pairs = da * product(k_c, tl.trans(k_c), PRECISION)
+    d_in = tl.sum(pairs, 1)
+    d_strength += d_in
+    d_in = strength * d_in - tl.sum(strength[:, None] * pairs, 0)
+    da_c = (strength[:, None] * da).to(kind)                                                  # M
+
+    dp = tl.zeros((SIZE, SIZE), tl.float32)
+    for column in range(0, VALUE_DIM, WIDTH):
+        here = head * VALUE_DIM + column
+        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        dp += product(do_c, tl.trans(new), PRECISION)
+    dp *= scale * pairwise_decay(sum_c, sum_c, i >= j)
+    pairs = tl.where(i > j, dp * product(q_c, tl.trans(k_c), PRECISION), 0.0)
+    d_in += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    dp_c = dp.to(kind)
+
+    dq_c = tl.zeros((SIZE, KEY_DIM), tl.float32)
+    for column in range(0, VALUE_DIM, WIDTH):
+        do_c = load_rows(d_o, start, end, o_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+        before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        dq_c += product(do_c, tl.trans(before), PRECISION)
+    dq_c *= (scale * decay_in)[:, None]
+    d_in += tl.sum(dq_c * q_c.to(tl.float32), 1)
+    dq_c += product(dp_c, k_c, PRECISION)
+    store_rows(dq, dq_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
+
+    dk_in, dk_out = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
     d_total = 0.0
     for column in range(0, VALUE_DIM, WIDTH):
         here = head * VALUE_DIM + column
-        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
-        before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
-        do_c = load_rows(d_o, start, end, o_stride, here, SIZE, WIDTH)
         d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
-        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
-        error = v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION)      # e
-        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)             # N
-        d_strength += tl.sum(d_right.to(tl.float32) * error, 1)
-        store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
-        da -= product(d_right, tl.trans(new), PRECISION)
+        before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         dk_in += product(d_right, tl.trans(before), PRECISION)
-        dp += product(do_c, tl.trans(new), PRECISION)
-        dq_in += product(do_c, tl.trans(before), PRECISION)
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        after = tl.load(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
         dk_out += product(new, tl.trans(after), PRECISION)
         d_total += tl.sum(tl.sum(before.to(tl.float32) * after.to(tl.float32), 1), 0)
-
-    q_f, k_f = q_c.to(tl.float32), k_c.to(tl.float32)
-    dq_in, dk_in = dq_in * (scale * decay_in)[:, None], dk_in * (-strength * decay_in)[:, None]
+        store_rows(dv, strength[:, None] * d_right.to(tl.float32), start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+    k_f = k_c.to(tl.float32)
+    by_key = decay_in * tl.sum(dk_in * k_f, 1)                                                # sum_v dR (in k S)
     dk_out *= decay_out[:, None]
-    d_in, d_out = tl.sum(dq_in * q_f + dk_in * k_f, 1), tl.sum(dk_out * k_f, 1)
-
-    decay = pairwise_decay(sum_c, sum_c, i >= j)
-    dp = dp * decay * scale
-    da = tl.where(i > j, da * decay, 0.0)
-    da_keys = da * product(k_c, tl.trans(k_c), PRECISION)
-    d_strength += tl.sum(da_keys, 1)
-    pairs = tl.where(i > j, dp * product(q_c, tl.trans(k_c), PRECISION), 0.0) + strength[:, None] * da_keys
-    d_in += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    d_strength -= by_key
+    d_in -= strength * by_key
+    d_out = tl.sum(dk_out * k_f, 1)
     d_sums = tl.sum(tl.where(i >= j, d_in[:, None], d_out[:, None]), 0) + exp(total) * d_total
-
-    da, dp = (strength[:, None] * da).to(kind), dp.to(kind)
-    dq_c = dq_in + product(dp, k_c, PRECISION)
-    dk_c = dk_in + dk_out + product(tl.trans(dp), q_c, PRECISION)
-    dk_c += product(da, k_c, PRECISION)
-    dk_c += product(tl.trans(da), k_c, PRECISION)
-    store_rows(dq, dq_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
+    dk_c = dk_out - (strength * decay_in)[:, None] * dk_in
+    dk_c += product(tl.trans(dp_c), q_c, PRECISION)
+    dk_c += product(da_c, k_c, PRECISION)
+    dk_c += product(tl.trans(da_c), k_c, PRECISION)
     store_rows(dk, dk_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
     t = start + tl.arange(0, SIZE)
     t_at = t.to(tl.int64) * heads + head
