@@ -237,17 +237,32 @@ class SpeedStudy:
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
 
-    Each row has its ``commit`` beside. A table without records is empty.
+    Each row has its ``commit`` beside. Memory floors are those of the ledger's latest `copy_speed` of the same device,
+    not those of the record: all are held against one bandwidth. A table without records is empty.
     """
-    tables = {}
+    tables, copied = {}, {r.parameters["device"]: r.metrics for r in ledger.find("copy_speed")
+                      if r.metrics["reason"] is None}
     for name, kind in KINDS.items():
         latest = {}
         for r in (r for r in ledger if r.kind == kind):
             asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
                                                                         "data", "revision", "cases", "align_tokens")}
-            latest[repr(sorted(asked.items()))] = r.parameters | r.metrics | {"commit": r.commit}
+            metrics = _with_floor(r.metrics, copied.get(r.parameters.get("device")))
+            latest[repr(sorted(asked.items()))] = r.parameters | metrics | {"commit": r.commit}
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
+
+
+def _with_floor(metrics, copied):
+    """Metrics, those of each kernel and part within too, with ``floor_seconds`` by what was `copied`."""
+    if copied is None:
+        return metrics
+    if "kernels" in metrics:
+        metrics = metrics | {"kernels": [_with_floor(one, copied) for one in metrics["kernels"]]}
+    if "floor_seconds" in metrics:
+        count = metrics.get("floor_bytes", metrics.get("bytes"))
+        metrics = metrics | {"floor_seconds": count / copied["bytes_per_second"]}
+    return metrics
 
 
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
@@ -303,7 +318,8 @@ def operator_words(frame: pd.DataFrame) -> str:
             continue
         part = part.assign(best=part["gpu_seconds"].fillna(part["seconds"])).sort_values("best")
         first, how = part.iloc[0], "of GPU time" if pd.notna(part.iloc[0]["gpu_seconds"]) else "as launched"
-        others = [f"`{row['backend']}` {row['best'] / first['best']:.1f} times that" for _, row in part[1:].iterrows()]
+        others = [f"`{row['backend']}` takes {row['best'] / first['best']:.1f} times as long"
+                  for _, row in part[1:].iterrows()]
         lines.append(f"- {operator.replace('_', ' ')}, {direction}, ({', '.join(map(str, shape))}): "
                      f"**{first['backend']}**, {1e3 * first['best']:.3g} ms {how}, which is "
                      f"{first['best'] / first['floor_seconds']:.1f} times its memory floor"
@@ -338,8 +354,11 @@ def decoding_words(frame: pd.DataFrame) -> str:
                 f"{row['tokens_per_second']:.3g} tokens/s{f' ({gpu:,.0f} by GPU time)' if pd.notna(gpu) else ''}")
         if len(whole) and row["share"] < 1:
             teacher = whole.iloc[0]
-            text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory and "
-                     f"**{row['tokens_per_second'] / teacher['tokens_per_second']:.2f} times** its speed")
+            speeds = {"tokens_per_second": "as launched from Python"}
+            speeds |= {"gpu_tokens_per_second": "by GPU time"} if pd.notna(gpu) else {}
+            text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory; its speed is "
+                     + ", ".join(f"**{row[clock] / teacher[clock]:.2f} times** the teacher's {how}"
+                                 for clock, how in reversed(speeds.items())))
         lines.append(f"- {text}.")
     return f"After {rows['context'].iloc[0]:,} tokens:\n\n" + "\n".join(lines)
 
