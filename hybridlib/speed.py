@@ -308,22 +308,30 @@ def _at_commits(found):
 
 
 def operator_words(frame: pd.DataFrame) -> str:
-    """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others."""
+    """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others.
+
+    Softmax attention is set beside each where it was timed at the same shape.
+    """
     rows, lines = _timed(frame), []
     if rows.empty:
         return ""
+    rows = rows.assign(best=rows["gpu_seconds"].fillna(rows["seconds"]))
+    softmax = {key: part["best"].iloc[-1] for key, part in rows[rows["operator"] == OPERATORS[2]].groupby(
+        ["direction", "batch", "time", "heads", "dim"])}
     for (operator, direction, *shape), part in rows.groupby(
             ["operator", "direction", "batch", "time", "heads", "dim"], sort=False):
         if operator == OPERATORS[2]:
             continue
-        part = part.assign(best=part["gpu_seconds"].fillna(part["seconds"])).sort_values("best")
+        part, attention = part.sort_values("best"), softmax.get((direction, *shape))
         first, how = part.iloc[0], "of GPU time" if pd.notna(part.iloc[0]["gpu_seconds"]) else "as launched"
         others = [f"`{row['backend']}` takes {row['best'] / first['best']:.1f} times as long"
                   for _, row in part[1:].iterrows()]
         lines.append(f"- {operator.replace('_', ' ')}, {direction}, ({', '.join(map(str, shape))}): "
                      f"**{first['backend']}**, {1e3 * first['best']:.3g} ms {how}, which is "
                      f"{first['best'] / first['floor_seconds']:.1f} times its memory floor"
-                     + (f"; {', '.join(others)}" if others else "") + ".")
+                     + (f"; {', '.join(others)}" if others else "")
+                     + (f"; softmax attention takes {attention / first['best']:.2g} times as long" if attention else "")
+                     + ".")
     return "\n".join(lines)
 
 
@@ -336,6 +344,8 @@ def step_words(frame: pd.DataFrame) -> str:
         loops = {row["loop"]: row for _, row in part.iterrows()}
         text = "; ".join(f"{name} {row['tokens_per_second']:,.0f} tokens/s" for name, row in loops.items())
         if set(LOOPS) <= set(loops):
+            plain = loops["plain"].get("plain_backend")
+            text += f", with `{plain}` mixers" if isinstance(plain, str) else ""
             text += f"; {loops_compared(*(loops[name] for name in LOOPS))}"
         lines.append(f"- {stage}: {text}.")
     return "\n".join(lines)
