@@ -155,7 +155,7 @@ def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[st
     """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
 
     Where a selector was run with several seeds, all but seed 0 are told apart in the title. Selectors that order what
-    others measured (SMART, AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
+    others measured (AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
     """
     found = {}
     for record in sorted(ledger.find("score"), key=lambda r: r.started):

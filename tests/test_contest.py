@@ -137,7 +137,7 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
     later = study.selection("ga-s2", seed=1)
     study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's
     found = c.recorded_scores(study.ledger, "tiny")
-    kept = [name for name in names if name not in ("postnas", "smart", "exhaustive")]  # sets, or scores of GA-S2
+    kept = [name for name in names if name not in ("postnas", "exhaustive")]  # they make sets, not scores
     titles = [hl.SELECTORS[name].title for name in kept]
     titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
     assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)

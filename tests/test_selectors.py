@@ -145,6 +145,29 @@ def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
         study.select("ga-s2-slow", rate=0)
 
 
+def test_smart_places_layers_by_untrained_candidates(make):
+    study = make()
+    untrained = hl.score_layers(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                                num_tokens=0)
+    found = study.selection("smart")
+    assert found.values == pytest.approx(untrained.values) and found.cost.training_tokens == 0
+    assert found.layers == hl.select("smart", KEPT, scores=untrained)
+    trained = study.selection("smart", num_tokens=128)
+    assert trained.values == pytest.approx(study.selection("ga-s2").values, rel=1e-5) != found.values
+    with pytest.raises(ValueError, match="^num_tokens=8 "):
+        study.select("smart", num_tokens=8)
+
+
+def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
+    study = make()
+    full, slow = (study.selection(name) for name in ("gate-gradient-turns", "gate-gradient-turns-slow"))
+    assert full.values != slow.values and full.cost.training_tokens == slow.cost.training_tokens
+    asked = study.selection("gate-gradient-turns", rate=0.1)
+    assert (asked.values, asked.cost) == (slow.values, slow.cost)  # one question, one record
+    with pytest.raises(ValueError, match="^rate=0"):
+        study.select("gate-gradient-turns", rate=0)
+
+
 def test_the_names_are_those_of_the_rules_and_each_is_described():
     assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
     for name, selector in hl.SELECTORS.items():
