@@ -34,7 +34,7 @@ _NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone", "student"
 _LOWER = {"kl": True, "recall_exact": False}
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
 _NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
-_COLUMNS = ["selector", "name", "needs", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
+_COLUMNS = ["selector", "name", "needs", "note", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
 _COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
           "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
 
@@ -60,9 +60,10 @@ class Contest:
     """What came out.
 
     `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
-    ``values`` (a number a layer, or None), the metrics of its hybrid, and the fields of its `Cost` (nan if unknown).
-    The hybrid that keeps no layer is among them as `reading.FLOOR`, with the name ``"none"``. `refused` has the
-    selectors that the teacher does not allow, title -> why. `teacher` is the teacher's own metrics.
+    ``values`` (a number a layer, or None), ``note`` (words of its `Selection`), the metrics of its hybrid, and the
+    fields of its `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `reading.FLOOR`, with the
+    name ``"none"``. `refused` has the selectors that the teacher does not allow, title -> why. `teacher` is the
+    teacher's own metrics.
     """
 
     rows: pd.DataFrame
@@ -97,7 +98,10 @@ def about(contest: Contest | None, notebook: str) -> str:
     text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
             f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
-    return text + "".join(f"\n\n**{title}** was not run: {why}." for title, why in contest.refused.items())
+    notes = dict(zip(contest.chosen["selector"], contest.chosen["note"], strict=True))
+    told = [f"**{title}** scored layers {note}." for title, note in notes.items() if note]
+    told += [f"**{title}** was not run: {why}." for title, why in contest.refused.items()]
+    return "\n\n".join([text, *told])
 
 
 def participants(names: Sequence[str]) -> pd.DataFrame:
@@ -126,8 +130,8 @@ def run_contest(study: Study) -> Contest:
                 rows += [_row(name, seed, study.selection(name, seed=seed)) for seed in study.seeds]
             except TaskTooHard as error:
                 refused[title] = str(error)
-        rows += [{"selector": FLOOR, "name": "none", "needs": "nothing", "seed": seed, "layers": [], "values": None,
-                  **Cost().to_dict()} for seed in study.seeds]
+        rows += [{"selector": FLOOR, "name": "none", "needs": "nothing", "note": "", "seed": seed, "layers": [],
+                  "values": None, **Cost().to_dict()} for seed in study.seeds]
         for row in rows:
             measured = study.hybrid(row["layers"], seed=row["seed"]).metrics
             row |= {k: v for k, v in measured.items() if k in _METRICS}
@@ -155,7 +159,7 @@ def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[st
     """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
 
     Where a selector was run with several seeds, all but seed 0 are told apart in the title. Selectors that order what
-    others measured (SMART, AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
+    others measured (AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
     """
     found = {}
     for record in sorted(ledger.find("score"), key=lambda r: r.started):
@@ -194,12 +198,13 @@ def _scorer(p):
 def _row(name, seed, found):
     cost = found.cost.to_dict() if found.cost else dict.fromkeys(Cost().to_dict())
     return {"selector": SELECTORS[name].title, "name": name, "needs": SELECTORS[name].needs, "seed": seed,
-            "layers": list(found.layers), "values": None if found.values is None else list(found.values), **cost}
+            "layers": list(found.layers), "note": found.note,
+            "values": None if found.values is None else list(found.values), **cost}
 
 
 def _contest(record):
     m = record.metrics
-    rows = pd.DataFrame(m["rows"])[_COLUMNS]  # a record's own order is the alphabet's
+    rows = pd.DataFrame([{"note": "", **row} for row in m["rows"]])[_COLUMNS]  # older records have no notes
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
     rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
     rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)

@@ -49,7 +49,7 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         - ``"ga-s2"``, ``"gr-s2"``, ``"ga-s1"``: the K best by `scores`, which must be of that kind (paper section 4);
         - ``"avg"``: the K best by the mean of their ranks in two `scores`, GA-S2's and GR-S2's; ties go to GA-S2;
         - ``"ga-s2-spaced"``: layer by layer, the best by GA-S2's `scores` less a `penalty` for a neighbour;
-        - ``"smart"``: Zebra-Llama's placement on GA-S2's `scores`, see below;
+        - ``"smart"``: Zebra-Llama's placement on `scores` of GA-S2's kind, see below;
         - ``"uniform"``: even spacing, by default the centres of K equal blocks of layers;
         - ``"random"``: K of all layers, drawn with `seed`;
         - ``"first"``, ``"last"``: the first or the last K, as controls;
@@ -70,9 +70,10 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
     SMART (arXiv 2505.17272): the sensitivity of layer l is s(l) = KL(all linear) - KL(l softmax). The most sensitive
     of the first L // K layers stays, and that of the last L // K; between these two, neighbours lie the mean gap apart,
     rounded down or up, which leaves no placement more even; of all such placements the one with the largest sum of s is
-    taken, exactly. KL(all linear) is the same in every s(l), so GA-S2's scores decide alone. It is meant for scores of
-    little or no training: `score_layers` with ``num_tokens=0`` is closest to it. How near to even "near-uniform" is
-    is a choice made here, which all SMART sets published with the paper satisfy; equals go to the lower layers.
+    taken, exactly. KL(all linear) is the same in every s(l), so the scores decide alone. It is meant for scores of
+    little or no training: selector ``"smart"`` takes those of ``score_layers(num_tokens=0)``. How near to even
+    "near-uniform" is is a choice made here, which all SMART sets published with the paper satisfy; equals go to the
+    lower layers.
 
     The paper's uniform sets follow no rule in L and K alone: for L = 28 and K = 7 they are 0, 4 to 24 (Qwen2.5) and
     3, 7 to 27 (Llama-3.2). ``"end"`` gives those of Llama-3.2-3B where K divides L, ``"start"`` all others.

@@ -39,12 +39,14 @@ class Selection:
     """What a selector chose: `layers`, ascending, and its `cost` (None if it reads scores recorded without one).
 
     `values` is one number a layer, higher for more worth keeping, where the selector makes such numbers; else None.
+    `note` says in words what the selector settled on along the way, if anything.
     """
 
     selector: str
     layers: tuple[int, ...]
     cost: Cost | None
     values: tuple[float, ...] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def run_selector(name: str, study, mixer: str, seed: int, options: Mapping[str, 
             known = ", ".join(selector.options) or "none"
             raise ValueError(f"{option}={value!r} is no option of selector {name!r}; its options: {known}")
     found = selector.run(study, mixer, seed, **{**selector.options, **options})
-    return Selection(name, found.layers, found.cost, found.values)
+    return replace(found, selector=name)
 
 
 def _count(study) -> int:
@@ -111,8 +113,8 @@ def _ranked(rule, study, mixer, seed, normalize=True, **options):
     return Selection("", layers, None if None in costs else Cost.total(costs), values)
 
 
-def _best(study, scores: LayerScores):
-    return Selection("", tuple(sorted(scores.ranking[:_count(study)])), scores.cost, scores.values)
+def _best(study, scores: LayerScores, note=""):
+    return Selection("", tuple(sorted(scores.ranking[:_count(study)])), scores.cost, scores.values, note)
 
 
 def _heldout(study, seed):
@@ -125,18 +127,22 @@ def _perplexity(study, mixer, seed):
 
 
 def _recall(families, study, mixer, seed, pairs, num_examples):
-    """By the first of these task families, (name, hops) each, that is not beyond the teacher."""
+    """By the first task that is not beyond the teacher: with `pairs` pairs each of `families`, (name, hops), in turn,
+    then with half as many, down to 2. Tasks that were refused are not in the cost."""
     pairs = study.settings.recall_pairs if pairs is None else pairs
-    for name, hops in families:
-        task = RecallTask(name, pairs=pairs, hops=hops)
-        try:
-            return _best(study, LayerScores.from_dict(study.remember(
-                {"selector": "ar", "task": asdict(task), "num_examples": num_examples},
-                lambda task=task: score_associative_recall(study.teacher.model, study.teacher.tokenizer, task,
-                                                           num_examples=num_examples).to_dict()).metrics))
-        except TaskTooHard:
-            if name == families[-1][0]:
-                raise
+    while True:
+        for name, hops in families:
+            task = RecallTask(name, pairs=pairs, hops=hops)
+            try:
+                scores = LayerScores.from_dict(study.remember(
+                    {"selector": "ar", "task": asdict(task), "num_examples": num_examples},
+                    lambda task=task: score_associative_recall(study.teacher.model, study.teacher.tokenizer, task,
+                                                               num_examples=num_examples).to_dict()).metrics)
+                return _best(study, scores, f"by {name.replace('_', ' ')}, {pairs} pairs")
+            except TaskTooHard:
+                if pairs < 4 and name == families[-1][0]:
+                    raise
+        pairs //= 2
 
 
 def _halo(study, mixer, seed, pairs, num_examples):
@@ -159,16 +165,19 @@ def _rad(study, mixer, seed, evaluations, gamma):
     return Selection("", tuple(found["layers"]), Cost.from_dict(found["cost"]), tuple(found["values"]))
 
 
-def _gate_gradient(study, mixer, seed, at, order, steps, share, train):
+def _gate_gradient(study, mixer, seed, at, order, steps, share, train, rate=1.0):
     """`share`: all costs at most this share of GA-S2's FLOPs, by fewer held-out rows, but at least two; None reads all.
-    `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first; 0 is none."""
+    `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first; 0 is none. `rate`:
+    mixers' rate in it, times the rate that hybrids' have."""
     s, settings = study.settings, None
     check_number("train", train, 0, 1)
+    check_number("rate", rate, 0, open_low=True)
     if share is not None:
         check_number("share", share, 0, 1, open_low=True)
     train_tokens = max(s.context, int(train * s.score_tokens)) if train else 0
     if train:
-        settings = replace(study.match_settings, batch_tokens=max(s.context, int(train * s.batch_tokens)))
+        settings = replace(study.match_settings, batch_tokens=max(s.context, int(train * s.batch_tokens)),
+                           mixer_learning_rate=rate * s.mixer_learning_rate)
 
     def compute():
         student, teacher, tokens = study.aligned(mixer, seed), study.teacher.model, _heldout(study, seed)
@@ -199,25 +208,43 @@ def _again(study, mixer, seed):
                              f"needs twice score_tokens={s.score_tokens}; lower that")
         return Tokens(whole.train[rows:], whole.heldout, whole.tokenizer, whole.source, whole.seed)
 
-    return _scored_anew(study, mixer, seed, "ga-s2-again", study.match_settings, next_rows)
+    return _best(study, _scored_anew(study, mixer, seed, "ga-s2-again", s.score_tokens, study.match_settings,
+                                     next_rows))
 
 
 def _slow(study, mixer, seed, rate):
     """GA-S2 with candidates' mixers trained at `rate` times the rate that hybrids' are."""
     check_number("rate", rate, 0, open_low=True)
     settings = replace(study.match_settings, mixer_learning_rate=rate * study.settings.mixer_learning_rate)
-    return _scored_anew(study, mixer, seed, "ga-s2-slow", settings,
-                        lambda: study.tokens(seed, study.settings.score_tokens, "score"))
+    return _best(study, _scored_anew(study, mixer, seed, "ga-s2-slow", study.settings.score_tokens, settings,
+                                     lambda: _heldout(study, seed)))
 
 
-def _scored_anew(study, mixer, seed, selector, settings, tokens):
-    """The K best by stage-2 addition under `settings` on what `tokens` gives; a record of `selector`'s own."""
+def _smart(study, mixer, seed, num_tokens):
+    """Zebra-Llama's placement on the fall of KL as each layer of the aligned student is restored, by default untrained.
+
+    `num_tokens`: of stage 2 for each layer's candidate.
+    """
+    if num_tokens != 0:
+        check_int("num_tokens", num_tokens, study.settings.context)
+
+    def tokens():
+        return study.tokens(seed, max(num_tokens, study.settings.score_tokens), "score")
+
+    scores = _scored_anew(study, mixer, seed, "smart", num_tokens, study.match_settings if num_tokens else None, tokens)
+    return Selection("", select("smart", study.settings.budget, scores=scores), scores.cost, scores.values)
+
+
+def _scored_anew(study, mixer, seed, selector, num_tokens, settings, tokens):
+    """Scores by addition after `num_tokens` of stage 2 under `settings`, None for no training, on what `tokens` gives;
+    a record of `selector`'s own."""
     def compute():
-        return score_layers(study.aligned(mixer, seed), study.teacher.model, tokens(),
-                            num_tokens=study.settings.score_tokens, settings=settings).to_dict()
+        return score_layers(study.aligned(mixer, seed), study.teacher.model, tokens(), num_tokens=num_tokens,
+                            settings=settings).to_dict()
 
-    parameters = {"selector": selector, "num_tokens": study.settings.score_tokens, "settings": settings.numbers()}
-    return _best(study, LayerScores.from_dict(study.remember(parameters, compute, mixer, seed).metrics))
+    parameters = {"selector": selector, "num_tokens": num_tokens}
+    parameters |= {} if settings is None else {"settings": settings.numbers()}
+    return LayerScores.from_dict(study.remember(parameters, compute, mixer, seed).metrics)
 
 
 def _learned_gates(study, mixer, seed, num_tokens):
@@ -332,7 +359,8 @@ SELECTORS: dict[str, Selector] = {
     "ar": Selector("AR", "baseline of " + _PAPER, "teacher", "the teacher recalls; " + _TEACHER,
                    partial(_recall, (("key_value", 1),)), {"pairs": None, "num_examples": 200}),
     "ar-mh": Selector("AR-MH", "baseline of " + _PAPER + "; by variables that are set to one another where chains of "
-                      "names are beyond the teacher", "teacher", "the teacher recalls over two hops; " + _TEACHER,
+                      "names are beyond the teacher, and by fewer of them where both are", "teacher",
+                      "the teacher recalls over two hops; " + _TEACHER,
                       partial(_recall, (("multi_hop", 2), ("variable_tracking", 2))),
                       {"pairs": 8, "num_examples": 200}),
     "rad": Selector("RAD", "arXiv 2505.22135", "teacher", "a linear mixer does for a layer at least what nothing does",
@@ -351,15 +379,21 @@ SELECTORS: dict[str, Selector] = {
     "gate-gradient-turns": Selector("gate gradient, in turn", "ours", "stage 2",
                                     "weights trained with each gate open in turn rank layers as weights trained for "
                                     "each would; layers add up", _gate_gradient,
-                                    {"at": 0.0, "order": 1, "steps": 1, "share": 0.1, "train": 0.25}),
+                                    {"at": 0.0, "order": 1, "steps": 1, "share": 0.1, "train": 0.25, "rate": 1.0}),
+    "gate-gradient-turns-slow": Selector("gate gradient, in turn, slow", "ours, with the rate of ga-s2-slow", "stage 2",
+                                         "weights trained with each gate open in turn, at a lower rate than the "
+                                         "hybrid's, rank layers as weights trained for each would; layers add up",
+                                         _gate_gradient, {"at": 0.0, "order": 1, "steps": 1, "share": 0.1,
+                                                          "train": 0.25, "rate": 0.1}),
     "learned-gates": Selector("learned gates", "FlashMorph (arXiv 2606.30562)", "student",
                               "gates between 0 and 1 order layers as whole ones would", _learned_gates,
                               {"num_tokens": None}),
     "postnas": Selector("PostNAS", "Jet-Nemotron (arXiv 2508.15884)", "stage 2",
                         "weights shared by all sets rank them as weights trained for each would", _postnas,
                         {"num_tokens": None, "width": 4}),
-    "smart": Selector("SMART", "Zebra-Llama (arXiv 2505.17272)", "stage 2", "ends matter, and kept layers lie apart",
-                      partial(_ranked, "smart")),
+    "smart": Selector("SMART", "Zebra-Llama (arXiv 2505.17272)", "student",
+                      "ends matter, and kept layers lie apart; a layer's worth shows before training", _smart,
+                      {"num_tokens": 0}),
     "ga-s2": Selector("GA-S2", _PAPER, "stage 2", _ALONE + "; " + _SHORT, partial(_ranked, "ga-s2")),
     "ga-s2-again": Selector("GA-S2, other text", "ours: does GA-S2 repeat itself", "stage 2", _ALONE + "; " + _SHORT,
                             _again),

@@ -18,9 +18,9 @@ SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, 
 
 
 def row(title, needs, seed, layers, kl, recall, flops, values=None):
-    return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "values": values,
-            "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0, "passes": 1.0,
-            "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
+    return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "note": "",
+            "values": values, "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0,
+            "passes": 1.0, "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
     later = study.selection("ga-s2", seed=1)
     study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's
     found = c.recorded_scores(study.ledger, "tiny")
-    kept = [name for name in names if name not in ("postnas", "smart", "exhaustive")]  # sets, or scores of GA-S2
+    kept = [name for name in names if name not in ("postnas", "exhaustive")]  # they make sets, not scores
     titles = [hl.SELECTORS[name].title for name in kept]
     titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
     assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
@@ -160,6 +160,14 @@ def test_without_a_record_the_command_is_shown(tmp_path):
 def test_bad_lists_of_selectors_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         c.SelectorSettings(selectors=names)
+
+
+def test_what_a_selector_settled_on_is_said(known):
+    known.rows.loc[known.rows["selector"] == "cheap", "note"] = "by multi hop, 4 pairs"
+    settings = dict(aligned={"teacher": "t"}, mixer="gdn", align_tokens=1, score_tokens=1, match_tokens=1, seeds=2)
+    told = c.about(dataclasses.replace(known, settings=settings, refused={"HALO": "it cannot"}), "selectors")
+    assert told.split("\n\n")[1:] == ["**cheap** scored layers by multi hop, 4 pairs.",
+                                      "**HALO** was not run: it cannot."]
 
 
 def test_participants_are_described_in_the_order_given():

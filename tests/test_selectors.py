@@ -82,7 +82,7 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
 def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
     found = lab_study().selection("ar-mh", num_examples=40)
     check(lab_study(), found, 2)
-    assert found.cost.passes == 9
+    assert found.cost.passes == 9 and found.note == "by variable tracking, 8 pairs"
     task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
              if r.parameters["task"]["hops"] == 2]
     assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
@@ -92,12 +92,29 @@ def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_s
             ] == ["multi_hop"] and first.values != found.values
 
 
-def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
+@pytest.mark.parametrize(("count", "able", "asked"), [
+    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking", "by variable tracking, 4 pairs"),
+    (10, lambda task: task.pairs < 4, "by multi hop, 2 pairs")])
+def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch, count, able, asked):
     def refuse(task, *rest):
+        if not able(task):
+            raise ablation.TaskTooHard(f"{task.name} with {task.pairs} pairs is beyond it")
+    monkeypatch.setattr(ablation, "_refuse_chance", refuse)
+    assert lab_study().selection("ar-mh", num_examples=count).note == asked
+    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
+    assert f"by {task['name'].replace('_', ' ')}, {task['pairs']} pairs" == asked
+
+
+def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
+    tried = []
+
+    def refuse(task, *rest):
+        tried.append((task.name, task.pairs))
         raise ablation.TaskTooHard(f"{task.name} is beyond it")
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
         lab_study().select("ar-mh", num_examples=8)
+    assert tried == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
 
 
 def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
@@ -143,6 +160,29 @@ def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
     assert slow.values != study.selection("ga-s2").values
     with pytest.raises(ValueError, match="^rate=0"):
         study.select("ga-s2-slow", rate=0)
+
+
+def test_smart_places_layers_by_untrained_candidates(make):
+    study = make()
+    untrained = hl.score_layers(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                                num_tokens=0)
+    found = study.selection("smart")
+    assert found.values == pytest.approx(untrained.values) and found.cost.training_tokens == 0
+    assert found.layers == hl.select("smart", KEPT, scores=untrained)
+    trained = study.selection("smart", num_tokens=128)
+    assert trained.values == pytest.approx(study.selection("ga-s2").values, rel=1e-5) != found.values
+    with pytest.raises(ValueError, match="^num_tokens=8 "):
+        study.select("smart", num_tokens=8)
+
+
+def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
+    study = make()
+    full, slow = (study.selection(name) for name in ("gate-gradient-turns", "gate-gradient-turns-slow"))
+    assert full.values != slow.values and full.cost.training_tokens == slow.cost.training_tokens
+    asked = study.selection("gate-gradient-turns", rate=0.1)
+    assert (asked.values, asked.cost) == (slow.values, slow.cost)  # one question, one record
+    with pytest.raises(ValueError, match="^rate=0"):
+        study.select("gate-gradient-turns", rate=0)
 
 
 def test_the_names_are_those_of_the_rules_and_each_is_described():
