@@ -107,7 +107,7 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
-        meter, read = Meter(teacher), heldout_size(tokens, heldout_tokens)
+        meter, read = Meter(teacher, student), heldout_size(tokens, heldout_tokens)
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
         meter.forward(teacher, read, tokens.context, head=False)
         meter.parts([layer.self_attn for layer in student.model.layers], read, tokens.context)

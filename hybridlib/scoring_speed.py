@@ -20,6 +20,7 @@ from .candidates import ScoringJob
 from .checks import check_choice, check_int
 from .contest import SelectorSettings
 from .corpus import Tokens
+from .cost import Meter
 from .distill import match
 from .evaluate import heldout_kl
 from .hybrid import restore
@@ -29,7 +30,7 @@ from .scoring import EarlyStop, task_size
 from .selection import budget_layers
 from .study import Study
 from .style import format_number
-from .timing import measured, peak_memory
+from .timing import measured, wait
 from .workers import count_workers, pool_of_workers
 
 __all__ = ["AIM", "BUDGETS", "ENGINES", "CostSettings", "compare_engines", "compare_scoring", "engine_table",
@@ -114,7 +115,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     workers : processes, at most one a GPU; 0 for as many as there are GPUs.
 
     Metrics: ``seconds``, from the aligned student to the last score; ``tokens`` of training; ``values``, ``history``
-    and ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes`` of a GPU. What is compiled is compiled within
+    and ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes``, the peak of memory as in `Cost`. What is compiled is compiled within
     a loop's time. What all of them need (kernels, memory) is warmed up before it by a step and a measurement, in each
     worker too.
 
@@ -158,10 +159,11 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         _plain(student, teacher, tokens, tokens.context, direction, eager, layers=1)
         if device.type == "cuda":
             torch.compiler.reset()
-        begun = time.perf_counter()
-        (found, most), peak = peak_memory(scored, device)
-        spent, peak = time.perf_counter() - begun, peak if most is None else max(peak, most)  # each counts from 0
-        return found | {"seconds": spent, "peak_bytes": peak, "num_layers": study.num_layers}
+        meter, begun = Meter(teacher, student), time.perf_counter()
+        found, most = scored()
+        wait(device)
+        spent, most = time.perf_counter() - begun, meter.cost().peak_memory if most is None else most
+        return found | {"seconds": spent, "peak_bytes": most, "num_layers": study.num_layers}
 
     rows = []
     for loop in (name for name in ENGINES if name in loops and not (name == "recorded" and device.type == "cpu")):
