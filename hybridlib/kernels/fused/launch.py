@@ -42,7 +42,7 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 3, 32)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
-    "delta_rule.gradients": (Launch(4, 1, 64), Launch(8, 3, 32)),
+    "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
