@@ -123,7 +123,7 @@ def _run(name, inputs, scale, initial_state, cu_seqlens):
     key_dim, value_dim, dtype = inputs[0].shape[-1], inputs[2].shape[-1], inputs[2].dtype
     if name == "gated_linear_attention" and 32 in (key_dim, value_dim):
         more = (0, max(64 - key_dim, 0)), (0, max(64 - value_dim, 0))
-        inputs = [pad(x, more[i == 2]) for i, x in enumerate(inputs)]
+        inputs = [pad(x, more[1] if i == 2 else more[0]) for i, x in enumerate(inputs)]
         initial_state = None if initial_state is None else pad(initial_state, more[1] + more[0])
         o, state = _run(name, inputs, scale, initial_state, cu_seqlens)
         return o[..., :value_dim], state[..., :key_dim, :value_dim]
