@@ -6,10 +6,14 @@ it is through. The rankings are compared with the plain loop's, so that speed is
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -28,7 +32,7 @@ from .importance import score_layers
 from .ledger import Ledger
 from .scoring import EarlyStop, task_size
 from .selection import budget_layers
-from .study import Study
+from .study import Study, StudyRecords
 from .style import format_number
 from .timing import measured, wait
 from .workers import count_workers, pool_of_workers
@@ -54,6 +58,7 @@ class CostSettings(SelectorSettings):
     engine_tokens : tokens of stage 2 for each candidate. engine_heldout_tokens : to measure candidates on.
     engine_points : measurements along a candidate's training, of which `engine_window` must agree on the best layers
         for the engine to stop, see `EarlyStop`.
+    engine_stop_heldout_tokens : held-out tokens for measurements that are not the last, 0 for as many as for that.
     engine_group : layers that train together, 0 for the rule of `scoring.task_size`.
     """
 
@@ -62,6 +67,7 @@ class CostSettings(SelectorSettings):
     engine_heldout_tokens: int = 1_024
     engine_points: int = 4
     engine_window: int = 3
+    engine_stop_heldout_tokens: int = 0
     engine_group: int = 0
 
     def __post_init__(self):
@@ -71,6 +77,7 @@ class CostSettings(SelectorSettings):
         check_int("engine_heldout_tokens", self.engine_heldout_tokens, self.context, self.heldout_tokens)
         check_int("engine_points", self.engine_points, 1, self.engine_tokens // self.context)
         check_int("engine_window", self.engine_window, 2)
+        check_int("engine_stop_heldout_tokens", self.engine_stop_heldout_tokens, 0, self.engine_heldout_tokens)
         check_int("engine_group", self.engine_group, 0)
 
 
@@ -78,7 +85,8 @@ def compare_engines(study: Study) -> pd.DataFrame:
     """`compare_scoring` as the `CostSettings` of a study say; no rows if they leave it out."""
     s = study.settings
     step = study.match_settings.step_rows(s.context) * s.context
-    stop = EarlyStop(s.budget, max(step, s.engine_tokens // s.engine_points), s.engine_window)
+    stop = EarlyStop(s.budget, max(step, s.engine_tokens // s.engine_points), s.engine_window,
+                     heldout_tokens=s.engine_stop_heldout_tokens or None)
     return compare_scoring(study, loops=s.engine_loops, num_tokens=s.engine_tokens, early_stop=stop,
                            heldout_tokens=s.engine_heldout_tokens, group=s.engine_group or None)
 
@@ -96,9 +104,10 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         GPU its fused kernels, so that what is compared is the scoring and not the step.
     ``"engine"``
         `score_layers` as a `Study` calls it: the teacher's states shared, steps compiled and recorded on a GPU, layers
-        trained together where `scoring.task_size` says so, and stopped by `early_stop`.
+        trained together where `scoring.task_size` says so, and stopped by `early_stop`. Every candidate is a record on
+        disk as soon as it is measured, and checkpoints are written where a study's are; both are thrown away after.
     ``"shared"``, ``"recorded"``, ``"together"``
-        `score_layers` without early stopping, to see what each part brings: states shared, nothing else; steps compiled
+        The same without early stopping, to see what each part brings: states shared, nothing else; steps compiled
         and recorded, too (which changes nothing on a CPU, where it is left out); or all layers, or as many as memory
         holds, in one stacked model (recorded on a GPU).
     ``"workers"``
@@ -115,9 +124,9 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     workers : processes, at most one a GPU; 0 for as many as there are GPUs.
 
     Metrics: ``seconds``, from the aligned student to the last score; ``tokens`` of training; ``values``, ``history``
-    and ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes``, the peak of memory as in `Cost`. What is compiled is compiled within
-    a loop's time. What all of them need (kernels, memory) is warmed up before it by a step and a measurement, in each
-    worker too.
+    and ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes``, the peak of memory as in `Cost`. What is
+    compiled is compiled within a loop's time. What all of them need (kernels, memory) is warmed up before it by a step
+    and a measurement, in each worker too.
 
     Raises ValueError for a bad argument. A loop that cannot run has its ``reason`` instead of numbers.
     """
@@ -148,14 +157,17 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
         def scored():
             if loop == "plain":
                 return _plain(student, teacher, tokens, num_tokens, direction, settings), None
-            scores = score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens, group=layers,
-                                  settings=settings, early_stop=early_stop if loop == "engine" else None)
+            with _kept_for_now(study, common) as kept:
+                scores = score_layers(student, teacher, tokens, direction=direction, num_tokens=num_tokens, **kept,
+                                      group=layers, settings=settings,
+                                      early_stop=early_stop if loop == "engine" else None)
             return _figures(scores), scores.cost.peak_memory
 
         if loop == "workers":
             inputs = replace(study._inputs(mixer, seed, tokens), max_tokens=max(num_tokens, s.context))
-            return _by_workers(ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings), student, teacher,
-                               tokens, count) | {"num_layers": study.num_layers}
+            with _kept_for_now(study, common) as kept:
+                job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings)
+                return _by_workers(job, student, teacher, tokens, count, kept) | {"num_layers": study.num_layers}
         _plain(student, teacher, tokens, tokens.context, direction, eager, layers=1)
         if device.type == "cuda":
             torch.compiler.reset()
@@ -167,7 +179,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
 
     rows = []
     for loop in (name for name in ENGINES if name in loops and not (name == "recorded" and device.type == "cpu")):
-        stop = asdict(early_stop) if loop == "engine" else None
+        stop = early_stop.parameters() if loop == "engine" else None
         parameters = common | {"loop": loop, "group": ways[loop][1], "early_stop": stop}
         parameters |= {"workers": count} if loop == "workers" else {}
         rows.append(measured(study.ledger, "scoring_speed", parameters, device,
@@ -190,14 +202,23 @@ def _figures(found):
             "history_tokens": list(found.history_tokens)}
 
 
-def _by_workers(job, student, teacher, tokens, workers):
+@contextmanager
+def _kept_for_now(study, parameters):
+    """`score_layers`' ``records`` and ``checkpoints`` as a study has them, in a folder that is removed afterwards."""
+    study = copy.copy(study)
+    with tempfile.TemporaryDirectory(dir=study.ledger.folder) as folder:
+        study.ledger = Ledger(folder, device=study.ledger.device, commit=study.ledger.commit)
+        yield {"records": StudyRecords(study, parameters), "checkpoints": Path(folder) / "models"}
+
+
+def _by_workers(job, student, teacher, tokens, workers, kept):
     """The loop whose tasks go to processes: they start and load outside of ``seconds``, as others are warmed up."""
     begun = time.perf_counter()
     with pool_of_workers(job, workers, warm_up=tokens.context) as pool:
         started = time.perf_counter()
         found = score_layers(student, teacher, tokens, direction=job.direction, num_tokens=job.num_tokens,
                              heldout_tokens=job.heldout_tokens, settings=job.settings, executor=pool,
-                             inputs=job.inputs)
+                             inputs=job.inputs, **kept)
         seconds = time.perf_counter() - started
     return _figures(found) | {"seconds": seconds, "start_seconds": started - begun, "peak_bytes": None}
 
@@ -290,7 +311,13 @@ def _beyond_training(rows):
         return ""
     alone = rows.loc["recorded", "seconds"] * engine["tokens"] / rows.loc["recorded", "tokens"]
     return (f" For as many tokens the recorded steps alone take {alone:,.1f} s; the rest goes into "
-            f"{len(engine['history'])} measurements of every candidate in place of one, and into changing candidates.")
+            f"{len(engine['history'])} measurements of every candidate in place of one{_on_few(engine)}, and into "
+            "changing candidates.")
+
+
+def _on_few(engine):
+    few = engine["early_stop"].get("heldout_tokens")
+    return f" (all but the last on {few:,} held-out tokens)" if few else ""
 
 
 def _along(engine):

@@ -32,7 +32,7 @@ from .selection import budget_layers, select
 from .selectors import Selection, run_selector
 from .teachers import SMOLLM2, Teacher, load_teacher
 
-__all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
+__all__ = ["Study", "StudyRecords", "StudySettings", "notebook_settings", "results_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,8 @@ class Study:
         """Scores of all layers of the aligned student. Record kind ``"score"``.
 
         With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``; with
-        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens.
+        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens, and those on
+        a part of the held-out tokens its size, ``measured_tokens``.
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
@@ -225,11 +226,11 @@ class Study:
             parameters |= {"num_tokens": s.score_tokens, "settings": settings.numbers()}
         else:
             parameters |= {"normalize": normalize}
-        records = _Candidates(self, parameters)
+        records = StudyRecords(self, parameters)
         if early_stop is not None:
             if metric != "kl":
                 raise ValueError(f"early_stop={early_stop!r} is for metric 'kl'; metric={metric!r} trains nothing")
-            parameters = parameters | {"early_stop": asdict(early_stop)}
+            parameters = parameters | {"early_stop": early_stop.parameters()}
 
         def compute():
             student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
@@ -363,25 +364,28 @@ def _absolute(name):
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
-class _Candidates:
-    """The records of a scoring's candidates, for `score_layers`."""
+class StudyRecords:
+    """The records of a scoring's candidates in a study's ledger, for `score_layers`; see `scoring.CandidateRecords`.
 
-    def __init__(self, study, parameters):
+    `parameters` are those of the scoring, ``num_tokens`` among them.
+    """
+
+    def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters
 
-    def find(self, layer, tokens):
-        parameters = self._of(layer, tokens)
+    def find(self, layer, tokens, part=None):
+        parameters = self._of(layer, tokens, part)
         path = self.study.ledger.path("candidate", parameters)
         if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
             return None
         return self.study.ledger.run("candidate", parameters, dict).metrics
 
-    def keep(self, layer, tokens, found):
-        parameters = self._of(layer, tokens)
+    def keep(self, layer, tokens, found, part=None):
+        parameters = self._of(layer, tokens, part)
         self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
         metrics = {name: value for name, value in found.items() if name != "device"}
         self.study.ledger.add("candidate", parameters, metrics, seconds=found["seconds"], device=found["device"])
 
-    def _of(self, layer, tokens):
+    def _of(self, layer, tokens, part):
         until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
-        return self.parameters | {"layer": layer} | until
+        return self.parameters | {"layer": layer} | until | ({} if part is None else {"measured_tokens": part})

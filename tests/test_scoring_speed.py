@@ -37,6 +37,8 @@ def test_every_loop_gives_the_same_scores_and_is_a_record(study, compared, monke
     assert rows.loc["plain", "values"] == list(expected.values)
     assert list(rows["group"]) == [1, 1, 3] and list(rows.loc["engine", "history_tokens"]) == [128, 256]
     assert len(study.ledger.find("scoring_speed")) == 3
+    assert len(study.ledger.find("candidate")) == 3  # those of the study's own scoring alone
+    assert [p.name for p in study.ledger.folder.iterdir() if p.is_dir()] == ["models"]
     monkeypatch.setattr(scoring_speed, "score_layers", None)
     monkeypatch.setattr(scoring_speed, "match", None)
     again = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("plain", "engine", "together"))
@@ -45,6 +47,25 @@ def test_every_loop_gives_the_same_scores_and_is_a_record(study, compared, monke
     assert found["loop"].tolist() == ["plain", "engine", "together"]
     assert scoring_speed.engine_words(found) == scoring_speed.engine_words(compared)
     assert scoring_speed.compare_engines(study)["seconds"].tolist() == compared["seconds"].tolist()[:2]
+
+
+def test_the_engine_is_timed_with_its_records_on_disk(study, compared, monkeypatch):
+    real, kept = scoring_speed.score_layers, []
+
+    def scored(*args, records, checkpoints, **options):
+        found = real(*args, records=records, checkpoints=checkpoints, **options)
+        ledger = records.study.ledger
+        assert checkpoints.parent == ledger.folder and ledger.folder.parent == study.ledger.folder
+        kept.extend(ledger.find("candidate"))
+        return found
+
+    monkeypatch.setattr(scoring_speed, "score_layers", scored)
+    few = dataclasses.replace(study.settings, engine_loops=["engine"], engine_stop_heldout_tokens=16)
+    found = scoring_speed.compare_engines(hl.Study(few))
+    assert found["reason"].isna().all() and found["early_stop"][0]["heldout_tokens"] == 16
+    assert [(p.get("until"), p.get("measured_tokens")) for p in (r.parameters for r in kept)] == (
+        [(128, 16)] * 3 + [(None, None)] * 3)
+    assert found["history"][0][-1] == [-r.metrics["kl"] for r in kept[3:]]
 
 
 def test_a_loop_that_fails_is_named_and_costs_no_other(study, compared, monkeypatch):
@@ -117,7 +138,10 @@ def test_the_aim_may_be_met_by_a_part_of_the_engine():
     recorded = slow | {"loop": "recorded", "tokens": 8000}
     text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), recorded]))
     assert ("For as many tokens the recorded steps alone take 7.5 s; the rest goes into 3 measurements of every "
-            "candidate in place of one") in text
+            "candidate in place of one, and into changing candidates.") in text
+    both["early_stop"] = [None, {"budget": 0.25, "heldout_tokens": 16}]
+    text = scoring_speed.engine_words(pd.DataFrame([*both.to_dict("records"), recorded]))
+    assert "in place of one (all but the last on 16 held-out tokens), and" in text
 
 
 def test_how_far_two_loops_repeat_one_another_is_said_beside_every_score(tmp_path):
@@ -146,7 +170,7 @@ def test_a_scoring_that_went_on_to_the_end_is_said_to_have(study):
     ({"engine_loops": ["fast"]}, "engine_loops='fast'"), ({"engine_loops": "plain"}, "is not a list"),
     ({"engine_tokens": 8}, "engine_tokens=8"), ({"engine_heldout_tokens": 128}, "engine_heldout_tokens=128"),
     ({"engine_points": 17}, "engine_points=17"), ({"engine_window": 1}, "engine_window=1"),
-    ({"engine_group": -1}, "engine_group=-1")])
+    ({"engine_stop_heldout_tokens": 65}, "engine_stop_heldout_tokens=65"), ({"engine_group": -1}, "engine_group=-1")])
 def test_bad_settings_are_refused(study, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(study.settings, **change)
