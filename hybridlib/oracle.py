@@ -177,7 +177,8 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
 
     Columns: ``tokens``; ``spearman_next``, of the sets' values there and at the next point, and ``spearman_end``, with
-    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here. Sizes of
+    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here; and of the
+    values at the end, how many sets share the best one, ``tied``, and how many ``distinct`` ones there are. Sizes of
     fewer than three sets rank nothing and are left out.
     """
     rows = []
@@ -195,9 +196,10 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
                 rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
                              "spearman_next": spearman(ranked[i], ranked[i + 1]),
                              "spearman_end": spearman(ranked[i], ranked[-1]),
-                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets})})
+                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets}),
+                             "tied": ranked[-1].count(min(ranked[-1])), "distinct": len(set(ranked[-1]))})
     return pd.DataFrame(rows, columns=["seed", "size", "sets", "tokens", "spearman_next", "spearman_end",
-                                       "early_regret"])
+                                       "early_regret", "tied", "distinct"])
 
 
 def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
