@@ -1,7 +1,7 @@
 """What the scoring engine saves: a full scoring by it against the loop of one run a layer, and what each part brings.
 
 All loops score the same layers of the same student with the same tokens in the same order; each is a record as soon as
-it is through. The rankings are compared with the plain loop's, so that speed is never shown without what it cost.
+it is through. `scoring_report` says what the records show.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
-from .agreement import spearman, stability, top_k_jaccard
+from .agreement import spearman
 from .batched import group_size
 from .candidates import ScoringJob
 from .checks import check_choice, check_int
@@ -31,21 +32,16 @@ from .hybrid import restore
 from .importance import score_layers
 from .ledger import Ledger
 from .scoring import EarlyStop, task_size
-from .selection import budget_layers
 from .study import Study, StudyRecords
-from .style import format_number
 from .timing import measured, wait
 from .workers import count_workers, pool_of_workers
 
-__all__ = ["AIM", "BUDGETS", "ENGINES", "CostSettings", "compare_engines", "compare_scoring", "engine_table",
-           "engine_words", "recorded_scoring_speed", "repeat_pairs"]
+__all__ = ["ENGINES", "CostSettings", "compare_engines", "compare_scoring", "recorded_scoring_speed", "repeat_pairs"]
 
 #: the loops that can be compared, the plain one first
 ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, with early stopping",
            "shared": "teacher's states shared", "recorded": "shared; steps compiled and recorded",
            "together": "shared; layers train together", "workers": "shared, and recorded on a GPU; by workers"}
-BUDGETS = (0.125, 0.25, 0.5)  # at which the chosen sets are compared
-AIM = (5.0, 0.9)  # times as fast, at this Jaccard index at every budget
 
 
 @dataclass(frozen=True)
@@ -224,10 +220,14 @@ def _by_workers(job, student, teacher, tokens, workers, kept):
 
 
 def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
-    """The comparisons of a ledger as `compare_scoring` gives them, one a student and setting; of a loop the latest."""
+    """The comparisons of a ledger as `compare_scoring` gives them, one a student and setting; of a loop the latest.
+
+    Loops of one comparison may have been run at different times, by different code: each row has its ``commit``, and
+    words say where two that are compared are of two runs.
+    """
     groups: dict[str, dict[str, dict]] = {}
     for record in ledger.find("scoring_speed"):
-        row = record.parameters | record.metrics
+        row = record.parameters | record.metrics | {"commit": record.commit}
         common = {name: row[name] for name in ("aligned", "direction", "num_tokens", "heldout_tokens", "settings",
                                                "device")}
         groups.setdefault(json.dumps(common, sort_keys=True), {})[row["loop"]] = row
@@ -239,8 +239,8 @@ def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher:
     """Pairs for `reading.rankings` from the recorded comparisons of a teacher's loops, by adding a layer.
 
     First GA-S2 with itself, by the plain loop and by recorded steps over the same text, wherever both were run: they
-    differ by rounding. Then each of `scores` (title -> a number a layer) with the plain loop's of the comparison in
-    which those two rank layers most alike.
+    differ by rounding. Then each of `scores` (title -> a number a layer, of a contest) with the plain loop's of the
+    comparison in which those two rank layers most alike: the steadier GA-S2, where there are several.
     """
     repeats = {}
     for frame in recorded_scoring_speed(ledger):
@@ -248,124 +248,16 @@ def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher:
         first = frame.iloc[0]
         if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
                 and {"plain", "recorded"} <= set(rows.index)):
-            title = f"{first['num_tokens']:,} tokens, mixers at {first['settings']['mixer_learning_rate']:g}"
-            repeats[title] = tuple(rows.loc[loop, "values"] for loop in ("plain", "recorded"))
+            rate = np.format_float_scientific(first["settings"]["mixer_learning_rate"], trim="-", exp_digits=1)
+            repeats[f"{first['num_tokens']:,} tokens, mixers at {rate}"] = tuple(
+                rows.loc[loop, "values"] for loop in ("plain", "recorded"))
     if not repeats:
         return {}
     best = max(repeats, key=lambda title: spearman(*repeats[title]))
+    ours = {"GA-S2": "the contest's GA-S2"}  # which is another than the one it is held to
+    other = f"the {'steadier ' * (len(repeats) > 1)}GA-S2 ({best})"
     return ({f"GA-S2 with itself: {title}": pair for title, pair in repeats.items()}
-            | {f"{title} with GA-S2: {best}": (values, repeats[best][0]) for title, values in scores.items()})
-
-
-def engine_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each loop: seconds, how many times as fast as the plain one, tokens, and how its ranking agrees with that."""
-    rows = {}
-    for _, row in frame.iterrows():
-        if not pd.isna(row["reason"]):
-            rows[ENGINES[row["loop"]]] = {"seconds": f"could not run: {row['reason']}"}
-            continue
-        found = _against(frame, row)
-        peak = row.get("peak_bytes")
-        rows[ENGINES[row["loop"]]] = {
-            "seconds": f"{row['seconds']:,.1f}", "times as fast": _number(found and found["speed"], 2),
-            "tokens of training": f"{row['tokens']:,.0f}", "layers a task": f"{row['group']}",
-            "Spearman": _number(found and found["spearman"], 3),
-            **{f"Jaccard at {100 * b:g}%": _number(found and found["jaccard"][b], 2) for b in BUDGETS},
-            "peak memory (MiB)": "\u2013" if pd.isna(peak) else f"{peak / 2**20:,.0f}"}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("\u2013").rename_axis("loop")
-
-
-def engine_words(frame: pd.DataFrame) -> str:
-    """In Markdown: what was scored, how the engine's time and ranking compare with the plain loop's, and the aim."""
-    if frame.empty:
-        return "The comparison of scoring loops was left out."
-    first = frame.iloc[0]
-    text = (f"Teacher **{first['aligned']['teacher']}** on {first['device']}, {first['num_tokens']:,} tokens of stage "
-            f"2 for each candidate, mixers at a rate of {first['settings']['mixer_learning_rate']:g}, measured on "
-            f"{first['heldout_tokens']:,}")
-    rows = frame[frame["reason"].isna()].set_index("loop")
-    if not {"plain", "engine"} <= set(rows.index):
-        return f"{text}: the plain loop and the engine were not both run."
-    engine, plain = rows.loc["engine"], rows.loc["plain"]
-    against = {loop: _against(frame, row) for loop, row in rows.iterrows() if loop not in ("plain", "workers")}
-    found, stopped = against["engine"], engine["history_tokens"][-1]
-    early = (f"stopped after {stopped:,} tokens a candidate" if stopped < plain["history_tokens"][-1] else
-             "did not stop early: the best layers had not settled before")
-    met = [loop for loop, one in against.items() if one["speed"] >= AIM[0] and min(one["jaccard"].values()) >= AIM[1]]
-    verdict = f"**met** here by: {', '.join(ENGINES[loop] for loop in met)}" if met else "**not met** here"
-    others = "".join(f" {ENGINES[loop].capitalize()}: {one['speed']:.2f} times as fast, Spearman "
-                     f"{_number(one['spearman'], 3)}, Jaccard {_jaccards(one)}." for loop, one in against.items()
-                     if loop != "engine") + _worker_words(rows)
-    return (f"{text}: the engine took {engine['seconds']:,.1f} s against the plain loop's {plain['seconds']:,.1f} s, "
-            f"**{found['speed']:.2f} times** as fast, with {100 * engine['tokens'] / plain['tokens']:.0f}% of the "
-            f"tokens; it {early}.{_beyond_training(rows)} Rankings: Spearman {_number(found['spearman'], 3)}, Jaccard "
-            f"of the best layers {_jaccards(found)}; {_stops_for(engine)}."
-            f"{_along(engine)}{others} The aim of {AIM[0]:g} times at a Jaccard of at least "
-            f"{AIM[1]:g} at every budget is {verdict}.")
-
-
-def _beyond_training(rows):
-    """What an engine whose layers train alone spends on anything but training, by the time of the same steps alone."""
-    engine = rows.loc["engine"]
-    if "recorded" not in rows.index or engine["group"] != 1:
-        return ""
-    alone = rows.loc["recorded", "seconds"] * engine["tokens"] / rows.loc["recorded", "tokens"]
-    return (f" For as many tokens the recorded steps alone take {alone:,.1f} s; the rest goes into "
-            f"{len(engine['history'])} measurements of every candidate in place of one{_on_few(engine)}, and into "
-            "changing candidates.")
-
-
-def _on_few(engine):
-    few = engine["early_stop"].get("heldout_tokens")
-    return f" (all but the last on {few:,} held-out tokens)" if few else ""
-
-
-def _along(engine):
-    """How the ranking moved along the engine's training; nothing where it was measured once."""
-    history, budget = engine.get("history"), engine["early_stop"]["budget"]
-    if not isinstance(history, list) or len(history) < 2:
-        return ""
-    points = stability(history, budget_layers(budget, len(history[-1])))[:-1]
-    said = ", ".join(f"{_number(rho, 2)} and {set_:.2f} after {tokens:,}"
-                     for (rho, set_), tokens in zip(points, engine["history_tokens"], strict=False))
-    return f" Along its training, Spearman and Jaccard of the best layers with its own last measurement: {said} tokens."
-
-
-def _worker_words(rows):
-    """What one worker a GPU brings beside the same loop in one process."""
-    alone = next((loop for loop in ("recorded", "shared") if loop in rows.index), None)
-    if "workers" not in rows.index or alone is None:
-        return ""
-    many, one = rows.loc["workers"], rows.loc[alone]
-    apart = max(abs(a - b) for a, b in zip(many["values"], one["values"], strict=True))
-    return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s (and {many['start_seconds']:,.1f} s to start "
-            f"them and load what they need) against {one['seconds']:,.1f} s in one process, "
-            f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats, "
-            f"Spearman {_number(spearman(many['values'], one['values']), 3)}.")
-
-
-def _jaccards(found):
-    return ", ".join(f"{found['jaccard'][b]:.2f} at {100 * b:g}%" for b in BUDGETS)
-
-
-def _stops_for(engine):
-    budget = engine["early_stop"]["budget"]
-    size = f"{budget} layers" if isinstance(budget, int) else f"{100 * budget:g}%"
-    return f"early stopping looks at the best {size} alone"
-
-
-def _against(frame, row):
-    """How a loop's `row` compares with the plain loop of `frame`; None if that is missing."""
-    plain = [p for _, p in frame.iterrows() if p["loop"] == "plain" and pd.isna(p["reason"])]
-    if not plain:
-        return None
-    values, theirs = row["values"], plain[0]["values"]
-    return {"speed": plain[0]["seconds"] / row["seconds"], "spearman": spearman(values, theirs),
-            "jaccard": {b: top_k_jaccard(values, theirs, budget_layers(b, len(values))) for b in BUDGETS}}
-
-
-def _number(value, digits):
-    return "\u2013" if value is None or pd.isna(value) else format_number(value, digits)
+            | {f"{ours.get(title, title)} with {other}": (own, repeats[best][0]) for title, own in scores.items()})
 
 
 def _check_loops(name, loops):
