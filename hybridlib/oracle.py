@@ -128,8 +128,8 @@ def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: I
     if not wanted:
         raise ValueError("sets is empty; give at least one set of layers")
     s, settings = study.settings, replace(study.match_settings, compile=False)
-    task = study._recall
-    common = {"aligned": study._align_parameters(s.mixer, seed)[0], "mixer": s.mixer, "seed": seed,
+    task = study.recall_task
+    common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
               "num_tokens": tokens, "measure_at": list(measure_at), "settings": settings.numbers(),
               "heldout_tokens": s.heldout_tokens, "measured_tokens": measured, "recall": asdict(task),
               "recall_examples": recall_examples}
@@ -145,11 +145,11 @@ def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: I
         missing = [layers for layers in wanted if layers not in known]
         for begin in range(0, len(missing), piece):
             part = missing[begin:begin + piece]
-            found = study._run("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
+            found = study.record("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
             known |= {tuple(row["layers"]): row for row in found.metrics["sets"]}
         return {"sets": [known[layers] for layers in wanted], "tokens": tokens * len(wanted)}
 
-    return study._run("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
+    return study.record("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -238,7 +238,7 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
                 found.append({"selector": selector, "size": size, "layers": list(layers), **cost})
         return {"choices": found}
 
-    return study._run("choices", parameters, compute)
+    return study.record("choices", parameters, compute)
 
 
 def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.DataFrame:

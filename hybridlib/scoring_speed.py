@@ -146,7 +146,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
     ways = {"plain": (eager, 1), "engine": (recorded, task_size(student, tokens, recorded, group)),
             "shared": (eager, 1), "recorded": (recorded, 1), "together": (recorded, together),
             "workers": (recorded, 1)}
-    common = {"aligned": study._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed, "direction": direction,
+    common = {"aligned": study.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed, "direction": direction,
               "num_tokens": num_tokens, "heldout_tokens": heldout_tokens, "settings": recorded.numbers()}
 
     def compute(loop, settings, layers):
@@ -160,7 +160,7 @@ def compare_scoring(study: Study, *, early_stop: EarlyStop, loops: Sequence[str]
             return _figures(scores), scores.cost.peak_memory
 
         if loop == "workers":
-            inputs = replace(study._inputs(mixer, seed, tokens), max_tokens=max(num_tokens, s.context))
+            inputs = replace(study.scoring_inputs(mixer, seed, tokens), max_tokens=max(num_tokens, s.context))
             with _kept_for_now(study, common) as kept:
                 job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings)
                 return _by_workers(job, student, teacher, tokens, count, kept) | {"num_layers": study.num_layers}

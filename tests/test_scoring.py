@@ -262,7 +262,7 @@ def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
     study = hl.Study(settings)
     tokens = study.tokens(0, settings.score_tokens, "score")
     measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
-                              settings=study.match_settings, inputs=study._inputs("gdn", 0, tokens))
+                              settings=study.match_settings, inputs=study.scoring_inputs("gdn", 0, tokens))
     sent = pickle.dumps(measure)
     assert len(sent) < 10_000  # names, no weights
     assert -pickle.loads(sent)((1,)) == whole.values[1]
@@ -320,7 +320,7 @@ def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
 
 def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tmp_path):
     study = hl.Study(settings)
-    inputs = study._inputs("gdn", 0, study.tokens(0, settings.score_tokens, "score"))
+    inputs = study.scoring_inputs("gdn", 0, study.tokens(0, settings.score_tokens, "score"))
     assert inputs.load() is inputs.load()
     for changes, message in (({"student_sha256": "0"}, "holds other weights than those to be scored"),
                              ({"seed": 1}, "gives other tokens here than where the scoring began")):

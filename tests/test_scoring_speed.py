@@ -96,8 +96,8 @@ def test_two_workers_give_the_scores_of_one_process(study, compared):
 def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
     with pytest.raises(ValueError, match="workers=0 is one process a GPU"):
         scoring_speed.compare_scoring(study, early_stop=STOP, loops=("workers",))
-    inputs = study._inputs("gdn", 0, study.tokens(0, 256, "score"))
-    monkeypatch.setattr(study, "_inputs", lambda *_: dataclasses.replace(inputs, student_sha256="0"))
+    inputs = study.scoring_inputs("gdn", 0, study.tokens(0, 256, "score"))
+    monkeypatch.setattr(study, "scoring_inputs", lambda *_: dataclasses.replace(inputs, student_sha256="0"))
     found = scoring_speed.compare_scoring(study, early_stop=STOP, loops=("workers",), workers=1, direction="remove")
     assert "a worker did not come up: ValueError" in found["reason"][0] and "holds other weights" in found["reason"][0]
 
