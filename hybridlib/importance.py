@@ -27,7 +27,8 @@ class LayerScores:
     nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
     are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
     `cost` says all that it cost, None in records that are older than it. `history` has the values of every measurement
-    along training, the last one's among them, and `history_tokens` how far each candidate then was.
+    along training, the last one's among them, and `history_tokens` how far each candidate then was; those before the
+    last may be of fewer held-out tokens, see `EarlyStop`.
     """
 
     direction: str

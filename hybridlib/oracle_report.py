@@ -18,14 +18,14 @@ from matplotlib.patches import Rectangle
 from .agreement import interval, spearman
 from .checks import check_choice
 from .ledger import Record
-from .oracle import METRICS, OTHER_SEEDS, any_set, values
+from .oracle import METRICS, OTHER_SEEDS, any_set, settling, values
 from .plots import as_table
 from .selectors import SELECTORS
 from .style import (COLOURS, INK, MUTED, PALE, dodge, finish, format_interval, format_number, house_style, look,
                     new_figure)
 
 __all__ = ["about_oracle", "additive_words", "best_sets", "interaction_map", "interaction_words", "judged_table",
-           "judged_words", "landscape", "seed_words", "settled_words", "settling_curves"]
+           "judged_words", "landscape", "seed_words", "settled_words", "settling_curves", "settling_report"]
 
 SETTLED = 0.95  # Spearman between the last two points of the curve from which on a ranking is called settled
 _NAMES = {"kl": ("KL", "nats a token"), "recall_exact": ("recall", "share of answers")}
@@ -179,15 +179,28 @@ def settled_words(frame: pd.DataFrame, metric: str = "kl") -> str:
         return "- Sets were not measured on the way, so nothing tells whether their ranking has settled."
     last, lines = frame[frame["tokens"] == frame["tokens"].max()], []
     for size, part in last.groupby("size"):
-        low = part["spearman_next"].min()
+        low, name = part["spearman_next"].min(skipna=False), _NAMES[metric][0]
+        if np.isnan(low):
+            lines.append(f"- **{_layers(size)}** ({part['sets'].iloc[0]} sets), by {name}: all sets have one value at "
+                         "the end or before, in one seed at least, so **nothing can be told**.")
+            continue
         word = "**settled**" if low >= SETTLED else "**not settled**"
         early, sets = format_number(part["early_regret"].mean(), 4), part["sets"].iloc[0]
         ties = (f" Of the {sets}, {_range(part['tied'])} share the best value, and there are "
                 f"{_range(part['distinct'])} values in all.") if part["tied"].max() > 1 else ""
-        lines.append(f"- **{_layers(size)}** ({sets} sets), by {_NAMES[metric][0]}: Spearman of the ranking at "
+        lines.append(f"- **{_layers(size)}** ({sets} sets), by {name}: Spearman of the ranking at "
                      f"{int(part['tokens'].iloc[0]):,} tokens with that of the end {format_number(low, 3)} in the "
                      f"worst seed: {word}. The set that is best there is {early} from the best at the end.{ties}")
     return "\n".join(lines)
+
+
+def settling_report(records: Sequence[Record]) -> tuple[list[Figure], str]:
+    """By KL and then by recall: `settling_curves`, where there is a ranking, and in Markdown `settled_words` and
+    `seed_words`."""
+    along = {metric: settling(records, metric) for metric in METRICS}
+    return ([settling_curves(frame, metric) for metric, frame in along.items() if frame["spearman_end"].notna().any()],
+            "\n\n".join(words for metric, frame in along.items()
+                        for words in (settled_words(frame, metric), seed_words(records, metric))))
 
 
 def seed_words(records: Sequence[Record], metric: str = "kl") -> str:
@@ -199,7 +212,8 @@ def seed_words(records: Sequence[Record], metric: str = "kl") -> str:
             pairs += [spearman([a[s] for s in sets], [b[s] for s in sets])] if len(sets) >= 3 else []
     pairs = [p for p in pairs if np.isfinite(p)]
     if not pairs:
-        return f"One seed was run, so nothing tells how far seeds agree on the ranking by {name}."
+        why = "One seed was run" if len(records) < 2 else f"No two seeds rank sets of one size by {name}"
+        return f"{why}, so nothing tells how far seeds agree on the ranking by {name}."
     return (f"Between seeds, the rankings of sets of one size by {name} have a Spearman correlation of "
             f"{format_number(min(pairs), 2)} to {format_number(max(pairs), 2)}.")
 

@@ -254,6 +254,8 @@ def test_ties_are_counted_where_a_ranking_is_said_to_have_settled():
         row["curve"][0]["recall_exact"] = 1 - row["recall_exact"]
     frame = oracle.settling([record], "recall_exact")
     assert frame[frame["size"] == 2][["tied", "distinct"]].values.tolist() == [[3, 3]]  # of {01, 12, 13} and two others
+    alike = oracle.settling([made_up({s: 1.0 for s in end}, curve=[(50, end)])])
+    assert oracle_report.settled_words(alike).count("so **nothing can be told**") == 3
     text = oracle_report.settled_words(frame, "recall_exact")
     assert "**2 layers** (6 sets), by recall: " in text and "Of the 6, 3 share the best value, and there are 3" in text
     assert text.count("share the best") == 2 and text.count("**not settled**") == 3  # of one layer, one is best
@@ -275,6 +277,7 @@ def test_words_say_no_more_than_the_interval():
     assert "No set of 3 layers" in oracle_report.judged_words(oracle.judge(noisy, chosen), noisy, 3)
     assert "correlation of 1.00 to 1.00" in oracle_report.seed_words(noisy)
     assert "One seed" in oracle_report.seed_words(noisy[:1])
+    assert oracle_report.seed_words(equal).startswith("No two seeds rank sets of one size by KL, so nothing tells")
     table = oracle_report.judged_table(oracle.judge([made_up(drawn(4, s), s, drawn(4, s)) for s in (0, 1)], chosen), 2)
     assert list(table.index[:2]) == ["GA-S2", "bad"] and "recall_exact_rank" in table
 
@@ -335,6 +338,8 @@ def test_figures_show_what_they_are_given():
     curves = oracle_report.settling_curves(oracle.settling(records))
     assert [t.get_text() for t in curves.legends[0].get_texts()] == ["1 layer", "2 layers", "3 layers"]
     assert curves.axes[0].get_ylabel() == "Spearman with the end, by KL"
+    figures, text = oracle_report.settling_report(records)
+    assert len(figures) == 1 and text.count("by KL") == 4 and "the ranking by recall" in text
     for broken in (lambda: oracle_report.interaction_map(maps[0]),
                    lambda: oracle_report.settling_curves(pd.DataFrame({"spearman_end": [float("nan")]})),
                    lambda: oracle_report.landscape(oracle.oracle_table(records).assign(kl=None))):
