@@ -84,7 +84,7 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
     for row, number, one in _launches(tables["kernels"]):
         if number == 1:
             graph = f", {_short(1e6 * row['gpu_seconds'])} as a CUDA graph" if pd.notna(row["gpu_seconds"]) else ""
-            lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward: "
+            lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward{_code(row)}: "
                          f"{_short(1e6 * row['kernel_seconds'])} in {len(row['kernels'])} kernels{graph}.")
         share = _percent(one["seconds"] / row["kernel_seconds"])
         lines.append(f"  - {_label(one)}: **{_short(_micro(one))}** ({share}); "
@@ -110,15 +110,21 @@ def bound_words(tables: Mapping[str, pd.DataFrame], operator: str, shape: Sequen
         return (row["operator"], *(row[name] for name in ("batch", "time", "heads", "dim"))) == (operator, *shape)
 
     counted = {_key(*found): found[-1] for found in _launches(tables.get("counters", pd.DataFrame()))}
-    found = [(one, counted.get(_key(row, number, one)))
+    found = [(row, one, counted.get(_key(row, number, one)))
              for row, number, one in _launches(tables.get("kernels", pd.DataFrame()))
              if asked(row) and (direction == "forward+backward" or one["pass"] == "forward")]
-    if not found or any(count is None or _bound(count) is None for _, count in found):
+    if not found or any(count is None or _bound(count) is None for *_, count in found):
         return ""
-    whole = sum(one["seconds"] for one, _ in found)
+    whole = sum(one["seconds"] for _, one, _ in found)
     said = [f"`{_label(one)}` {_percent(one['seconds'] / whole)} of the time, {_bound(count)}"
-            for one, count in sorted(found, key=lambda pair: -pair[0]["seconds"])]
-    return f"What bounds it, by the GPU's counters: {'; '.join(said)}."
+            for _, one, count in sorted(found, key=lambda each: -each[1]["seconds"])]
+    return f"What bounds it, by the GPU's counters{_code(found[0][0])}: {'; '.join(said)}."
+
+
+def _code(row):
+    """Which code a record is of, where it says so: kernels change, and a record tells of those it ran."""
+    commit = row.get("commit")
+    return f" (code of `{commit[:7]}`)" if isinstance(commit, str) else ""
 
 
 def _bound(counted):

@@ -360,7 +360,8 @@ def decoding_words(frame: pd.DataFrame) -> str:
     whole, lines = rows[rows["share"] == 1], []
     for _, row in rows.iterrows():
         cache, gpu = row["full_attention"] + row["linear_attention"], row.get("gpu_tokens_per_second")
-        text = (f"{100 * row['share']:g}% softmax: cache {cache / 2**20:.3g} MiB, "
+        size = f"{cache / 2**20:.3g}" if cache < 1000 * 2**20 else mebibytes(cache)
+        text = (f"{100 * row['share']:g}% softmax: cache {size} MiB, "
                 f"{row['tokens_per_second']:.3g} tokens/s{f' ({gpu:,.0f} by GPU time)' if pd.notna(gpu) else ''}")
         if len(whole) and row["share"] < 1:
             teacher = whole.iloc[0]

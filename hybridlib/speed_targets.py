@@ -180,6 +180,8 @@ def _call(operator, direction, shape):
 
 def _bound(one):
     aim = f", aiming at {one.aim:,.0f}" if one.aim is not None else ""
+    if (one.bound, one.unit) == (1, "times"):
+        return "no shorter"
     return f"at {'most' if one.most else 'least'} {_short(one.bound)} {one.unit}{aim}"
 
 
