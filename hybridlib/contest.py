@@ -29,8 +29,9 @@ __all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
          "gr-s2", "avg")
-_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone", "student": "an aligned student, no training",
-          "stage 2": "an aligned student and training"}
+_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone",
+          "student": "an aligned student, whose weights stay as they are",
+          "stage 2": "an aligned student, and training of candidates"}
 _LOWER = {"kl": True, "recall_exact": False}
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
 _NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
@@ -79,6 +80,11 @@ class Contest:
         return self.rows[self.rows["name"] != "none"]
 
     @property
+    def usable(self) -> pd.DataFrame:
+        """`chosen` without the selectors that are there to compare with, see `Selector`'s ``control``."""
+        return self.chosen[[name not in SELECTORS or not SELECTORS[name].control for name in self.chosen["name"]]]
+
+    @property
     def sets(self) -> dict[str, list[tuple[int, ...]]]:
         """Title -> what the selector chose, seed by seed."""
         return {title: list(rows["layers"]) for title, rows in self.chosen.groupby("selector", sort=False)}
@@ -105,9 +111,9 @@ def about(contest: Contest | None, notebook: str) -> str:
 
 
 def participants(names: Sequence[str]) -> pd.DataFrame:
-    """What each of these selectors is: its source, what it needs, what it assumes."""
+    """What each of these selectors is: its source, what it needs, what it assumes, what it costs in words."""
     found = {find_selector(name).title: find_selector(name) for name in names}
-    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes}
+    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes, "costs": s.cost}
                          for title, s in found.items()}).T.rename_axis("selector")
 
 
@@ -245,6 +251,7 @@ def cost_table(contest: Contest) -> pd.DataFrame:
 
 def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
     """Titles of the selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
+    Controls are left out.
 
     Parameters
     ----------
@@ -252,7 +259,7 @@ def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
     """
     check_choice("value", value, tuple(_LOWER))
     check_choice("cost", cost, tuple(_COSTS))
-    means = contest.chosen.groupby("selector", sort=False)[[cost, value]].mean().dropna()
+    means = contest.usable.groupby("selector", sort=False)[[cost, value]].mean().dropna()
     badness = means[value] if _LOWER[value] else -means[value]
     best, kept = np.inf, []
     for title in sorted(means.index, key=lambda t: (means.loc[t, cost], badness[t])):
@@ -271,13 +278,14 @@ def front_words(contest: Contest, value: str, cost: str) -> str:
 
 def advice(contest: Contest, value: str = "kl") -> pd.DataFrame:
     """Which selector to use, by what one has: for each need, the best of those that ask for no more, and of equals the
-    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%)."""
+    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%).
+    Controls are left out."""
     check_choice("value", value, tuple(_LOWER))
-    rows, needs = contest.chosen, list(_NEEDS)
+    rows, needs = contest.usable, list(_NEEDS)
     means = rows.groupby("selector", sort=False)[[value, "flops", "seconds"]].mean()
     means["order"] = means[value] if _LOWER[value] else -means[value]
     means["needs"] = [needs.index(n) for n in rows.drop_duplicates("selector")["needs"]]
-    best, table = means.sort_values(["order", "flops"]).index[0], {}
+    best, table = next(iter(means.sort_values(["order", "flops"]).index), None), {}
     for level, text in enumerate(_NEEDS.values()):
         allowed = means[means["needs"] <= level]
         if allowed.empty:

@@ -61,6 +61,18 @@ def test_advice_names_the_best_that_asks_for_no_more_and_of_equals_the_cheapest(
     assert by_recall["against the best of all"].iloc[2].startswith("worse: \u22120.3")
 
 
+def test_controls_are_never_advised(known):
+    control = known.rows[known.rows["selector"] == "cheap"].assign(selector="GA-S2, other text", name="ga-s2-again",
+                                                                   kl=0.01, recall_exact=1.0)
+    with_one = dataclasses.replace(known, rows=pd.concat([known.rows, control], ignore_index=True))
+    assert "GA-S2, other text" in with_one.titles
+    for value in ("kl", "recall_exact"):
+        pd.testing.assert_frame_equal(c.advice(with_one, value), c.advice(known, value))
+        assert c.front(with_one, value) == c.front(known, value)
+    alone = dataclasses.replace(known, rows=control)
+    assert c.advice(alone).empty and c.front(alone, "kl") == []
+
+
 def test_words_on_cost_say_the_share_the_agreement_and_the_loss(known):
     lines = c.cost_words(known, known.titles).splitlines()
     assert len(lines) == 3
@@ -173,6 +185,9 @@ def test_what_a_selector_settled_on_is_said(known):
 def test_participants_are_described_in_the_order_given():
     table = c.participants(["ga-s2", "uniform"])
     assert list(table.index) == ["GA-S2", "uniform"] and list(table["needs"]) == ["stage 2", "nothing"]
+    assert list(table.columns) == ["source", "needs", "assumes", "costs"]
+    assert list(table["costs"]) == [hl.SELECTORS["ga-s2"].cost, "nothing"]
+    assert hl.SELECTORS["ga-s2"].cost.startswith("a candidate for each layer: L x T tokens forward and backward")
 
 
 def test_a_map_of_choices_fills_each_cell_to_its_share_of_seeds():

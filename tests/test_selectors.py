@@ -188,7 +188,7 @@ def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
 def test_the_names_are_those_of_the_rules_and_each_is_described():
     assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
     for name, selector in hl.SELECTORS.items():
-        assert selector.title and selector.source and selector.assumes, name
+        assert selector.title and selector.source and selector.assumes and selector.cost, name
         assert selector.needs in ("nothing", "teacher", "student", "stage 2"), name
     assert len({selector.title for selector in hl.SELECTORS.values()}) == len(hl.SELECTORS)
 
@@ -223,6 +223,11 @@ def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     assert every.cost.seconds == pytest.approx(sum(r.metrics["cost"]["seconds"] for r in sets))
     forward = study.selection("greedy-forward").cost
     assert forward.training_tokens == (LAYERS + LAYERS - 1) * 128 and forward.seconds > ga.seconds
+    assert hl.SELECTORS["greedy-forward"].cost.startswith("K (2 L - K + 1) / 2 candidates")
+    assert hl.SELECTORS["greedy-backward"].cost.startswith("(L - K) (L + K + 1) / 2 candidates")
+    for name, sets in (("greedy-forward", KEPT * (2 * LAYERS - KEPT + 1) // 2),
+                       ("greedy-backward", (LAYERS - KEPT) * (LAYERS + KEPT + 1) // 2)):
+        assert study.selection(name).cost.training_tokens == sets * 128
 
 
 def test_a_scores_record_is_keyed_by_what_it_depends_on(make):
@@ -263,6 +268,6 @@ def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
 
 
 def test_exhaustive_refuses_more_sets_than_it_can_measure(make, monkeypatch):
-    monkeypatch.setattr("hybridlib.selectors.MOST_SETS", 5)
+    monkeypatch.setattr("hybridlib.selecting.MOST_SETS", 5)
     with pytest.raises(ValueError, match="^selector='exhaustive' would distil 6 sets of 2 of 4 layers; it takes at"):
         make().select("exhaustive")
