@@ -6,8 +6,9 @@ second notebook, or a reader without the GPU, draws from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,9 @@ from .selectors import SELECTORS, find_selector
 from .study import Study, StudySettings
 from .style import format_interval, format_number
 
-__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest",
-           "recorded_contests", "recorded_scores", "repeat_words", "run_contest", "score_pairs"]
+__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_sets", "cost_table", "cost_words",
+           "front", "front_words", "mean_agreement", "participants", "recorded_contest", "recorded_contests",
+           "run_contest", "spread"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
@@ -148,57 +149,35 @@ def run_contest(study: Study) -> Contest:
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:
-    """The contests in `ledger`, one a teacher and number of seeds: of those the one of most selectors, the latest of
-    equals. The deepest teacher is first, then the most lines (selectors times seeds)."""
-    kept: dict[tuple, Contest] = {}
-    for record in sorted(ledger.find("contest"), key=lambda r: (len(r.metrics["rows"]), r.started)):
-        kept[record.parameters["aligned"]["teacher"], record.parameters["seeds"]] = _contest(record)
-    return sorted(kept.values(), key=lambda c: (-c.num_layers, -len(c.rows)))
+    """The contests in `ledger`, one for all those whose settings differ in nothing but the selectors.
+
+    Of a selector that several of them ran, the latest run counts. The deepest teacher is first, then the contests
+    under the budget and with the mixer that `StudySettings` starts from, then those of most lines (selectors times
+    seeds).
+    """
+    groups: dict[str, list[Contest]] = {}
+    for record in sorted(ledger.find("contest"), key=lambda r: r.started):
+        common = {k: v for k, v in record.parameters.items() if k != "selectors"}
+        groups.setdefault(json.dumps(common, sort_keys=True), []).append(_contest(record))
+    usual = StudySettings.budget, StudySettings.mixer
+    return sorted(map(_merged, groups.values()), key=lambda c: (
+        -c.num_layers, (c.settings["budget"], c.settings["mixer"]) != usual, -len(c.rows)))
+
+
+def _merged(contests):
+    """One contest from several of the same settings, the earliest first; selectors in the order of `SELECTORS`."""
+    rows = pd.concat([c.rows for c in contests], ignore_index=True).drop_duplicates(["name", "seed"], keep="last")
+    order = {name: i for i, name in enumerate((*SELECTORS, "none"))}
+    rows = rows.sort_values(["name", "seed"], key=lambda c: c.map(order) if c.name == "name" else c, kind="stable")
+    refused = {title: why for c in contests for title, why in c.refused.items() if title not in set(rows["selector"])}
+    names = [name for name in dict.fromkeys(rows["name"]) if name != "none"]
+    return replace(contests[-1], rows=rows.reset_index(drop=True), refused=refused,
+                   settings=contests[-1].settings | {"selectors": names})
 
 
 def recorded_contest(ledger: Ledger) -> Contest | None:
     """The first of `recorded_contests`; None if there is none."""
     return next(iter(recorded_contests(ledger)), None)
-
-
-def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[str, tuple[float, ...]]:
-    """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
-
-    Where a selector was run with several seeds, all but seed 0 are told apart in the title. Selectors that order what
-    others measured (AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
-    """
-    found = {}
-    for record in sorted(ledger.find("score"), key=lambda r: r.started):
-        p, name = record.parameters, _scorer(record.parameters)
-        aligned = p.get("aligned", p)
-        if name and "values" in record.metrics and aligned["teacher"] == teacher and p.get("mixer", mixer) == mixer:
-            found[name, p.get("seed", 0)] = tuple(record.metrics["values"])
-    order = {name: i for i, name in enumerate(SELECTORS)}
-    return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): found[name, seed]
-            for name, seed in sorted(found, key=lambda key: (order[key[0]], key[1]))}
-
-
-def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2") -> dict[str, tuple]:
-    """Pairs of `recorded_scores` for `reading.rankings`: each selector's with the reference's, then each selector's own
-    of two seeds, where it has them."""
-    pairs = {f"{t} with {reference}": (v, scores[reference]) for t, v in scores.items()
-             if reference in scores and t != reference}
-    return pairs | {f"{t} with itself, seed 1": (v, scores[f"{t}, seed 1"]) for t, v in scores.items()
-                    if f"{t}, seed 1" in scores}
-
-
-def _scorer(p):
-    """The selector that a score record's parameters belong to, None if none."""
-    if "selector" not in p:
-        if "early_stop" in p or not p.get("normalize", True):
-            return None
-        known = {("kl", "add"): "ga-s2", ("kl", "remove"): "gr-s2", ("mse", "add"): "ga-s1"}
-        return known.get((p["metric"], p["direction"]))
-    if p["selector"] != "gate-gradient":
-        return p["selector"] if p["selector"] in SELECTORS else None
-    asked = (p["at"], p["order"], p["steps"], "train_tokens" in p)
-    return next((name for name, s in SELECTORS.items() if "order" in s.options and asked == (
-        s.options["at"], s.options["order"], s.options["steps"], bool(s.options["train"]))), None)
 
 
 def _row(name, seed, found):
@@ -219,23 +198,19 @@ def _contest(record):
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:
     """Mean over seeds of the Jaccard index of two selectors' sets: (selectors, selectors), in the order of titles."""
-    return _agreement(contest, contest.titles, "layers", jaccard)
+    return mean_agreement(contest, contest.titles, "layers", jaccard)
 
 
-def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
-    """(titles, mean over seeds of Spearman's correlation) of the selectors that give each layer a number."""
-    rows = contest.chosen
-    titles = [t for t in contest.titles if all(v is not None for v in rows.loc[rows["selector"] == t, "values"])]
-    return titles, _agreement(contest, titles, "values", spearman)
-
-
-def _agreement(contest, titles, column, measure):
+def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure) -> np.ndarray:
+    """Mean over seeds of ``measure(a, b)`` of what two selectors have in `column`: (titles, titles)."""
     matrix = np.zeros((len(titles), len(titles)))
     seeds = list(dict.fromkeys(contest.chosen["seed"]))
     for seed in seeds:
         of = contest.chosen[contest.chosen["seed"] == seed].set_index("selector")[column]
         matrix += [[measure(of[a], of[b]) for b in titles] for a in titles]
     return matrix / len(seeds)
+
+
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
@@ -326,9 +301,9 @@ def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2"
                  for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
         if all(v is not None for v in [*a["values"], *b["values"]]):
             rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
-            parts.append(f"Spearman {_spread(rho)} with its scores")
+            parts.append(f"Spearman {spread(rho)} with its scores")
         shared = [jaccard(a["layers"][seed], b["layers"][seed]) for seed in a.index]
-        parts.append(f"Jaccard {_spread(shared)} with its set")
+        parts.append(f"Jaccard {spread(shared)} with its set")
         if (a["kl"] == b["kl"]).all():
             parts.append("the same hybrid on every seed")
         elif len(a) == 1:
@@ -342,29 +317,8 @@ def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2"
     return "\n".join(lines)
 
 
-def repeat_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2",
-                 again: str = "GA-S2, other text") -> str:
-    """How far two runs of one selector rank layers alike, the second on other text, and how each of `titles` ranks them
-    against one run and against the mean of both, in Markdown: what does not repeat itself nothing can agree with."""
-    rows = contest.chosen
-    values = {t: rows[rows["selector"] == t].set_index("seed")["values"] for t in (reference, again, *titles)}
-    if any(values[t].empty for t in (reference, again)):
-        return f"- **{reference}** was not run twice, so how far it repeats itself is not known."
-    seeds = values[reference].index
-    ceiling = [spearman(values[reference][s], values[again][s]) for s in seeds]
-    both = {s: np.add(values[reference][s], values[again][s]) / 2 for s in seeds}
-    lines = [f"- **{reference}** against itself, trained on other text: Spearman {_spread(ceiling)}."]
-    for title in titles:
-        if values[title].empty or any(v is None for v in values[title]):
-            continue
-        one, mean = ([spearman(values[title][s], of[s]) for s in seeds] for of in (values[reference], both))
-        lines.append(f"- **{title}**: Spearman {_spread(one)} with one run of {reference}, {_spread(mean)} with the "
-                     "mean of its two.")
-    return "\n".join(lines)
-
-
-def _spread(values):
-    """The mean of bounded values and, where they differ, their least and their largest."""
+def spread(values: Sequence[float]) -> str:
+    """The mean of bounded values and, where they differ, their least and their largest, as text."""
     mean, low, high = (format_number(float(f(values)), 2) for f in (np.mean, np.min, np.max))
     return mean if low == high else f"{mean} ({low} to {high})"
 

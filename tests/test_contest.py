@@ -1,4 +1,4 @@
-"""A contest of selectors: what is kept of it, fronts, advice and words on numbers with a known answer, refusals."""
+"""A contest of selectors: what is kept of it, fronts, advice, rankings and words on numbers with a known answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 import hybridlib as hl
 from hybridlib import contest as c
+from hybridlib import rankings
 from hybridlib import study as study_module
 from hybridlib.reading import FLOOR
 from hybridlib.selector_plots import choice_map, quality_and_cost
@@ -89,7 +90,7 @@ def test_words_on_cost_say_the_share_the_agreement_and_the_loss(known):
 def test_agreement_is_the_mean_over_seeds(known):
     sets = c.agreement_of_sets(known)
     assert sets.shape == (4, 4) and sets[1, 2] == 1 and sets[0, 1] == pytest.approx(1 / 3)
-    titles, ranks = c.agreement_of_scores(known)
+    titles, ranks = rankings.agreement_of_scores(known)
     assert titles == ["cheap", "GA-S2", "dear"] and ranks[0, 1] == pytest.approx(0.9) and ranks[1, 2] == 1
 
 
@@ -100,12 +101,14 @@ def test_unknown_costs_are_shown_as_such(known):
     assert "GA-S2" not in c.front(known, "kl") and "unknown share of its FLOPs" in c.cost_words(known, ["cheap"])
 
 
-def test_scores_are_paired_with_the_references_and_with_their_own_of_another_seed():
-    scores = {"PPL": (1.0, 2.0), "GA-S2": (3.0, 4.0), "GA-S2, seed 1": (5.0, 6.0)}
-    assert c.score_pairs(scores) == {
-        "PPL with GA-S2": ((1.0, 2.0), (3.0, 4.0)), "GA-S2, seed 1 with GA-S2": ((5.0, 6.0), (3.0, 4.0)),
-        "GA-S2 with itself, seed 1": ((3.0, 4.0), (5.0, 6.0))}
-    assert c.score_pairs({"PPL": (1.0, 2.0)}) == {}
+def test_scores_are_paired_with_the_references_of_the_same_seed_and_with_their_own_of_another():
+    scores = {"PPL": (1.0, 2.0), "GA-S1": (2.0, 2.5), "GA-S1, seed 1": (1.5, 1.0), "GA-S2": (3.0, 4.0),
+              "GA-S2, seed 1": (5.0, 6.0)}
+    assert rankings.score_pairs(scores) == {
+        "PPL with GA-S2": ((1.0, 2.0), (3.0, 4.0)), "GA-S1 with GA-S2": ((2.0, 2.5), (3.0, 4.0)),
+        "GA-S1, seed 1 with GA-S2, seed 1": ((1.5, 1.0), (5.0, 6.0)),
+        "GA-S1 with itself, seed 1": ((2.0, 2.5), (1.5, 1.0)), "GA-S2 with itself, seed 1": ((3.0, 4.0), (5.0, 6.0))}
+    assert rankings.score_pairs({"PPL": (1.0, 2.0)}) == {}
 
 
 def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
@@ -134,30 +137,81 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     one_seed = c.run_contest(hl.Study(dataclasses.replace(study.settings, seeds=1)))
     fewer = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=names[:2])))
     assert [len(k.rows) for k in (found, one_seed, fewer)] == [12, 6, 6]
-    assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # the fullest of each number of seeds
+    assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # what differs in selectors is one
+    more = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=["ga-s1"])))
+    fuller = c.recorded_contest(study.ledger)
+    assert fuller.titles == ["uniform", "PPL", "GA-S1", "gate gradient", "GA-S2", "exhaustive"]
+    assert fuller.settings["selectors"] == ["uniform", "ppl", "ga-s1", "gate-gradient", "ga-s2", "exhaustive"]
+    assert fuller.sets["GA-S1"] == more.sets["GA-S1"] and fuller.sets["PPL"] == found.sets["PPL"]
+    everything = [name for name in hl.SELECTORS if name.startswith("g") or name in names]
+    other = c.run_contest(hl.Study(dataclasses.replace(study.settings, budget=1, selectors=everything)))
+    assert len(other.rows) > len(fuller.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c.StudySettings, "budget", 2)  # what a study starts from
+        assert [(k.settings["budget"], k.settings["seeds"]) for k in c.recorded_contests(study.ledger)
+                ] == [(2, 2), (2, 1), (1, 2)]
     assert c.about(found, "selectors").startswith("Teacher **tiny**, 2 of 4 layers softmax, the others **gdn**; 256 ")
 
 
 def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
-    teacher = tiny_teacher(layers=4)
+    teacher, real = tiny_teacher(layers=4), hl.evaluate
+    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
-    study = hl.Study(c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results")))
+    settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=["uniform"])
+    study = hl.Study(settings)
+    contest = c.run_contest(study)
     names = ["ppl", "rad", "ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns",
-             "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "ga-s2-slow", "gr-s2", "exhaustive"]
+             "gate-gradient-turns-slow", "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "ga-s2-slow",
+             "gr-s2", "exhaustive"]
     chosen = {name: study.selection(name, seed=0) for name in names}
     later = study.selection("ga-s2", seed=1)
-    study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's
-    found = c.recorded_scores(study.ledger, "tiny")
+    assert study.selection("ppl", seed=1).values == chosen["ppl"].values
     kept = [name for name in names if name not in ("postnas", "exhaustive")]  # they make sets, not scores
     titles = [hl.SELECTORS[name].title for name in kept]
     titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
-    assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
-    for name in kept:
-        if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
-            assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
-    assert c.recorded_scores(study.ledger, "another") == {}
-    assert set(c.recorded_scores(study.ledger, "tiny", "gla")) == {"PPL", "RAD"}  # they ask the teacher alone
+
+    def check():
+        found = rankings.recorded_scores(study.ledger, contest)
+        assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
+        for name in kept:
+            if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
+                assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
+        return found
+
+    found = check()
+    for changed in (dict(budget=1), dict(score_tokens=48), dict(mixer_learning_rate=1e-2), dict(heldout_tokens=128),
+                    dict(align_tokens=128)):
+        other = hl.Study(dataclasses.replace(settings, **changed))
+        for name in ("rad", "gate-gradient", "gate-gradient-turns", "learned-gates", "ga-s2", "ga-s2-slow"):
+            other.selection(name)
+    study.selection("ga-s2-slow", rate=0.5), study.selection("gate-gradient", share=None)
+    study.selection("smart", num_tokens=64)
+    study.scores("gdn", 0, metric="mse", normalize=False)
+    assert check() == found  # other settings and options, and what is no selector's, stay out
+    gla = dataclasses.replace(contest, settings=contest.settings | {"mixer": "gla"})
+    assert set(rankings.recorded_scores(study.ledger, gla)) == {"PPL", "RAD"}  # they ask the teacher alone
+    another = dataclasses.replace(contest, settings=contest.settings | {
+        "aligned": contest.settings["aligned"] | {"teacher": "another"}})
+    assert rankings.recorded_scores(study.ledger, another) == {}
+
+
+def test_scores_by_recall_are_those_of_the_task_that_the_selector_settles_on(known, tmp_path):
+    settings = dict(SETTINGS, recall_pairs=8, selectors=["ar"], mixer="gdn", aligned={
+        "teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0})
+    contest, ledger = dataclasses.replace(known, settings=settings), hl.Ledger(tmp_path)
+
+    def record(value, name, **task):
+        ledger.add("score", {"selector": "ar", "teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16,
+                             "data": "d", "heldout_tokens": 64, "num_examples": 200,
+                             "task": dataclasses.asdict(hl.RecallTask(name, **task))}, {"values": [value]}, seconds=1.0)
+
+    record(1.0, "key_value", pairs=2)
+    record(2.0, "variable_tracking", pairs=4, hops=2)
+    record(3.0, "variable_tracking", pairs=2, hops=2)
+    assert rankings.recorded_scores(ledger, contest) == {"AR": (1.0,), "AR-MH": (2.0,)}
+    record(4.0, "key_value", pairs=8)
+    assert rankings.recorded_scores(ledger, contest) == {"AR": (4.0,), "AR-MH": (2.0,)}
 
 
 def test_without_a_record_the_command_is_shown(tmp_path):
@@ -216,8 +270,8 @@ def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(
 
 
 def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
-    assert c.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
-    lines = c.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
+    assert rankings.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
+    lines = rankings.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
     assert lines[0] == "- **GA-S2** against itself, trained on other text: Spearman 1.00."  # dear has its values
     assert lines[1:] == ["- **cheap**: Spearman 0.90 (0.80 to 1.00) with one run of GA-S2, 0.90 (0.80 to 1.00) with "
                          "the mean of its two."]
@@ -225,4 +279,4 @@ def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
     other = twice.rows["selector"] == "dear"
     twice.rows.loc[other, "values"] = twice.rows.loc[other, "values"].map(lambda v: (4.0, 2.0, 3.0, 0.0))
     # seed 0: rank differences 0 1 1 0, 1 - 6 x 2 / 60; seed 1: 0 1 2 1 (2 against 3 for layer 3), 1 - 6 x 6 / 60
-    assert c.repeat_words(twice, [], again="dear").endswith("Spearman 0.60 (0.40 to 0.80).")
+    assert rankings.repeat_words(twice, [], again="dear").endswith("Spearman 0.60 (0.40 to 0.80).")
