@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .ablation import TaskTooHard
-from .agreement import interval, jaccard, paired_difference, spearman
+from .agreement import RANGES, contiguity, interval, jaccard, paired_difference, spearman
 from .checks import check_choice
 from .cost import Cost
 from .ledger import Ledger
@@ -23,9 +23,9 @@ from .selectors import SELECTORS, find_selector
 from .study import Study, StudySettings
 from .style import format_interval, format_number
 
-__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_sets", "cost_table", "cost_words",
-           "front", "front_words", "mean_agreement", "participants", "recorded_contest", "recorded_contests",
-           "run_contest", "spread"]
+__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_sets", "aside", "cost_table",
+           "cost_words", "front", "front_words", "mean_agreement", "neighbours", "participants", "recorded_contest",
+           "recorded_contests", "run_contest", "spread"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
@@ -104,9 +104,9 @@ def about(contest: Contest | None, notebook: str) -> str:
     s, kept = contest.settings, len(contest.chosen["layers"].iloc[0])
     text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
-            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
+            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed{'s' if s['seeds'] > 1 else ''}; on {contest.device}.")
     notes = dict(zip(contest.chosen["selector"], contest.chosen["note"], strict=True))
-    told = [f"**{title}** scored layers {note}." for title, note in notes.items() if note]
+    told = [f"**{title}**: {note}." for title, note in notes.items() if note]
     told += [f"**{title}** was not run: {why}." for title, why in contest.refused.items()]
     return "\n\n".join([text, *told])
 
@@ -192,6 +192,9 @@ def _contest(record):
     rows = pd.DataFrame([{"note": "", **row} for row in m["rows"]])[_COLUMNS]  # older records have no notes
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
     rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
+    ga = dict(rows.loc[rows["name"] == "ga-s2", ["seed", "values"]].itertuples(index=False))
+    rows["values"] = [values if name == "ga-s2" or values != ga.get(seed) else None  # older records lend GA-S2's
+                      for name, seed, values in zip(rows["name"], rows["seed"], rows["values"], strict=True)]
     rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
     return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
 
@@ -211,6 +214,18 @@ def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure
     return matrix / len(seeds)
 
 
+
+
+def neighbours(contest: Contest) -> pd.DataFrame:
+    """Whether the layers of each selector's sets lie beside one another, as text: pairs of neighbours that are both
+    kept, how many random sets of as many layers have on average, and the share of those that have at least as many,
+    see `agreement.contiguity`. The mean over seeds and, where they differ, the range."""
+    table = {}
+    for title, sets in contest.sets.items():
+        pairs, expected, share = zip(*(contiguity(layers, contest.num_layers) for layers in sets), strict=True)
+        table[title] = {"pairs of neighbours": spread(pairs), "in random sets": spread(expected),
+                        "random sets with as many": spread(share)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("selector")
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
@@ -267,7 +282,7 @@ def advice(contest: Contest, value: str = "kl") -> pd.DataFrame:
             continue
         title = allowed.sort_values(["order", "flops"]).index[0]
         measured = rows.loc[rows["selector"] == title, value]
-        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured), 3),
+        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured, within=RANGES[value]), 3),
                        _COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
                        "seconds": f"{means.loc[title, 'seconds']:,.1f}",
                        "against the best of all": _told_apart(rows, value, title, best)}
@@ -281,7 +296,7 @@ def _told_apart(rows, value, title, best):
     pair = rows[rows["selector"].isin([title, best])].pivot(index="seed", columns="selector", values=value)
     if (pair[title] == pair[best]).all():
         return f"as {best} on every seed"
-    mean, low, high = paired_difference(pair[title], pair[best])
+    mean, low, high = paired_difference(pair[title], pair[best], within=RANGES[value])
     if not np.isfinite(low):
         return f"{format_number(mean, 3)} from {best} on one seed, which cannot tell"
     apart = "worse" if low > 0 or high < 0 else "cannot be told apart"
@@ -289,30 +304,33 @@ def _told_apart(rows, value, title, best):
 
 
 def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
-    """For each of `titles`, in Markdown: its share of the reference's FLOPs and seconds, how its scores rank layers
-    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL."""
+    """For each of `titles`, in Markdown: its share of the reference's FLOPs (means over seeds) and seconds (medians,
+    for a first call may compile), how its scores rank layers against the reference's, and, where the interval over
+    seeds allows it, which of the two hybrids has the lower KL."""
     rows, lines = contest.chosen, []
     for title in titles:
         if title == reference or not {title, reference} <= set(rows["selector"]):
             lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
             continue
         a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
-        parts = [f"{_share(a[column].mean(), b[column].mean())} of its {label}"
-                 for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
+        parts = [f"{_share(a['flops'].mean(), b['flops'].mean())} its FLOPs",
+                 f"{_share(a['seconds'].median(), b['seconds'].median())} its time"
+                 + (f" (medians of {len(a)} seeds)" if len(a) > 1 else "")]
         if all(v is not None for v in [*a["values"], *b["values"]]):
             rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
-            parts.append(f"Spearman {spread(rho)} with its scores")
+            parts.append(f"Spearman {spread(rho)} with its scores{aside(a)}")
         shared = [jaccard(a["layers"][seed], b["layers"][seed]) for seed in a.index]
         parts.append(f"Jaccard {spread(shared)} with its set")
         if (a["kl"] == b["kl"]).all():
             parts.append("the same hybrid on every seed")
         elif len(a) == 1:
-            parts.append(f"a KL of {format_number(a['kl'].iloc[0] - b['kl'].iloc[0], 4)} more, on one seed, which "
+            nats = a["kl"].iloc[0] - b["kl"].iloc[0]
+            parts.append(f"KL {format_number(abs(nats), 4)} {'lower' if nats < 0 else 'higher'}, on one seed, which "
                          "cannot tell")
         else:
             mean, low, high = paired_difference(a["kl"], b["kl"])
             word = "cannot be told apart" if low <= 0 <= high else OWN[0] if mean < 0 else OWN[1]
-            parts.append(f"KL {format_interval(mean, low, high, 4)} nats a token above its, **{word}**")
+            parts.append(f"a KL that differs by {format_interval(mean, low, high, 4)} nats a token, **{word}**")
         lines.append(f"- **{title}** against **{reference}**: {'; '.join(parts)}.")
     return "\n".join(lines)
 
@@ -323,9 +341,16 @@ def spread(values: Sequence[float]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def aside(rows: pd.DataFrame) -> str:
+    """What to say beside the scores of a selector, given its `rows`, if its sets are not the best by them."""
+    best = [tuple(sorted(sorted(range(len(v)), key=lambda l, v=v: (-v[l], l))[:len(kept)]))
+            for v, kept in zip(rows["values"], rows["layers"], strict=True)]
+    return "" if best == [tuple(kept) for kept in rows["layers"]] else " (its set is not the best by its own scores)"
+
+
 def _share(part, whole):
     if part == 0:
-        return "none"
+        return "none of"
     if np.isnan(part) or np.isnan(whole) or whole == 0:
-        return "an unknown share"
-    return f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f} times"
+        return "an unknown share of"
+    return f"1/{whole / part:,.0f} of" if part < whole / 1.5 else f"{part / whole:.1f} times"

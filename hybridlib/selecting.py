@@ -39,7 +39,8 @@ MOST_SETS = 20_000  # that ``"exhaustive"`` agrees to measure
 class Selection:
     """What a selector chose: `layers`, ascending, and its `cost` (None if it reads scores recorded without one).
 
-    `values` is one number a layer, higher for more worth keeping, where the selector makes such numbers; else None.
+    `values` is one number a layer, higher for more worth keeping, where the selector makes such numbers of its own;
+    else None. Its set need not be the best by them: SMART's also lies apart, RAD only begins its search from them.
     `note` says in words what the selector settled on along the way, if anything.
     """
 
@@ -63,10 +64,10 @@ def by_rule(rule, study, mixer, seed, **options):
 def by_scores(rule, study, mixer, seed, normalize=True, **options):
     """A rule of `selection.select` on the scores of `score_layers`."""
     scores = [study.scores(mixer, seed, *kind, normalize=normalize) for kind in SCORES_NEEDED[rule]]
-    values, costs = scores[0].values, [s.cost for s in scores]
+    values, costs = None if rule == "ga-s2-spaced" else scores[0].values, [s.cost for s in scores]
     if rule == "avg":
         ranks = [{l: r for r, l in enumerate(s.ranking, 1)} for s in scores]
-        values = tuple(-sum(rank[l] for rank in ranks) / 2 for l in range(len(values)))
+        values = tuple(-sum(rank[l] for rank in ranks) / 2 for l in range(study.num_layers))
     layers = select(rule, study.settings.budget, scores=scores, **options)
     return Selection("", layers, None if None in costs else Cost.total(costs), values)
 
@@ -97,7 +98,7 @@ def by_recall(families, study, mixer, seed, pairs, num_examples):
                     {"selector": "ar", "task": asdict(task), "num_examples": num_examples},
                     lambda task=task: score_associative_recall(study.teacher.model, study.teacher.tokenizer, task,
                                                                num_examples=num_examples).to_dict()).metrics)
-                return _best(study, scores, f"by {name.replace('_', ' ')}, {pairs} pairs")
+                return _best(study, scores, f"scores of the task {name}, {pairs} pairs")
             except TaskTooHard:
                 if pairs < 4 and name == families[-1][0]:
                     raise
@@ -124,7 +125,8 @@ def by_skips(study, mixer, seed, evaluations, gamma):
 
     found = study.remember({"selector": "rad", "budget": _count(study), "evaluations": evaluations, "gamma": gamma,
                             "seed": seed}, compute).metrics
-    return Selection("", tuple(found["layers"]), Cost.from_dict(found["cost"]), tuple(found["values"]))
+    return Selection("", tuple(found["layers"]), Cost.from_dict(found["cost"]), tuple(found["values"]),
+                     "its scores are those of layers skipped alone, its set that of a search over sets")
 
 
 def by_gate_gradient(study, mixer, seed, at, order, steps, share, train, rate=1.0):

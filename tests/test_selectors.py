@@ -82,7 +82,7 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
 def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
     found = lab_study().selection("ar-mh", num_examples=40)
     check(lab_study(), found, 2)
-    assert found.cost.passes == 9 and found.note == "by variable tracking, 8 pairs"
+    assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
              if r.parameters["task"]["hops"] == 2]
     assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
@@ -93,8 +93,9 @@ def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_s
 
 
 @pytest.mark.parametrize(("count", "able", "asked"), [
-    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking", "by variable tracking, 4 pairs"),
-    (10, lambda task: task.pairs < 4, "by multi hop, 2 pairs")])
+    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking",
+     "scores of the task variable_tracking, 4 pairs"),
+    (10, lambda task: task.pairs < 4, "scores of the task multi_hop, 2 pairs")])
 def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch, count, able, asked):
     def refuse(task, *rest):
         if not able(task):
@@ -102,7 +103,7 @@ def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, mo
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     assert lab_study().selection("ar-mh", num_examples=count).note == asked
     task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
-    assert f"by {task['name'].replace('_', ' ')}, {task['pairs']} pairs" == asked
+    assert f"scores of the task {task['name']}, {task['pairs']} pairs" == asked
 
 
 def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
