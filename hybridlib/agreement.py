@@ -15,8 +15,12 @@ from scipy import stats
 
 from .checks import check_int, check_number
 
-__all__ = ["bootstrap_interval", "chance_jaccard", "contiguity", "contiguity_distribution", "interval", "jaccard",
-           "kendall", "paired_difference", "pairwise", "spearman", "stability", "top_k_jaccard"]
+__all__ = ["RANGES", "bootstrap_interval", "chance_jaccard", "contiguity", "contiguity_distribution", "interval",
+           "jaccard", "kendall", "paired_difference", "pairwise", "spearman", "stability", "top_k_jaccard"]
+
+#: what values of a metric or of an agreement can be: (least, largest)
+RANGES = {"kl": (0.0, np.inf), "perplexity": (1.0, np.inf), "top1_agreement": (0.0, 1.0), "recall_exact": (0.0, 1.0),
+          "jaccard": (0.0, 1.0), "spearman": (-1.0, 1.0), "kendall": (-1.0, 1.0)}
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
@@ -106,28 +110,34 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> float:
     return float(stats.kendalltau(x, y, variant="b").statistic)
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def interval(values: Sequence[float], confidence: float = 0.95,
+             within: tuple[float, float] | None = None) -> tuple[float, float, float]:
     """Mean and Student's t interval of a quantity over seeds.
 
     ``mean +- t * s / sqrt(n)`` with n - 1 degrees of freedom; right for independent, roughly normal values. With two
     seeds t is 12.7, and the interval is as wide as that says. A single value v gives (v, nan, nan).
+
+    `within` (`RANGES` has those of metrics) cuts the interval to what the quantity can be. That loses none of what it
+    covers, but near an end values are not normal, and an interval that was cut is rough.
     """
     values = _finite("values", values, 1)
     check_confidence(confidence)
+    least, most = within or (-np.inf, np.inf)
     mean = float(values.mean())
     if len(values) == 1:
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
-    return mean, mean - half, mean + half
+    return mean, min(mean, max(least, mean - half)), max(mean, min(most, mean + half))  # rounding may leave the range
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """`interval` of a - b, seed by seed: what two runs of one seed share cancels.
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95,
+                      within: tuple[float, float] | None = None) -> tuple[float, float, float]:
+    """`interval` of a - b, seed by seed: what two runs of one seed share cancels. `within` is of a and b.
 
     The two differ at that confidence if low and high have the same sign. Entry i of both must be of the same seed.
     """
     a, b = _pair("a", a, "b", b, 1)
-    return interval(a - b, confidence)
+    return interval(a - b, confidence, within and (within[0] - within[1], within[1] - within[0]))
 
 
 def bootstrap_interval(statistic: Callable[..., float], *samples: Sequence[float], confidence: float = 0.95,

@@ -6,14 +6,15 @@ second notebook, or a reader without the GPU, draws from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
 
 from .ablation import TaskTooHard
-from .agreement import interval, jaccard, paired_difference, spearman
+from .agreement import RANGES, contiguity, interval, jaccard, paired_difference, spearman
 from .checks import check_choice
 from .cost import Cost
 from .ledger import Ledger
@@ -22,15 +23,16 @@ from .selectors import SELECTORS, find_selector
 from .study import Study, StudySettings
 from .style import format_interval, format_number
 
-__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_scores", "agreement_of_sets",
-           "cost_table", "cost_words", "front", "front_words", "participants", "recorded_contest",
-           "recorded_contests", "recorded_scores", "repeat_words", "run_contest", "score_pairs"]
+__all__ = ["CHEAP", "Contest", "SelectorSettings", "about", "advice", "agreement_of_sets", "aside", "cost_table",
+           "cost_words", "front", "front_words", "mean_agreement", "neighbours", "participants", "recorded_contest",
+           "recorded_contests", "run_contest", "spread"]
 
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
          "gr-s2", "avg")
-_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone", "student": "an aligned student, no training",
-          "stage 2": "an aligned student and training"}
+_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone",
+          "student": "an aligned student, whose weights stay as they are",
+          "stage 2": "an aligned student, and training of candidates"}
 _LOWER = {"kl": True, "recall_exact": False}
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
 _NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
@@ -79,6 +81,11 @@ class Contest:
         return self.rows[self.rows["name"] != "none"]
 
     @property
+    def usable(self) -> pd.DataFrame:
+        """`chosen` without the selectors that are there to compare with, see `Selector`'s ``control``."""
+        return self.chosen[[name not in SELECTORS or not SELECTORS[name].control for name in self.chosen["name"]]]
+
+    @property
     def sets(self) -> dict[str, list[tuple[int, ...]]]:
         """Title -> what the selector chose, seed by seed."""
         return {title: list(rows["layers"]) for title, rows in self.chosen.groupby("selector", sort=False)}
@@ -97,17 +104,17 @@ def about(contest: Contest | None, notebook: str) -> str:
     s, kept = contest.settings, len(contest.chosen["layers"].iloc[0])
     text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
             f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
-            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed(s); on {contest.device}.")
+            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed{'s' if s['seeds'] > 1 else ''}; on {contest.device}.")
     notes = dict(zip(contest.chosen["selector"], contest.chosen["note"], strict=True))
-    told = [f"**{title}** scored layers {note}." for title, note in notes.items() if note]
+    told = [f"**{title}**: {note}." for title, note in notes.items() if note]
     told += [f"**{title}** was not run: {why}." for title, why in contest.refused.items()]
     return "\n\n".join([text, *told])
 
 
 def participants(names: Sequence[str]) -> pd.DataFrame:
-    """What each of these selectors is: its source, what it needs, what it assumes."""
+    """What each of these selectors is: its source, what it needs, what it assumes, what it costs in words."""
     found = {find_selector(name).title: find_selector(name) for name in names}
-    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes}
+    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes, "costs": s.cost}
                          for title, s in found.items()}).T.rename_axis("selector")
 
 
@@ -142,57 +149,35 @@ def run_contest(study: Study) -> Contest:
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:
-    """The contests in `ledger`, one a teacher and number of seeds: of those the one of most selectors, the latest of
-    equals. The deepest teacher is first, then the most lines (selectors times seeds)."""
-    kept: dict[tuple, Contest] = {}
-    for record in sorted(ledger.find("contest"), key=lambda r: (len(r.metrics["rows"]), r.started)):
-        kept[record.parameters["aligned"]["teacher"], record.parameters["seeds"]] = _contest(record)
-    return sorted(kept.values(), key=lambda c: (-c.num_layers, -len(c.rows)))
+    """The contests in `ledger`, one for all those whose settings differ in nothing but the selectors.
+
+    Of a selector that several of them ran, the latest run counts. The deepest teacher is first, then the contests
+    under the budget and with the mixer that `StudySettings` starts from, then those of most lines (selectors times
+    seeds).
+    """
+    groups: dict[str, list[Contest]] = {}
+    for record in sorted(ledger.find("contest"), key=lambda r: r.started):
+        common = {k: v for k, v in record.parameters.items() if k != "selectors"}
+        groups.setdefault(json.dumps(common, sort_keys=True), []).append(_contest(record))
+    usual = StudySettings.budget, StudySettings.mixer
+    return sorted(map(_merged, groups.values()), key=lambda c: (
+        -c.num_layers, (c.settings["budget"], c.settings["mixer"]) != usual, -len(c.rows)))
+
+
+def _merged(contests):
+    """One contest from several of the same settings, the earliest first; selectors in the order of `SELECTORS`."""
+    rows = pd.concat([c.rows for c in contests], ignore_index=True).drop_duplicates(["name", "seed"], keep="last")
+    order = {name: i for i, name in enumerate((*SELECTORS, "none"))}
+    rows = rows.sort_values(["name", "seed"], key=lambda c: c.map(order) if c.name == "name" else c, kind="stable")
+    refused = {title: why for c in contests for title, why in c.refused.items() if title not in set(rows["selector"])}
+    names = [name for name in dict.fromkeys(rows["name"]) if name != "none"]
+    return replace(contests[-1], rows=rows.reset_index(drop=True), refused=refused,
+                   settings=contests[-1].settings | {"selectors": names})
 
 
 def recorded_contest(ledger: Ledger) -> Contest | None:
     """The first of `recorded_contests`; None if there is none."""
     return next(iter(recorded_contests(ledger)), None)
-
-
-def recorded_scores(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[str, tuple[float, ...]]:
-    """Every score of a teacher's layers in `ledger`, the latest of equals: title -> a number a layer, higher = keep.
-
-    Where a selector was run with several seeds, all but seed 0 are told apart in the title. Selectors that order what
-    others measured (AVG, spacing) or search sets have no record of their own. In the order of `SELECTORS`.
-    """
-    found = {}
-    for record in sorted(ledger.find("score"), key=lambda r: r.started):
-        p, name = record.parameters, _scorer(record.parameters)
-        aligned = p.get("aligned", p)
-        if name and "values" in record.metrics and aligned["teacher"] == teacher and p.get("mixer", mixer) == mixer:
-            found[name, p.get("seed", 0)] = tuple(record.metrics["values"])
-    order = {name: i for i, name in enumerate(SELECTORS)}
-    return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): found[name, seed]
-            for name, seed in sorted(found, key=lambda key: (order[key[0]], key[1]))}
-
-
-def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2") -> dict[str, tuple]:
-    """Pairs of `recorded_scores` for `reading.rankings`: each selector's with the reference's, then each selector's own
-    of two seeds, where it has them."""
-    pairs = {f"{t} with {reference}": (v, scores[reference]) for t, v in scores.items()
-             if reference in scores and t != reference}
-    return pairs | {f"{t} with itself, seed 1": (v, scores[f"{t}, seed 1"]) for t, v in scores.items()
-                    if f"{t}, seed 1" in scores}
-
-
-def _scorer(p):
-    """The selector that a score record's parameters belong to, None if none."""
-    if "selector" not in p:
-        if "early_stop" in p or not p.get("normalize", True):
-            return None
-        known = {("kl", "add"): "ga-s2", ("kl", "remove"): "gr-s2", ("mse", "add"): "ga-s1"}
-        return known.get((p["metric"], p["direction"]))
-    if p["selector"] != "gate-gradient":
-        return p["selector"] if p["selector"] in SELECTORS else None
-    asked = (p["at"], p["order"], p["steps"], "train_tokens" in p)
-    return next((name for name, s in SELECTORS.items() if "order" in s.options and asked == (
-        s.options["at"], s.options["order"], s.options["steps"], bool(s.options["train"]))), None)
 
 
 def _row(name, seed, found):
@@ -207,29 +192,40 @@ def _contest(record):
     rows = pd.DataFrame([{"note": "", **row} for row in m["rows"]])[_COLUMNS]  # older records have no notes
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
     rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
+    ga = dict(rows.loc[rows["name"] == "ga-s2", ["seed", "values"]].itertuples(index=False))
+    rows["values"] = [values if name == "ga-s2" or values != ga.get(seed) else None  # older records lend GA-S2's
+                      for name, seed, values in zip(rows["name"], rows["seed"], rows["values"], strict=True)]
     rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
     return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
 
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:
     """Mean over seeds of the Jaccard index of two selectors' sets: (selectors, selectors), in the order of titles."""
-    return _agreement(contest, contest.titles, "layers", jaccard)
+    return mean_agreement(contest, contest.titles, "layers", jaccard)
 
 
-def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
-    """(titles, mean over seeds of Spearman's correlation) of the selectors that give each layer a number."""
-    rows = contest.chosen
-    titles = [t for t in contest.titles if all(v is not None for v in rows.loc[rows["selector"] == t, "values"])]
-    return titles, _agreement(contest, titles, "values", spearman)
-
-
-def _agreement(contest, titles, column, measure):
+def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure) -> np.ndarray:
+    """Mean over seeds of ``measure(a, b)`` of what two selectors have in `column`: (titles, titles)."""
     matrix = np.zeros((len(titles), len(titles)))
     seeds = list(dict.fromkeys(contest.chosen["seed"]))
     for seed in seeds:
         of = contest.chosen[contest.chosen["seed"] == seed].set_index("selector")[column]
         matrix += [[measure(of[a], of[b]) for b in titles] for a in titles]
     return matrix / len(seeds)
+
+
+
+
+def neighbours(contest: Contest) -> pd.DataFrame:
+    """Whether the layers of each selector's sets lie beside one another, as text: pairs of neighbours that are both
+    kept, how many random sets of as many layers have on average, and the share of those that have at least as many,
+    see `agreement.contiguity`. The mean over seeds and, where they differ, the range."""
+    table = {}
+    for title, sets in contest.sets.items():
+        pairs, expected, share = zip(*(contiguity(layers, contest.num_layers) for layers in sets), strict=True)
+        table[title] = {"pairs of neighbours": spread(pairs), "in random sets": spread(expected),
+                        "random sets with as many": spread(share)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("selector")
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
@@ -245,6 +241,7 @@ def cost_table(contest: Contest) -> pd.DataFrame:
 
 def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
     """Titles of the selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
+    Controls are left out.
 
     Parameters
     ----------
@@ -252,7 +249,7 @@ def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
     """
     check_choice("value", value, tuple(_LOWER))
     check_choice("cost", cost, tuple(_COSTS))
-    means = contest.chosen.groupby("selector", sort=False)[[cost, value]].mean().dropna()
+    means = contest.usable.groupby("selector", sort=False)[[cost, value]].mean().dropna()
     badness = means[value] if _LOWER[value] else -means[value]
     best, kept = np.inf, []
     for title in sorted(means.index, key=lambda t: (means.loc[t, cost], badness[t])):
@@ -271,20 +268,21 @@ def front_words(contest: Contest, value: str, cost: str) -> str:
 
 def advice(contest: Contest, value: str = "kl") -> pd.DataFrame:
     """Which selector to use, by what one has: for each need, the best of those that ask for no more, and of equals the
-    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%)."""
+    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%).
+    Controls are left out."""
     check_choice("value", value, tuple(_LOWER))
-    rows, needs = contest.chosen, list(_NEEDS)
+    rows, needs = contest.usable, list(_NEEDS)
     means = rows.groupby("selector", sort=False)[[value, "flops", "seconds"]].mean()
     means["order"] = means[value] if _LOWER[value] else -means[value]
     means["needs"] = [needs.index(n) for n in rows.drop_duplicates("selector")["needs"]]
-    best, table = means.sort_values(["order", "flops"]).index[0], {}
+    best, table = next(iter(means.sort_values(["order", "flops"]).index), None), {}
     for level, text in enumerate(_NEEDS.values()):
         allowed = means[means["needs"] <= level]
         if allowed.empty:
             continue
         title = allowed.sort_values(["order", "flops"]).index[0]
         measured = rows.loc[rows["selector"] == title, value]
-        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured), 3),
+        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured, within=RANGES[value]), 3),
                        _COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
                        "seconds": f"{means.loc[title, 'seconds']:,.1f}",
                        "against the best of all": _told_apart(rows, value, title, best)}
@@ -298,7 +296,7 @@ def _told_apart(rows, value, title, best):
     pair = rows[rows["selector"].isin([title, best])].pivot(index="seed", columns="selector", values=value)
     if (pair[title] == pair[best]).all():
         return f"as {best} on every seed"
-    mean, low, high = paired_difference(pair[title], pair[best])
+    mean, low, high = paired_difference(pair[title], pair[best], within=RANGES[value])
     if not np.isfinite(low):
         return f"{format_number(mean, 3)} from {best} on one seed, which cannot tell"
     apart = "worse" if low > 0 or high < 0 else "cannot be told apart"
@@ -306,64 +304,53 @@ def _told_apart(rows, value, title, best):
 
 
 def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
-    """For each of `titles`, in Markdown: its share of the reference's FLOPs and seconds, how its scores rank layers
-    against the reference's, and, where the interval over seeds allows it, which of the two hybrids has the lower KL."""
+    """For each of `titles`, in Markdown: its share of the reference's FLOPs (means over seeds) and seconds (medians,
+    for a first call may compile), how its scores rank layers against the reference's, and, where the interval over
+    seeds allows it, which of the two hybrids has the lower KL."""
     rows, lines = contest.chosen, []
     for title in titles:
         if title == reference or not {title, reference} <= set(rows["selector"]):
             lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
             continue
         a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
-        parts = [f"{_share(a[column].mean(), b[column].mean())} of its {label}"
-                 for column, label in (("flops", "FLOPs"), ("seconds", "time"))]
+        parts = [f"{_share(a['flops'].mean(), b['flops'].mean())} its FLOPs",
+                 f"{_share(a['seconds'].median(), b['seconds'].median())} its time"
+                 + (f" (medians of {len(a)} seeds)" if len(a) > 1 else "")]
         if all(v is not None for v in [*a["values"], *b["values"]]):
             rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
-            parts.append(f"Spearman {_spread(rho)} with its scores")
+            parts.append(f"Spearman {spread(rho)} with its scores{aside(a)}")
         shared = [jaccard(a["layers"][seed], b["layers"][seed]) for seed in a.index]
-        parts.append(f"Jaccard {_spread(shared)} with its set")
+        parts.append(f"Jaccard {spread(shared)} with its set")
         if (a["kl"] == b["kl"]).all():
             parts.append("the same hybrid on every seed")
         elif len(a) == 1:
-            parts.append(f"a KL of {format_number(a['kl'].iloc[0] - b['kl'].iloc[0], 4)} more, on one seed, which "
+            nats = a["kl"].iloc[0] - b["kl"].iloc[0]
+            parts.append(f"KL {format_number(abs(nats), 4)} {'lower' if nats < 0 else 'higher'}, on one seed, which "
                          "cannot tell")
         else:
             mean, low, high = paired_difference(a["kl"], b["kl"])
             word = "cannot be told apart" if low <= 0 <= high else OWN[0] if mean < 0 else OWN[1]
-            parts.append(f"KL {format_interval(mean, low, high, 4)} nats a token above its, **{word}**")
+            parts.append(f"a KL that differs by {format_interval(mean, low, high, 4)} nats a token, **{word}**")
         lines.append(f"- **{title}** against **{reference}**: {'; '.join(parts)}.")
     return "\n".join(lines)
 
 
-def repeat_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2",
-                 again: str = "GA-S2, other text") -> str:
-    """How far two runs of one selector rank layers alike, the second on other text, and how each of `titles` ranks them
-    against one run and against the mean of both, in Markdown: what does not repeat itself nothing can agree with."""
-    rows = contest.chosen
-    values = {t: rows[rows["selector"] == t].set_index("seed")["values"] for t in (reference, again, *titles)}
-    if any(values[t].empty for t in (reference, again)):
-        return f"- **{reference}** was not run twice, so how far it repeats itself is not known."
-    seeds = values[reference].index
-    ceiling = [spearman(values[reference][s], values[again][s]) for s in seeds]
-    both = {s: np.add(values[reference][s], values[again][s]) / 2 for s in seeds}
-    lines = [f"- **{reference}** against itself, trained on other text: Spearman {_spread(ceiling)}."]
-    for title in titles:
-        if values[title].empty or any(v is None for v in values[title]):
-            continue
-        one, mean = ([spearman(values[title][s], of[s]) for s in seeds] for of in (values[reference], both))
-        lines.append(f"- **{title}**: Spearman {_spread(one)} with one run of {reference}, {_spread(mean)} with the "
-                     "mean of its two.")
-    return "\n".join(lines)
-
-
-def _spread(values):
-    """The mean of bounded values and, where they differ, their least and their largest."""
+def spread(values: Sequence[float]) -> str:
+    """The mean of bounded values and, where they differ, their least and their largest, as text."""
     mean, low, high = (format_number(float(f(values)), 2) for f in (np.mean, np.min, np.max))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def aside(rows: pd.DataFrame) -> str:
+    """What to say beside the scores of a selector, given its `rows`, if its sets are not the best by them."""
+    best = [tuple(sorted(sorted(range(len(v)), key=lambda l, v=v: (-v[l], l))[:len(kept)]))
+            for v, kept in zip(rows["values"], rows["layers"], strict=True)]
+    return "" if best == [tuple(kept) for kept in rows["layers"]] else " (its set is not the best by its own scores)"
+
+
 def _share(part, whole):
     if part == 0:
-        return "none"
+        return "none of"
     if np.isnan(part) or np.isnan(whole) or whole == 0:
-        return "an unknown share"
-    return f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f} times"
+        return "an unknown share of"
+    return f"1/{whole / part:,.0f} of" if part < whole / 1.5 else f"{part / whole:.1f} times"

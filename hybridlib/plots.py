@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
-from .agreement import bootstrap_interval, interval, spearman
+from .agreement import RANGES, bootstrap_interval, interval, spearman
 from .checks import check_choice, check_int
 from .style import (COLOURS, INK, MUTED, PALE, Limits, Plot, dodge, finish, format_interval, format_number, house_style,
                     layer_ticks, log_ticks, look, new_figure)
@@ -122,7 +122,8 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
     Parameters
     ----------
     frame : one row a run, e.g. `Ledger.table`; rows without `value` are left out.
-    value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top.
+    value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top. The
+        interval is cut to what the metric can be, `agreement.RANGES`.
     xlabel : what the metric is, with its unit; the column's name if None.
     group : a column that splits each label, e.g. the mixer; told apart by marker and fill.
     better : ``"lower"`` or ``"higher"``, said at the axis.
@@ -148,7 +149,7 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
                 if chosen.empty:
                     continue
                 values, at = chosen[value].to_numpy(dtype=float), i + beside[j]
-                mean, low, high = interval(values, confidence)
+                mean, low, high = interval(values, confidence, RANGES.get(value))
                 limits.add(values, [low, high])
                 axes.hlines(at, low, high, color=COLOURS[j % 7], linewidth=2, zorder=3)
                 if len(values) > 1:
@@ -366,7 +367,8 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: str | Sequenc
     frame : one row a run, e.g. `Ledger.table`.
     by : column or columns that make a line, in the frame's order. values : column or columns to show.
 
-    The interval is Student's t; a single run has none, and shows its value alone. Missing values are left out of
+    The interval is Student's t, cut to what a metric can be (`agreement.RANGES`); a single run has none, and shows its
+    value alone. Missing values are left out of
     their mean, and show as a dash if all are missing.
     """
     by, values = [by] if isinstance(by, str) else list(by), [values] if isinstance(values, str) else list(values)
@@ -375,7 +377,8 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: str | Sequenc
         line = dict(zip(by, key)) | {"runs": len(part)}
         for name in values:
             numbers = part[name].dropna().to_numpy(dtype=float)
-            line[name] = format_interval(*interval(numbers, confidence), digits) if len(numbers) else "\u2013"
+            line[name] = format_interval(*interval(numbers, confidence, RANGES.get(name)),
+                                         digits) if len(numbers) else "\u2013"
         table.append(line)
     return pd.DataFrame(table, columns=by + ["runs"] + values)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from .agreement import bootstrap_interval, chance_jaccard, paired_difference, spearman, top_k_jaccard
+from .agreement import (RANGES, bootstrap_interval, chance_jaccard, kendall, paired_difference, spearman,
+                        top_k_jaccard)
 from .checks import check_choice
 from .importance import LayerScores
 from .ledger import Ledger, Record
@@ -55,7 +56,7 @@ def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, words: tuple[str
     claim = f"**{a}** against **{b}**, {name} ({better} is better)"
     if pairs.empty:
         return f"{claim}: they have no seed in common, so there is **nothing to compare**."
-    mean, low, high = paired_difference(pairs[a], pairs[b])
+    mean, low, high = paired_difference(pairs[a], pairs[b], within=RANGES[value])
     difference = f"{format_interval(mean, low, high, digits)}{' ' + unit if unit else ''}"
     if len(pairs) == 1:
         return f"{claim}: difference {difference} on one seed, and **one seed cannot tell**."
@@ -90,12 +91,14 @@ def rankings(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], k: in
     pairs : label -> two scores (layers,), higher = keep.
     k : layers that a budget keeps.
 
-    Columns: Spearman's correlation and the Jaccard index of the `k` best, each with its percentile bootstrap interval
-    over layers (for the sets, of layers drawn as often), and the index that two random sets have on average.
+    Columns: the correlations of Spearman and of Kendall (tau-b, which no single far-off rank dominates) and the Jaccard
+    index of the `k` best, each with its percentile bootstrap interval over layers (for the sets, of layers drawn as
+    often), and the index that two random sets have on average.
     """
     rows = {}
     for label, (a, b) in pairs.items():
         rows[label] = {"Spearman [95%]": format_interval(*bootstrap_interval(spearman, a, b), 2),
+                       "Kendall [95%]": format_interval(*bootstrap_interval(kendall, a, b), 2),
                        f"Jaccard of the best {k} [95%]": format_interval(*_jaccard_interval(a, b, k), 2),
                        "Jaccard by chance": format_number(chance_jaccard(len(a), k), 2)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("pair")

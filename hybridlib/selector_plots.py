@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator
 
-from .agreement import interval
+from .agreement import RANGES, interval
 from .checks import check_choice, check_int
 from .style import COLOURS, INK, MUTED, Limits, finish, house_style, layer_ticks, log_ticks, look, new_figure
 
@@ -63,7 +63,7 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
     Parameters
     ----------
     frame : one row a selector and seed, with ``selector`` and ``needs``; the point is the mean over seeds, with the
-        metric's Student's t interval.
+        metric's Student's t interval, cut to what it can be.
     value, cost : columns; cost is logarithmic, and what costs nothing stands at the left end, marked 0.
     front : selectors to fill and to join, as `contest.front` gives them.
     log : the metric's axis is logarithmic.
@@ -85,7 +85,7 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
         figure, axes = new_figure(7, 3.6)
         axes.set_xscale("log")
         for i, title in enumerate(means.index):
-            ends = interval(rows.loc[rows["selector"] == title, value], confidence)[1:]
+            ends = interval(rows.loc[rows["selector"] == title, value], confidence, RANGES.get(value))[1:]
             limits.add(rows.loc[rows["selector"] == title, value], ends)
             shape = look(kinds.index(needs[title]), line=False) | {"markersize": 7, "markeredgewidth": 1.2}
             axes.vlines(x[title], *ends, color=shape["color"], linewidth=1, alpha=0.6, zorder=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -16,6 +17,9 @@ SPEED = "mixers_and_speed"  # notebooks with parameters of their own, and maybe 
 ORACLE = "oracle"
 PUBLISHED = "published_sets"
 OTHERS = (*CONTESTS, PUBLISHED, ORACLE, SPEED)
+CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64,
+                        match_tokens=128, batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2,
+                        device="cpu")
 
 
 def pytest_collection_modifyitems(items):
@@ -129,3 +133,30 @@ def tiny_files(tiny_teacher, tmp_path_factory):
         texts = [" ".join(f"w{(n + 5 * i * (n % 3 + 1)) % 63}" for i in range(47)) for n in documents]
         (folder / "corpus" / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return {"teacher": str(folder / "teacher"), "corpus": str(folder / "corpus")}
+
+
+def contest_row(title, needs, seed, layers, kl, recall, flops, values=None):
+    """A row of `hybridlib.contest.Contest`."""
+    return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "note": "",
+            "values": values, "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0,
+            "passes": 1.0, "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
+
+
+@pytest.fixture
+def known():
+    """Four layers, two kept: `free` is bad; `cheap` is as good as GA-S2 at a tenth; `dear` is the best in recall."""
+    from hybridlib.contest import Contest
+    from hybridlib.reading import FLOOR
+
+    ga = [(4.0, 3.0, 2.0, 1.0), (4.0, 3.0, 1.0, 2.0)]
+    rows = []
+    for seed in (0, 1):
+        jitter = 0.001 * seed
+        rows += [contest_row("free", "nothing", seed, (1, 3), 0.9 + 2 * jitter, 0.1, 0.0),
+                 contest_row("cheap", "student", seed, (0, 1), 0.3 + jitter, 0.5, 1e5, ga[0]),
+                 contest_row("GA-S2", "stage 2", seed, (0, 1), 0.3 + jitter, 0.5, 1e6, ga[seed]),
+                 contest_row("dear", "stage 2", seed, (0, 2), 0.5 + 3 * jitter, 0.8 + jitter, 1e7, ga[seed]),
+                 contest_row(FLOOR, "nothing", seed, (), 2.0, 0.0, 0.0) | {"name": "none"}]
+    order = {"free": 0, "cheap": 1, "GA-S2": 2, "dear": 3, FLOOR: 4}
+    rows.sort(key=lambda r: (order[r["selector"]], r["seed"]))
+    return Contest(pd.DataFrame(rows), {}, {"recall_exact": 1.0}, 4, {}, "this CPU")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hybridlib.agreement import (bootstrap_interval, chance_jaccard, interval, jaccard, kendall, paired_difference,
-                                 pairwise, spearman, stability, top_k_jaccard)
+from hybridlib.agreement import (RANGES, bootstrap_interval, chance_jaccard, interval, jaccard, kendall,
+                                 paired_difference, pairwise, spearman, stability, top_k_jaccard)
 
 
 def test_jaccard_by_hand():
@@ -86,6 +86,18 @@ def test_interval_with_the_table_of_student():
 def test_interval_of_one_seed_has_no_ends():
     value, low, high = interval([0.25])
     assert value == 0.25 and math.isnan(low) and math.isnan(high)
+
+
+def test_an_interval_is_cut_to_what_a_quantity_can_be():
+    mean, low, high = interval([0.9, 1.0], within=RANGES["recall_exact"])  # 0.95 +- 0.64 before
+    assert (mean, high) == (pytest.approx(0.95), 1.0) and low == pytest.approx(interval([0.9, 1.0])[1])
+    assert interval([0.5, 0.6, 0.7], within=(0.0, 1.0)) == interval([0.5, 0.6, 0.7])
+    assert interval([0.0, 0.2], within=RANGES["kl"])[1] == 0 and interval([0.0, 0.2], within=RANGES["kl"])[2] > 1
+    mean, low, high = interval([-1e-9, -1e-9], within=RANGES["kl"])  # rounding left the range
+    assert low <= mean <= high
+    difference = paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["recall_exact"])
+    assert difference == (pytest.approx(0.55), -1.0, 1.0)
+    assert paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["kl"]) == paired_difference([1.0, 0.1], [0.0, 0.0])
 
 
 def test_interval_covers_as_often_as_it_says():

@@ -1,4 +1,4 @@
-"""A contest of selectors: what is kept of it, fronts, advice and words on numbers with a known answer, refusals."""
+"""A contest of selectors: what is kept of it, fronts, advice and words on numbers with a known answer."""
 
 from __future__ import annotations
 
@@ -6,39 +6,14 @@ import dataclasses
 
 import pandas as pd
 import pytest
+from conftest import CONTEST_SETTINGS as SETTINGS
+from conftest import contest_row as row
 
 import hybridlib as hl
 from hybridlib import contest as c
 from hybridlib import study as study_module
 from hybridlib.reading import FLOOR
 from hybridlib.selector_plots import choice_map, quality_and_cost
-
-SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64, match_tokens=128,
-                batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2, device="cpu")
-
-
-def row(title, needs, seed, layers, kl, recall, flops, values=None):
-    return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "note": "",
-            "values": values, "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0,
-            "passes": 1.0, "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
-
-
-@pytest.fixture
-def known():
-    """Four layers, two kept: `free` is bad; `cheap` is as good as GA-S2 at a tenth; `dear` is the best in recall."""
-    ga = [(4.0, 3.0, 2.0, 1.0), (4.0, 3.0, 1.0, 2.0)]
-    rows = []
-    for seed in (0, 1):
-        jitter = 0.001 * seed
-        rows += [row("free", "nothing", seed, (1, 3), 0.9 + 2 * jitter, 0.1, 0.0),
-                 row("cheap", "student", seed, (0, 1), 0.3 + jitter, 0.5, 1e5, ga[0]),
-                 row("GA-S2", "stage 2", seed, (0, 1), 0.3 + jitter, 0.5, 1e6, ga[seed]),
-                 row("dear", "stage 2", seed, (0, 2), 0.5 + 3 * jitter, 0.8 + jitter, 1e7, ga[seed]),
-                 row(FLOOR, "nothing", seed, (), 2.0, 0.0, 0.0) | {"name": "none"}]
-    order = {"free": 0, "cheap": 1, "GA-S2": 2, "dear": 3, FLOOR: 4}
-    rows.sort(key=lambda r: (order[r["selector"]], r["seed"]))
-    return c.Contest(pd.DataFrame(rows), {}, {"recall_exact": 1.0}, 4, {}, "this CPU")
-
 
 def test_the_front_holds_what_none_beats_in_both(known):
     assert c.front(known, "kl") == ["free", "cheap"]  # GA-S2 is as good and dearer, dear is worse and dearer
@@ -61,24 +36,67 @@ def test_advice_names_the_best_that_asks_for_no_more_and_of_equals_the_cheapest(
     assert by_recall["against the best of all"].iloc[2].startswith("worse: \u22120.3")
 
 
+def test_controls_are_never_advised(known):
+    control = known.rows[known.rows["selector"] == "cheap"].assign(selector="GA-S2, other text", name="ga-s2-again",
+                                                                   kl=0.01, recall_exact=1.0)
+    with_one = dataclasses.replace(known, rows=pd.concat([known.rows, control], ignore_index=True))
+    assert "GA-S2, other text" in with_one.titles
+    for value in ("kl", "recall_exact"):
+        pd.testing.assert_frame_equal(c.advice(with_one, value), c.advice(known, value))
+        assert c.front(with_one, value) == c.front(known, value)
+    alone = dataclasses.replace(known, rows=control)
+    assert c.advice(alone).empty and c.front(alone, "kl") == []
+
+
 def test_words_on_cost_say_the_share_the_agreement_and_the_loss(known):
     lines = c.cost_words(known, known.titles).splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("- **free** against **GA-S2**: none of its FLOPs; none of its time; Jaccard 0.33 with")
+    assert lines[0].startswith("- **free** against **GA-S2**: none of its FLOPs; none of its time (medians of 2 ")
     assert lines[0].endswith("**worse here**.")
-    assert lines[1] == ("- **cheap** against **GA-S2**: 1/10 of its FLOPs; 1/10 of its time; Spearman 0.90 (0.80 to "
-                        "1.00) with its scores; Jaccard 1.00 with its set; the same hybrid on every seed.")
-    assert "10.0 times of its FLOPs" in lines[2] and "**worse here**" in lines[2]
+    assert lines[1] == ("- **cheap** against **GA-S2**: 1/10 of its FLOPs; 1/10 of its time (medians of 2 seeds); "
+                        "Spearman 0.90 (0.80 to 1.00) with its scores; Jaccard 1.00 with its set; the same hybrid on "
+                        "every seed.")
+    assert "10.0 times its FLOPs" in lines[2] and "a KL that differs by 0.2010 [" in lines[2]
+    assert "with its scores (its set is not the best by its own scores);" in lines[2]  # 0 and 1 would be
     assert c.cost_words(known, ["AVG"]) == "- **AVG** against **GA-S2**: not both were run."
     one = c.Contest(known.rows[known.rows["seed"] == 0], {}, {}, 4, {}, "")
-    assert "one seed, which cannot tell" in c.cost_words(one, ["dear"])
+    assert "KL 0.2000 higher, on one seed, which cannot tell" in c.cost_words(one, ["dear"])
+    assert "KL 0.2000 lower, on one seed" in c.cost_words(one, ["GA-S2"], "dear") and "medians" not in c.cost_words(
+        one, ["dear"])
+
+
+def test_time_is_the_median_over_seeds(known):
+    third = known.rows[known.rows["seed"] == 1].assign(seed=2)
+    rows = pd.concat([known.rows, third], ignore_index=True)
+    rows.loc[(rows["selector"] == "cheap") & (rows["seed"] == 0), "seconds"] = 1e6  # a first call that compiles
+    assert "1/10 of its time (medians of 3 seeds)" in c.cost_words(dataclasses.replace(known, rows=rows), ["cheap"])
+
+
+def test_neighbours_are_counted_beside_those_of_random_sets(known):
+    table = c.neighbours(known)
+    assert list(table.index) == known.titles
+    # of the 6 pairs of 4 layers, 3 are neighbours
+    assert list(table.loc["cheap"]) == ["1.00", "0.50", "0.50"] and list(table.loc["free"]) == ["0.00", "0.50", "1.00"]
+
+
+def test_scores_that_are_ga_s2s_own_are_not_anothers(tmp_path):
+    settings = {"aligned": {"teacher": "t"}, "seeds": 1, "budget": 1, "mixer": "gdn"}
+    rows = [row(title, "stage 2", 0, [0], 0.1, 0.5, 1.0, values) | {"name": name, "perplexity": 1.0,
+                                                                    "top1_agreement": 1.0, "device": ""}
+            for title, name, values in (("GA-S2", "ga-s2", [2.0, 1.0]), ("SMART", "smart", [2.0, 1.0]),
+                                        ("GR-S2", "gr-s2", [3.0, 1.0]))]
+    rows[1].pop("note")  # as in records made before there were notes
+    ledger = hl.Ledger(tmp_path)
+    ledger.add("contest", settings, {"rows": rows, "refused": {}, "teacher": {}, "num_layers": 2}, seconds=1.0)
+    found = c.recorded_contest(ledger)
+    assert dict(zip(found.rows["name"], found.rows["values"], strict=True)) == {
+        "smart": None, "ga-s2": (2.0, 1.0), "gr-s2": (3.0, 1.0)}
+    assert set(found.rows["note"]) == {""}
 
 
 def test_agreement_is_the_mean_over_seeds(known):
     sets = c.agreement_of_sets(known)
     assert sets.shape == (4, 4) and sets[1, 2] == 1 and sets[0, 1] == pytest.approx(1 / 3)
-    titles, ranks = c.agreement_of_scores(known)
-    assert titles == ["cheap", "GA-S2", "dear"] and ranks[0, 1] == pytest.approx(0.9) and ranks[1, 2] == 1
 
 
 def test_unknown_costs_are_shown_as_such(known):
@@ -86,14 +104,6 @@ def test_unknown_costs_are_shown_as_such(known):
     assert c.cost_table(known).loc["GA-S2", "FLOPs (estimated)"] == "\u2013"
     assert set(c.cost_table(known)["peak memory (MiB)"]) == {"\u2013"}
     assert "GA-S2" not in c.front(known, "kl") and "unknown share of its FLOPs" in c.cost_words(known, ["cheap"])
-
-
-def test_scores_are_paired_with_the_references_and_with_their_own_of_another_seed():
-    scores = {"PPL": (1.0, 2.0), "GA-S2": (3.0, 4.0), "GA-S2, seed 1": (5.0, 6.0)}
-    assert c.score_pairs(scores) == {
-        "PPL with GA-S2": ((1.0, 2.0), (3.0, 4.0)), "GA-S2, seed 1 with GA-S2": ((5.0, 6.0), (3.0, 4.0)),
-        "GA-S2 with itself, seed 1": ((3.0, 4.0), (5.0, 6.0))}
-    assert c.score_pairs({"PPL": (1.0, 2.0)}) == {}
 
 
 def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
@@ -122,30 +132,20 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     one_seed = c.run_contest(hl.Study(dataclasses.replace(study.settings, seeds=1)))
     fewer = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=names[:2])))
     assert [len(k.rows) for k in (found, one_seed, fewer)] == [12, 6, 6]
-    assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # the fullest of each number of seeds
+    assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # what differs in selectors is one
+    more = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=["ga-s1"])))
+    fuller = c.recorded_contest(study.ledger)
+    assert fuller.titles == ["uniform", "PPL", "GA-S1", "gate gradient", "GA-S2", "exhaustive"]
+    assert fuller.settings["selectors"] == ["uniform", "ppl", "ga-s1", "gate-gradient", "ga-s2", "exhaustive"]
+    assert fuller.sets["GA-S1"] == more.sets["GA-S1"] and fuller.sets["PPL"] == found.sets["PPL"]
+    everything = [name for name in hl.SELECTORS if name.startswith("g") or name in names]
+    other = c.run_contest(hl.Study(dataclasses.replace(study.settings, budget=1, selectors=everything)))
+    assert len(other.rows) > len(fuller.rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c.StudySettings, "budget", 2)  # what a study starts from
+        assert [(k.settings["budget"], k.settings["seeds"]) for k in c.recorded_contests(study.ledger)
+                ] == [(2, 2), (2, 1), (1, 2)]
     assert c.about(found, "selectors").startswith("Teacher **tiny**, 2 of 4 layers softmax, the others **gdn**; 256 ")
-
-
-def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
-    teacher = tiny_teacher(layers=4)
-    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
-    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
-    study = hl.Study(c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results")))
-    names = ["ppl", "rad", "ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns",
-             "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "ga-s2-slow", "gr-s2", "exhaustive"]
-    chosen = {name: study.selection(name, seed=0) for name in names}
-    later = study.selection("ga-s2", seed=1)
-    study.scores("gdn", 0, metric="mse", normalize=False)  # no selector's
-    found = c.recorded_scores(study.ledger, "tiny")
-    kept = [name for name in names if name not in ("postnas", "exhaustive")]  # they make sets, not scores
-    titles = [hl.SELECTORS[name].title for name in kept]
-    titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
-    assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
-    for name in kept:
-        if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
-            assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
-    assert c.recorded_scores(study.ledger, "another") == {}
-    assert set(c.recorded_scores(study.ledger, "tiny", "gla")) == {"PPL", "RAD"}  # they ask the teacher alone
 
 
 def test_without_a_record_the_command_is_shown(tmp_path):
@@ -166,13 +166,16 @@ def test_what_a_selector_settled_on_is_said(known):
     known.rows.loc[known.rows["selector"] == "cheap", "note"] = "by multi hop, 4 pairs"
     settings = dict(aligned={"teacher": "t"}, mixer="gdn", align_tokens=1, score_tokens=1, match_tokens=1, seeds=2)
     told = c.about(dataclasses.replace(known, settings=settings, refused={"HALO": "it cannot"}), "selectors")
-    assert told.split("\n\n")[1:] == ["**cheap** scored layers by multi hop, 4 pairs.",
+    assert told.split("\n\n")[1:] == ["**cheap**: by multi hop, 4 pairs.",
                                       "**HALO** was not run: it cannot."]
 
 
 def test_participants_are_described_in_the_order_given():
     table = c.participants(["ga-s2", "uniform"])
     assert list(table.index) == ["GA-S2", "uniform"] and list(table["needs"]) == ["stage 2", "nothing"]
+    assert list(table.columns) == ["source", "needs", "assumes", "costs"]
+    assert list(table["costs"]) == [hl.SELECTORS["ga-s2"].cost, "nothing"]
+    assert hl.SELECTORS["ga-s2"].cost.startswith("a candidate for each layer: L x T tokens forward and backward")
 
 
 def test_a_map_of_choices_fills_each_cell_to_its_share_of_seeds():
@@ -198,16 +201,3 @@ def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(
         quality_and_cost(known.chosen, "speed", "flops", front, ylabel="", xlabel="")
     with pytest.raises(ValueError, match="no row with both"):
         quality_and_cost(known.chosen.assign(flops=float("nan")), "kl", "flops", [], ylabel="", xlabel="")
-
-
-def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
-    assert c.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
-    lines = c.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
-    assert lines[0] == "- **GA-S2** against itself, trained on other text: Spearman 1.00."  # dear has its values
-    assert lines[1:] == ["- **cheap**: Spearman 0.90 (0.80 to 1.00) with one run of GA-S2, 0.90 (0.80 to 1.00) with "
-                         "the mean of its two."]
-    twice = c.Contest(known.rows.copy(), {}, {}, 4, {}, "this CPU")
-    other = twice.rows["selector"] == "dear"
-    twice.rows.loc[other, "values"] = twice.rows.loc[other, "values"].map(lambda v: (4.0, 2.0, 3.0, 0.0))
-    # seed 0: rank differences 0 1 1 0, 1 - 6 x 2 / 60; seed 1: 0 1 2 1 (2 against 3 for layer 3), 1 - 6 x 6 / 60
-    assert c.repeat_words(twice, [], again="dear").endswith("Spearman 0.60 (0.40 to 0.80).")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from hybridlib import reading
-from hybridlib.agreement import chance_jaccard, paired_difference, spearman
+from hybridlib.agreement import chance_jaccard, kendall, paired_difference, spearman
 from hybridlib.ledger import Ledger
 from hybridlib.selection import select
 
@@ -72,7 +72,8 @@ def test_rankings_show_agreement_beside_chance():
     table = reading.rankings({"a and b": (a, b), "a and a": (a, a)}, 2)
     assert list(table.index) == ["a and b", "a and a"]
     assert table.iloc[0, 0].startswith(f"{spearman(a, b):.2f} [") and table.iloc[1, 0].startswith("1.00 [")
-    assert table.iloc[0, 1].startswith("0.33 [") and table.columns[1] == "Jaccard of the best 2 [95%]"
+    assert table["Kendall [95%]"].iloc[0].startswith(f"{kendall(a, b):.2f} [") and kendall(a, b) != spearman(a, b)
+    assert table["Jaccard of the best 2 [95%]"].iloc[0].startswith("0.33 [")
     assert set(table["Jaccard by chance"]) == {f"{chance_jaccard(6, 2):.2f}"}
 
 

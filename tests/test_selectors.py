@@ -82,7 +82,7 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
 def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
     found = lab_study().selection("ar-mh", num_examples=40)
     check(lab_study(), found, 2)
-    assert found.cost.passes == 9 and found.note == "by variable tracking, 8 pairs"
+    assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
              if r.parameters["task"]["hops"] == 2]
     assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
@@ -93,8 +93,9 @@ def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_s
 
 
 @pytest.mark.parametrize(("count", "able", "asked"), [
-    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking", "by variable tracking, 4 pairs"),
-    (10, lambda task: task.pairs < 4, "by multi hop, 2 pairs")])
+    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking",
+     "scores of the task variable_tracking, 4 pairs"),
+    (10, lambda task: task.pairs < 4, "scores of the task multi_hop, 2 pairs")])
 def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch, count, able, asked):
     def refuse(task, *rest):
         if not able(task):
@@ -102,7 +103,7 @@ def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, mo
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     assert lab_study().selection("ar-mh", num_examples=count).note == asked
     task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
-    assert f"by {task['name'].replace('_', ' ')}, {task['pairs']} pairs" == asked
+    assert f"scores of the task {task['name']}, {task['pairs']} pairs" == asked
 
 
 def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
@@ -188,7 +189,7 @@ def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
 def test_the_names_are_those_of_the_rules_and_each_is_described():
     assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
     for name, selector in hl.SELECTORS.items():
-        assert selector.title and selector.source and selector.assumes, name
+        assert selector.title and selector.source and selector.assumes and selector.cost, name
         assert selector.needs in ("nothing", "teacher", "student", "stage 2"), name
     assert len({selector.title for selector in hl.SELECTORS.values()}) == len(hl.SELECTORS)
 
@@ -223,6 +224,11 @@ def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     assert every.cost.seconds == pytest.approx(sum(r.metrics["cost"]["seconds"] for r in sets))
     forward = study.selection("greedy-forward").cost
     assert forward.training_tokens == (LAYERS + LAYERS - 1) * 128 and forward.seconds > ga.seconds
+    assert hl.SELECTORS["greedy-forward"].cost.startswith("K (2 L - K + 1) / 2 candidates")
+    assert hl.SELECTORS["greedy-backward"].cost.startswith("(L - K) (L + K + 1) / 2 candidates")
+    for name, sets in (("greedy-forward", KEPT * (2 * LAYERS - KEPT + 1) // 2),
+                       ("greedy-backward", (LAYERS - KEPT) * (LAYERS + KEPT + 1) // 2)):
+        assert study.selection(name).cost.training_tokens == sets * 128
 
 
 def test_a_scores_record_is_keyed_by_what_it_depends_on(make):
@@ -263,6 +269,6 @@ def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
 
 
 def test_exhaustive_refuses_more_sets_than_it_can_measure(make, monkeypatch):
-    monkeypatch.setattr("hybridlib.selectors.MOST_SETS", 5)
+    monkeypatch.setattr("hybridlib.selecting.MOST_SETS", 5)
     with pytest.raises(ValueError, match="^selector='exhaustive' would distil 6 sets of 2 of 4 layers; it takes at"):
         make().select("exhaustive")
