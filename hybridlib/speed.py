@@ -20,11 +20,11 @@ from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, d
                          time_operator)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
-from .exactness import CASES, EXACT, cases_for, measure_exactness
+from .exactness import CASES, EXACT, cases_for, exactness_table, measure_exactness, tensor_table
 from .kernel_speed import measure_kernels
 from .ledger import Ledger
 from .mixers import MIXERS
-from .objective_speed import IMPLEMENTATIONS, check_objective_shape, time_objective
+from .objective_speed import IMPLEMENTATIONS, check_objective_shape, objective_table, time_objective
 from .selection import budget_layers
 from .step_speed import LOOPS, PHASES, STAGES, check_align_tokens, loops_compared, time_step
 from .study import StudySettings, results_folder
@@ -32,7 +32,8 @@ from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
 
 __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words", "operator_table",
-           "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars", "step_table", "step_words"]
+           "operator_words", "recorded_speed", "recorded_tables", "refusals", "speed_settings", "step_bars", "step_table",
+           "step_words"]
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
          "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed", "scaling": "kernel_scaling",
@@ -279,6 +280,17 @@ def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFr
               "peak, MiB": mebibytes(row["peak_bytes"])}
              for _, row in rows.iterrows()]
     return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
+
+
+def recorded_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables to read of `recorded_speed`, but those of kernels, by caption; without those that are empty."""
+    found = {"operators, forward": operator_table(tables["operators"]),
+             "operators, forward+backward": operator_table(tables["operators"], DIRECTIONS[1]),
+             "worst error of each backend": exactness_table(tables["exactness"]),
+             "worst error of each tensor": tensor_table(tables["exactness"]),
+             "objective": objective_table(tables["objectives"]), "steps": step_table(tables["steps"]),
+             "decoding": decoding_table(tables["decoding"]).round(3)}
+    return {caption: table for caption, table in found.items() if len(table)}
 
 
 def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:

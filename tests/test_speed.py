@@ -293,7 +293,9 @@ def test_floors_are_those_of_the_latest_copy(ledger):
     operator(ledger, "gated_delta_rule", "chunked", (1, 16, 2, 8))
     copied, = ledger.find("copy_speed")
     ledger.add("copy_speed", copied.parameters, copied.metrics | {"bytes_per_second": 5.0}, seconds=1.0)
-    row, = speed.recorded_speed(ledger)["operators"].to_dict("records")
+    tables = speed.recorded_speed(ledger)
+    assert list(speed.recorded_tables(tables)) == ["operators, forward"]
+    row, = tables["operators"].to_dict("records")
     assert row["floor_seconds"] == row["floor_bytes"] / 5
     metrics = {"kernels": [{"bytes": 10, "floor_seconds": 1.0}, {"bytes": 20}], "reason": None}
     assert speed._with_floor(metrics, {"bytes_per_second": 5.0})["kernels"] == [
