@@ -103,8 +103,8 @@ class EarlyStop:
 
 
 class CandidateRecords(Protocol):
-    """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured, `part` on how many
-    held-out tokens where that were fewer than those of the scores."""
+    """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured; `part`, given only
+    where that were fewer than those of the scores, on how many held-out tokens."""
 
     def find(self, layer: int, tokens: int, part: int | None = None) -> dict | None:
         """What was kept, or None; ValueError naming what is damaged."""
@@ -203,9 +203,10 @@ def _after(first, last):
 
 def _round(job, num_layers, until, since, executor, records, group, part=None):
     """Every candidate trained from `since` to `until` tokens and measured, on `part` of the held-out tokens or all."""
+    named = () if part is None else (part,)
     if part is not None:
         job = replace(job, heldout_tokens=part if job.heldout_tokens is None else min(part, job.heldout_tokens))
-    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until, part))}
+    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until, *named))}
     missing = [l for l in range(num_layers) if l not in found]
     failed: dict[int, str] = {}
     tasks = [tuple(missing[i:i + group]) for i in range(0, len(missing), group)]
@@ -220,7 +221,7 @@ def _round(job, num_layers, until, since, executor, records, group, part=None):
             for l, one in measured.items():
                 try:
                     if records is not None and isinstance(one, dict):
-                        records.keep(l, until, one, part)
+                        records.keep(l, until, one, *named)
                 except OSError as error:
                     one = reason(error)
                 (failed if isinstance(one, str) else found)[l] = one
