@@ -77,7 +77,7 @@ class _Asking(Study):
         self._asked = []
         try:
             run_selector(name, self, self.settings.mixer, seed, {})
-        except ValueError:  # of `_run`; or there are too many sets to search
+        except ValueError:  # of `record`; or there are too many sets to search
             pass
         return self._asked
 
@@ -86,13 +86,13 @@ class _Asking(Study):
         if mixer is None:
             known |= {name: self._made[name] for name in ("teacher", "revision", "corpus", "context")}
         else:
-            known |= {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed}
-        return self._run(kind, known | dict(parameters), compute)
+            known |= {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed}
+        return self.record(kind, known | dict(parameters), compute)
 
-    def _align_parameters(self, mixer, seed):
-        return self._made | {"mixer": mixer, "seed": seed}, None
+    def aligned_parameters(self, mixer, seed):
+        return self._made | {"mixer": mixer, "seed": seed}
 
-    def _run(self, kind, parameters, compute, missing=False):
+    def record(self, kind, parameters, compute, missing=False):
         self._asked += [parameters] if kind == "score" else []
         raise TaskTooHard("nothing is computed here")  # so that a selector asks for all tasks that it would try
 
