@@ -22,7 +22,7 @@ from .checks import check_int
 from .contest import Contest, SelectorSettings, aside, mean_agreement, spread
 from .cost import Cost
 from .ledger import Ledger
-from .scoring_speed import repeat_pairs
+from .scoring_speed import loop_rankings, loop_words
 from .selectors import SELECTORS, Selection, run_selector
 from .study import Study
 from .style import format_interval, format_number
@@ -158,7 +158,7 @@ def aim_words(ledger: Ledger, contests: Sequence[Contest]) -> str:
 
     By the records of `ledger` under the settings of the teacher's first contest, over all seeds that both scored; the
     aim is `AIM`. Beside it stands what can be asked for: how far GA-S2 repeats itself on other text, at another seed,
-    and, at the rate of the mixers at which it does so best (`scoring_speed.repeat_pairs`), in another loop over the
+    and, at the rate of the mixers at which it does so best (`scoring_speed.loop_rankings`), in another loop over the
     same text, with the gate gradient's agreement there. Intervals are bootstrapped over layers.
     """
     lines = [f"The aim of the gate gradient: a Spearman correlation with GA-S2 of at least {AIM[0]:g}, for at most "
@@ -220,19 +220,17 @@ def _ceiling(scores):
 
 def _steadier(ledger, contest, scores):
     """The same with the recorded ranking by GA-S2 that repeats itself best, if it is not at the contest's settings."""
-    s, title = contest.settings, SELECTORS[_OURS].title
-    own = f"{s['score_tokens']:,} tokens, mixers at {s['mixer_learning_rate']:g}"
-    pairs = repeat_pairs(ledger, {title: scores[_OURS, 0].values} if (_OURS, 0) in scores else {},
-                         s["aligned"]["teacher"], s["mixer"])
-    for label, (ours, steady) in pairs.items():
-        how = label.removeprefix(f"{title} with GA-S2: ")
-        if how not in (label, own):
-            itself = spearman(*pairs[f"GA-S2 with itself: {how}"])
-            value, low, high = bootstrap_interval(spearman, ours, steady)
-            return [f"With GA-S2 over {how}, which agrees with itself by {format_number(itself, 2)} in another loop "
-                    f"over the same text: {format_interval(value, low, high, 2)}, Kendall "
-                    f"{format_number(kendall(ours, steady), 2)}; {_verdict(int(value >= AIM[0]), 1)}."]
-    return []
+    s = contest.settings
+    found = loop_rankings(ledger, s["aligned"]["teacher"], s["mixer"])
+    if not found or (_OURS, 0) not in scores or list(found)[-1] == (s["score_tokens"], s["mixer_learning_rate"]):
+        return []
+    key, (steady, again) = list(found.items())[-1]
+    ours = scores[_OURS, 0].values
+    value, low, high = bootstrap_interval(spearman, ours, steady)
+    return [f"With GA-S2 over {loop_words(*key)}, which agrees with itself by "
+            f"{format_number(spearman(steady, again), 2)} in another loop over the same text: "
+            f"{format_interval(value, low, high, 2)}, Kendall {format_number(kendall(ours, steady), 2)}; "
+            f"{_verdict(int(value >= AIM[0]), 1)}."]
 
 
 def rank_gaps(ledger: Ledger, contest: Contest, count: int = 4) -> pd.DataFrame:

@@ -36,7 +36,8 @@ from .study import Study, StudyRecords
 from .timing import measured, wait
 from .workers import count_workers, pool_of_workers
 
-__all__ = ["ENGINES", "CostSettings", "compare_engines", "compare_scoring", "recorded_scoring_speed", "repeat_pairs"]
+__all__ = ["ENGINES", "CostSettings", "compare_engines", "compare_scoring", "loop_rankings",
+           "loop_words", "recorded_scoring_speed", "repeat_pairs"]
 
 #: the loops that can be compared, the plain one first
 ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, with early stopping",
@@ -234,26 +235,38 @@ def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
     return [pd.DataFrame([group[loop] for loop in ENGINES if loop in group]) for group in groups.values()]
 
 
-def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher: str,
-                 mixer: str = "gdn") -> dict[str, tuple]:
-    """Pairs for `reading.rankings` from the recorded comparisons of a teacher's loops, by adding a layer.
-
-    First GA-S2 with itself, by the plain loop and by recorded steps over the same text, wherever both were run: they
-    differ by rounding. Then each of `scores` (title -> a number a layer, of a contest) with the plain loop's of the
-    comparison in which those two rank layers most alike: the steadier GA-S2, where there are several.
+def loop_rankings(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[tuple[int, float], tuple]:
+    """GA-S2 of a teacher by the plain loop and by recorded steps, which differ by rounding: (tokens of a candidate,
+    rate of its mixers) -> the two lists of values, wherever both loops are recorded. The pair most alike comes last.
     """
-    repeats = {}
+    found = {}
     for frame in recorded_scoring_speed(ledger):
         rows = frame[frame["reason"].isna()].set_index("loop")
         first = frame.iloc[0]
         if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
                 and {"plain", "recorded"} <= set(rows.index)):
-            rate = np.format_float_scientific(first["settings"]["mixer_learning_rate"], trim="-", exp_digits=1)
-            repeats[f"{first['num_tokens']:,} tokens, mixers at {rate}"] = tuple(
+            found[int(first["num_tokens"]), first["settings"]["mixer_learning_rate"]] = tuple(
                 rows.loc[loop, "values"] for loop in ("plain", "recorded"))
+    return dict(sorted(found.items(), key=lambda item: spearman(*item[1])))
+
+
+def loop_words(num_tokens: int, rate: float) -> str:
+    """The key of `loop_rankings` in words."""
+    return f"{num_tokens:,} tokens, mixers at {np.format_float_scientific(rate, trim='-', exp_digits=1)}"
+
+
+def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher: str,
+                 mixer: str = "gdn") -> dict[str, tuple]:
+    """Pairs for `reading.rankings` from the recorded comparisons of a teacher's loops, by adding a layer.
+
+    First GA-S2 with itself, see `loop_rankings`. Then each of `scores` (title -> a number a layer, of a contest) with
+    the plain loop's of the comparison in which its two loops rank layers most alike: the steadier GA-S2, where there
+    are several.
+    """
+    repeats = {loop_words(*key): pair for key, pair in loop_rankings(ledger, teacher, mixer).items()}
     if not repeats:
         return {}
-    best = max(repeats, key=lambda title: spearman(*repeats[title]))
+    best = list(repeats)[-1]
     ours = {"GA-S2": "the contest's GA-S2"}  # which is another than the one it is held to
     other = f"the {'steadier ' * (len(repeats) > 1)}GA-S2 ({best})"
     return ({f"GA-S2 with itself: {title}": pair for title, pair in repeats.items()}

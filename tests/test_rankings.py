@@ -150,6 +150,22 @@ def test_the_aim_of_the_gate_gradient_is_judged_seed_by_seed_and_beside_its_ceil
     assert rankings.aim_words(hl.Ledger(ledger.folder / "none"), [contest]).endswith("were not both run.")
 
 
+def test_the_aim_is_also_held_to_the_steadiest_ranking_by_ga_s2(aims):
+    ledger, contest = aims([UP, UP], [UP, UP])
+    key = contest.settings["score_tokens"], contest.settings["mixer_learning_rate"]
+    for rate, again in ((key[1] / 10, UP), (key[1], SWAPPED)):
+        common = {"aligned": {"teacher": "tiny"}, "mixer": "gdn", "seed": 0, "direction": "add", "num_tokens": key[0],
+                  "heldout_tokens": 64, "settings": {"mixer_learning_rate": rate}, "device": "a GPU"}
+        for loop, values in (("plain", SWAPPED), ("recorded", again)):
+            ledger.add("scoring_speed", common | {"loop": loop}, {"values": values, "reason": None, "seconds": 1.0,
+                                                                  "tokens": 6, "history_tokens": [1]}, seconds=1.0)
+        words = rankings.aim_words(ledger, [contest])
+        if rate != key[1]:
+            assert "which agrees with itself by 0.70 in another loop over the same text: 0.70 [" in words
+            assert words.endswith("Kendall 0.60; **not met**.")
+    assert "in another loop" not in words  # the contest's own settings repeat themselves best
+
+
 def test_the_layers_whose_ranks_differ_most_are_named(aims):
     ledger, contest = aims([UP, UP], [UP, SWAPPED], again=SWAPPED)
     table = rankings.rank_gaps(ledger, contest, 3)
