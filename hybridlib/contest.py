@@ -97,7 +97,7 @@ class Contest:
 
 
 def about(contest: Contest | None, notebook: str) -> str:
-    """In Markdown, what was run and which selectors were refused; of no contest, the command that would record one."""
+    """In Markdown, what was run and which selectors were not; of no contest, the command that would record one."""
     if contest is None:
         return ("No GPU record of this experiment is committed yet. On a machine with a GPU, this makes it: `papermill "
                 f"notebooks/{notebook}.ipynb out.ipynb -f notebooks/profiles/{notebook}/gpu.yaml -p corpus FOLDER`.")
@@ -108,6 +108,8 @@ def about(contest: Contest | None, notebook: str) -> str:
     notes = dict(zip(contest.chosen["selector"], contest.chosen["note"], strict=True))
     told = [f"**{title}**: {note}." for title, note in notes.items() if note]
     told += [f"**{title}** was not run: {why}." for title, why in contest.refused.items()]
+    left = [s.title for s in SELECTORS.values() if s.title not in (*contest.titles, *contest.refused)]
+    told += [f"Selectors that were left out: {'; '.join(left)}."] if left else []
     return "\n\n".join([text, *told])
 
 

@@ -179,7 +179,10 @@ def aim_words(ledger: Ledger, contests: Sequence[Contest]) -> str:
 
 
 def _first_of_each_teacher(contests):
-    return {c.settings["aligned"]["teacher"]: c for c in reversed(contests)}
+    found = {}
+    for contest in contests:
+        found.setdefault(contest.settings["aligned"]["teacher"], contest)
+    return found
 
 
 def _agree(a, b):

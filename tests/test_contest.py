@@ -166,8 +166,10 @@ def test_what_a_selector_settled_on_is_said(known):
     known.rows.loc[known.rows["selector"] == "cheap", "note"] = "by multi hop, 4 pairs"
     settings = dict(aligned={"teacher": "t"}, mixer="gdn", align_tokens=1, score_tokens=1, match_tokens=1, seeds=2)
     told = c.about(dataclasses.replace(known, settings=settings, refused={"HALO": "it cannot"}), "selectors")
-    assert told.split("\n\n")[1:] == ["**cheap**: by multi hop, 4 pairs.",
-                                      "**HALO** was not run: it cannot."]
+    *told, left = told.split("\n\n")[1:]
+    assert told == ["**cheap**: by multi hop, 4 pairs.", "**HALO** was not run: it cannot."]
+    assert left.startswith("Selectors that were left out: uniform; random; ") and left.endswith("beam; exhaustive.")
+    assert "HALO" not in left and "SMART; GA-S2, other text;" in left  # GA-S2 itself was run
 
 
 def test_participants_are_described_in_the_order_given():
