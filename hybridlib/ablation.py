@@ -181,7 +181,7 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
     task = task or RecallTask("key_value")
-    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
     encoded = _encode(teacher, tokens.tokenizer, task, num_examples, seed)
     with measuring(teacher):
         right, _ = _answers(teacher, encoded)

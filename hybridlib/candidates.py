@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .cohort import Cohort, steps_done
 from .corpus import Tokens, load_tokens
-from .cost import Meter, heldout_size
+from .cost import Meter, held_beside, heldout_size
 from .distill import DistillationDiverged, MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import load_hybrid, restore
@@ -39,7 +39,7 @@ class LoadedInputs:
     """A scoring's inputs as they lie in this process; `states`, of this teacher, are shared by its candidates.
 
     `alive` has what the next task may go on with: the cohort that trained last, the step that candidates share, and
-    their states between rounds. It does not travel.
+    their states between rounds. It does not travel. `beside` is what lay on the GPU before, for a `Meter`.
     """
 
     student: object
@@ -47,6 +47,10 @@ class LoadedInputs:
     tokens: Tokens
     states: TeacherStates
     alive: dict = field(default_factory=dict, compare=False, repr=False)
+    beside: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "beside", held_beside(self.teacher, self.student))
 
     def __reduce__(self):
         return LoadedInputs, (self.student, self.teacher, self.tokens, self.states)
@@ -202,7 +206,7 @@ def _measure_recorded(job, layer, until, since):
 
 def _measure_in_turn(job, key, layer, until, since):
     inputs = job.inputs
-    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher), inputs.states.computed
+    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher, beside=inputs.beside), inputs.states.computed
     if inputs.alive.get("step", (None,))[0] != key:
         inputs.forget()
         step = Switched(inputs.student, inputs.teacher, inputs.tokens, job.num_tokens, job.settings, inputs.states)
@@ -233,7 +237,7 @@ def _measure_in_turn(job, key, layer, until, since):
 
 
 def _measure(job, inputs, layer, until, since):
-    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher), inputs.states.computed
+    begun, meter, taught = time.perf_counter(), Meter(inputs.teacher, beside=inputs.beside), inputs.states.computed
     model, spent = restore(inputs.student, inputs.teacher, _kept(job, inputs, layer)), 0
     if until:
         spent = match(model, inputs.teacher, inputs.tokens, job.num_tokens, settings=job.settings, until=until,
@@ -250,7 +254,7 @@ def _measure(job, inputs, layer, until, since):
 
 def _measure_together(job, inputs, layers, until, since):
     begun, taught = time.perf_counter(), inputs.states.computed
-    meters = {layer: Meter(inputs.teacher) for layer in layers}
+    meters = {layer: Meter(inputs.teacher, beside=inputs.beside) for layer in layers}
     steps = {layer: steps_done(job.checkpoint(layer)) for layer in layers}
     parts = [[l for l in layers if steps[l] == step] for step in dict.fromkeys(steps.values())]
     found: dict[int, dict | str] = {}

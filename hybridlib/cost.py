@@ -6,6 +6,7 @@ What came before, the alignment of the student, is not in it: all scores that ne
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ from torch import nn
 from .ledger import describe_device
 from .mixers import GatedDeltaNet, GatedLinearAttention
 
-__all__ = ["Cost", "Meter", "forward_flops", "heldout_size", "one_run_a_layer_flops", "training_flops"]
+__all__ = ["Cost", "Meter", "forward_flops", "held_beside", "heldout_size", "one_run_a_layer_flops", "training_flops"]
 
 _STATE_FLOPS = {GatedDeltaNet: 7, GatedLinearAttention: 5}  # for each entry of the state: see `forward_flops`
 
@@ -34,8 +35,9 @@ class Cost:
         way back.
     flops : estimated, see `forward_flops` and `training_flops`.
     seconds : wall time.
-    peak_memory : most bytes that tensors held on the GPU (``torch.cuda.max_memory_allocated``), models included; None
-        on a CPU, where nothing counts them.
+    peak_memory : most bytes that tensors held on the GPU (``torch.cuda.max_memory_allocated``) for this work: the
+        models that a `Meter` was given, and all that was allocated since. What else lay there before is left out; in
+        records older than that rule it is in. None on a CPU, where nothing counts them.
     device : what it ran on.
 
     The sum of two is what both take one after the other; memory is then the larger peak.
@@ -83,14 +85,18 @@ class Meter:
 
     Parameters
     ----------
-    model : any of those that will read; its device is the one that is watched.
+    models : those of the work that are there already, at least one; the device of the first is the one that is watched.
+    beside : bytes on that GPU that are not this work's, `held_beside` of the models by default. The parts of a larger
+        job, each with a meter, take what lay there when the job began, so that what one part leaves for the next is
+        counted.
 
     On a GPU the peak of memory counts from here: a meter that is made while another runs cuts the other's peak off,
     so let the larger job sum the costs of its parts.
     """
 
-    def __init__(self, model: nn.Module):
-        self._device = next(model.parameters()).device
+    def __init__(self, *models: nn.Module, beside: int | None = None):
+        self._device = next(models[0].parameters()).device
+        self._beside = held_beside(*models) if beside is None else beside
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._forward = self._training = self._passes = 0
@@ -127,9 +133,23 @@ class Meter:
     def cost(self) -> Cost:
         """What was spent up to now."""
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else None
+        peak = max(0, torch.cuda.max_memory_allocated(self._device) - self._beside) if cuda else None
         return Cost(self._forward, self._training, self._passes, self._flops, time.perf_counter() - self._started,
                     peak, describe_device("auto" if cuda else "cpu"))
+
+
+def held_beside(*models: nn.Module) -> int:
+    """Bytes that tensors hold on the GPU of these models beside the models themselves; 0 on a CPU.
+
+    What Python can no longer reach is collected before, for it would be given back at some moment of the work.
+    """
+    device = next(models[0].parameters()).device
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    storages = [t.untyped_storage() for m in models for t in (*m.parameters(), *m.buffers()) if t.device == device]
+    own = {storage.data_ptr(): storage.nbytes() for storage in storages}  # models may share weights
+    return max(0, torch.cuda.memory_allocated(device) - sum(own.values()))
 
 
 def heldout_size(tokens, heldout_tokens: int | None) -> int:

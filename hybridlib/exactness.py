@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .benchmarks import BACKENDS, DTYPES, OPERATORS, operator_with, refusal
 from .checks import check_choice, check_device
-from .ledger import Ledger
+from .ledger import Ledger, software_versions
 from .timing import measured, sentence, wait
 
 __all__ = ["CASES", "EXACT", "Case", "cases_for", "error_bound", "exactness_table", "exactness_words", "make_case",
@@ -96,6 +96,8 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
         float32. The truth starts from the same rounded inputs.
     truths : where inputs and truths are kept, by case, for the next backend; of one operator, dtype and device.
 
+    A record of ``"fused"`` is of one version of Triton, whose compiler it tells of too: parameter ``triton``.
+
     Metrics, each by a case's name: ``errors``, by tensor's name, infinite for what is not finite; ``equal``, whether
     two runs gave the same bits; ``reasons``, why a case could not be run. ``reason`` is that of the whole: None if any
     case was run.
@@ -115,6 +117,8 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
     truths = {} if truths is None else truths
     parameters = {"operator": operator, "backend": backend, "dtype": dtype,
                   "cases": {name: str(case) for name, case in chosen.items()}}
+    if backend == "fused" and "triton" in (versions := software_versions()):
+        parameters["triton"] = versions["triton"]  # another compiler, other kernels
 
     def compute():
         first = next(iter(chosen.values()))
@@ -236,7 +240,7 @@ class _Asked:
 
 def exactness_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Records as a table to read: each backend's worst error, in which case and tensor, and its bound."""
-    table = [{"operator": row["operator"].replace("_", " "), "backend": row["backend"], "dtype": row["dtype"],
+    table = [{"operator": row["operator"].replace("_", " "), "backend": _backend(row), "dtype": row["dtype"],
               "cases": len(row["errors"]), "worst error": f"{worst:.1e}", "bound": f"{bound:.0e}",
               "within": "yes" if worst <= bound else "no", "case": case, "tensor": tensor,
               "two runs alike": f"{sum(row['equal'].values())} of {len(row['equal'])}"}
@@ -249,7 +253,7 @@ def tensor_table(frame: pd.DataFrame) -> pd.DataFrame:
     table = []
     for row, *_ in _worst(frame):
         errors = pd.DataFrame(row["errors"]).max(axis=1)
-        table.append({"operator": row["operator"].replace("_", " "), "backend": row["backend"], "dtype": row["dtype"],
+        table.append({"operator": row["operator"].replace("_", " "), "backend": _backend(row), "dtype": row["dtype"],
                       **errors.map("{:.1e}".format)})
     index = ["operator", "backend", "dtype"]
     return pd.DataFrame(table).set_index(index).fillna("\u2013") if table else pd.DataFrame()
@@ -259,15 +263,22 @@ def exactness_words(frame: pd.DataFrame) -> str:
     """A list in Markdown: each backend's worst error beside its bound, whether runs differ, and what could not run."""
     lines = []
     for row, worst, bound, case, tensor in _worst(frame):
-        verdict = "within" if worst <= bound else "**beyond**"
+        beyond = sum(max(errors.values()) > bound for errors in row["errors"].values())
+        verdict = f"within {bound:.0e}" if worst <= bound else f"**beyond** {bound:.0e}, as in {beyond} of them"
         unlike = [name for name, equal in row["equal"].items() if not equal]
         runs = "two runs gave the same bits" if not unlike else f"two runs differed in {', '.join(unlike)}"
-        lines.append(f"- {row['operator'].replace('_', ' ')}, `{row['backend']}`, {row['dtype']}: at most "
-                     f"**{worst:.1e}** over {len(row['errors'])} cases ({tensor}, in \u201c{case}\u201d), {verdict} "
-                     f"{bound:.0e}; {runs}"
+        count = len(row["errors"])
+        lines.append(f"- {row['operator'].replace('_', ' ')}, `{_backend(row)}`, {row['dtype']}: at most "
+                     f"**{worst:.1e}** over {count} case{'s' * (count > 1)} ({tensor}, in \u201c{case}\u201d), {verdict}; "
+                     f"{runs}"
                      + "".join(f"; \u201c{name}\u201d could not run: {why}" for name, why in row["reasons"].items())
                      + ".")
     return "\n".join(lines)
+
+
+def _backend(row):
+    """A backend's name, with the version of Triton that compiled it where the record is of one."""
+    return f"{row['backend']}, Triton {row['triton']}" if isinstance(row.get("triton"), str) else row["backend"]
 
 
 def _worst(frame):

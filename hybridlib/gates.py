@@ -157,7 +157,7 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     rows = _rows(tokens, num_tokens)
     check_int("batch_tokens", batch_tokens, rows.shape[1])
     check_int("skip", skip, 0, rows.shape[1] - 1)
-    meter, model = Meter(teacher), gated_model(student, teacher)
+    meter, model = Meter(teacher, student), gated_model(student, teacher)
     if train_tokens:
         model = _open_in_turn(student, teacher, tokens, train_tokens, settings, meter)
     num_layers, device = len(model.model.layers), next(student.parameters()).device
@@ -283,7 +283,7 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     context = take(0, 1).shape[1]
     check_int("num_tokens", num_tokens, context)
     check_int("skip", skip, 0, context - 1)
-    meter, model = Meter(teacher), gated_model(student, teacher)
+    meter, model = Meter(teacher, student), gated_model(student, teacher)
     device = next(student.parameters()).device
     rows = max(1, settings.batch_tokens // context)
     start = min(0.9, count / num_layers) if settings.start is None else settings.start

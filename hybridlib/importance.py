@@ -27,7 +27,8 @@ class LayerScores:
     nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
     are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
     `cost` says all that it cost, None in records that are older than it. `history` has the values of every measurement
-    along training, the last one's among them, and `history_tokens` how far each candidate then was.
+    along training, the last one's among them, and `history_tokens` how far each candidate then was; those before the
+    last may be of fewer held-out tokens, see `EarlyStop`.
     """
 
     direction: str
@@ -85,8 +86,9 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
         carries both models with it.
     records : keeps candidates, so that a killed scoring goes on.
     checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
-        for the time of the call. A candidate needs three times its weights in it. Without `early_stop` it is used
-        where `num_tokens` is more than ``settings.checkpoint_every``.
+        for the time of the call. A candidate needs three times its weights in it. Where `num_tokens` is at most
+        ``settings.checkpoint_every`` it is used with `early_stop` alone, and not there if states stay in memory, see
+        `scoring.score_candidates`.
     memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
     group : candidates that train together, in one stacked model; the scores do not depend on it, but for rounding. None
         is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
@@ -94,8 +96,14 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
 
     A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
 
-    Cost: L times `num_tokens` of training for ``"kl"``, less if stopped early, and one pass of the teacher; one pass
-    over the held-out rows for ``"mse"``. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    Cost of ``"kl"``, with L layers: L times `num_tokens` of training, less if stopped early; L times the held-out
+    tokens, forward, at every measurement, of which there is one, or with `early_stop` one after every `measure_every`
+    tokens; and one pass of the teacher over the rows of both, as far as `memory` holds them. Of ``"mse"``: one pass of
+    the teacher, without its output head, and of each mixer, over the held-out tokens.
+
+    Assumes that layers can be scored one at a time, though they are kept together; that a short stage 2 ranks them as
+    a long one would; and that what lowers the KL on held-out text (for ``"mse"``, what a layer's own output lost) is
+    what the hybrid is to be good at. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
     """
     check_choice("direction", direction, ("add", "remove"))
     check_choice("metric", metric, ("kl", "mse"))
@@ -107,7 +115,7 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
-        meter, read = Meter(teacher), heldout_size(tokens, heldout_tokens)
+        meter, read = Meter(teacher, student), heldout_size(tokens, heldout_tokens)
         measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
         meter.forward(teacher, read, tokens.context, head=False)
         meter.parts([layer.self_attn for layer in student.model.layers], read, tokens.context)

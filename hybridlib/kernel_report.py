@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-__all__ = ["counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share", "scaling_points"]
+__all__ = ["bound_words", "counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share", "scaling_points"]
 
 _GROWTH = 3  # times as many programs, at least, must have been tried to say what bounds a kernel
 _WAITS = 3  # reasons that a line names
+_NEAR, _READY = 0.7, 0.5  # share of a peak that is near it; warps a scheduler that are ready, below which it idles
 _NONE = "\u2013"
 
 
@@ -83,7 +84,7 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
     for row, number, one in _launches(tables["kernels"]):
         if number == 1:
             graph = f", {_short(1e6 * row['gpu_seconds'])} as a CUDA graph" if pd.notna(row["gpu_seconds"]) else ""
-            lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward: "
+            lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward{_code(row)}: "
                          f"{_short(1e6 * row['kernel_seconds'])} in {len(row['kernels'])} kernels{graph}.")
         share = _percent(one["seconds"] / row["kernel_seconds"])
         lines.append(f"  - {_label(one)}: **{_short(_micro(one))}** ({share}); "
@@ -99,6 +100,46 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
     return "\n".join(lines)
 
 
+def bound_words(tables: Mapping[str, pd.DataFrame], operator: str, shape: Sequence[int],
+                direction: str = "forward+backward") -> str:
+    """What bounds a call of the fused operator, in a sentence: its kernels' shares of the time, and their counters.
+
+    Of the kernels of a call with gradients, for ``"forward"`` those of its forward pass. Empty without both records.
+    """
+    def asked(row):
+        return (row["operator"], *(row[name] for name in ("batch", "time", "heads", "dim"))) == (operator, *shape)
+
+    counted = {_key(*found): found[-1] for found in _launches(tables.get("counters", pd.DataFrame()))}
+    found = [(row, one, counted.get(_key(row, number, one)))
+             for row, number, one in _launches(tables.get("kernels", pd.DataFrame()))
+             if asked(row) and (direction == "forward+backward" or one["pass"] == "forward")]
+    if not found or any(count is None or _bound(count) is None for *_, count in found):
+        return ""
+    whole = sum(one["seconds"] for _, one, _ in found)
+    said = [f"`{_label(one)}` {_percent(one['seconds'] / whole)} of the time, {_bound(count)}"
+            for _, one, count in sorted(found, key=lambda each: -each[1]["seconds"])]
+    return f"What bounds it, by the GPU's counters{_code(found[0][0])}: {'; '.join(said)}."
+
+
+def _code(row):
+    """Which code a record is of, where it says so: kernels change, and a record tells of those it ran."""
+    commit = row.get("commit")
+    return f" (code of `{commit[:7]}`)" if isinstance(commit, str) else ""
+
+
+def _bound(counted):
+    """Which limit a kernel is near, in words: bandwidth, products, or neither, when its warps wait; None if unknown."""
+    if any(pd.isna(counted[key]) for key in ("dram", "tensor", "eligible", "active")):
+        return None
+    for key, text in (("dram", "bandwidth"), ("tensor", "products")):
+        if counted[key] >= _NEAR:
+            return f"bound by {text} ({_percent(counted[key])} of the peak)"
+    if counted["eligible"] >= _READY:
+        return f"near no limit ({_count(counted['eligible'])} warps a scheduler are ready)"
+    return (f"bound by latency ({_count(counted['eligible'])} of {_count(counted['active'])} warps a scheduler are "
+            f"ready; DRAM {_percent(counted['dram'])}, tensor cores {_percent(counted['tensor'])} of their peaks)")
+
+
 def _around(row):
     """How long each part of a mixer takes, and what its operator could absorb."""
     times = {name: 1e6 * part["seconds"] for name, part in row["parts"].items()}
@@ -107,15 +148,15 @@ def _around(row):
         ("projections", "projections"), ("before", "activations, norms and gates"), ("operator", "the operator"),
         ("after", "norm and gate of its output"), ("output", "the output's projection")))
     return (f"- Mixer **{row['mixer']}**, {_shape(row)}, {row['dtype']}, {row['direction']}, part by part: "
-            f"{_short(whole)}; {said}. What an operator that took in everything elementwise around it could save at "
-            f"most is {_percent(around / whole)} of that.")
+            f"{_short(whole)}; {said}. Everything elementwise around the operator is {_percent(around / whole)} of "
+            "that, an upper bound of what larger kernels could save.")
 
 
 def _said(row, one, counted):
     parts = [f"moving its bytes would take {_percent(one['floor_seconds'] / one['seconds'])} of that"]
     if _products(row, one) is not None:
         parts[0] += f", its products {_percent(_products(row, one))}"
-    parts.append(f"{one['programs']:,} programs of {one['warps']} warps are {one['waves']:.2f} waves")
+    parts.append(f"{one['programs']:,} programs of {one['warps']} warp{'s' * (one['warps'] > 1)} are {one['waves']:.2f} waves")
     if counted:
         shares = [f"{text} {_percent(counted[key])}" for key, text in (
             ("issue", "issue slots"), ("tensor", "tensor cores"), ("dram", "DRAM")) if pd.notna(counted[key])]
@@ -123,6 +164,7 @@ def _said(row, one, counted):
                  ] if pd.notna(counted["active"]) and pd.notna(counted["eligible"]) else []
         waits = [f"most wait for {_waits(counted)}"] if _waits(counted) else []
         parts += [f"counted: {', '.join(shares + warps + waits)}"] if shares + warps + waits else []
+        parts += [bound.split(" (")[0]] if (bound := _bound(counted)) else []
     return "; ".join(parts) + "."
 
 

@@ -75,6 +75,7 @@ class Record:
     key: str
 
 
+_KERNELS = ("triton", "flash-linear-attention", "flash-qla", "tilelang", "liger-kernel")
 _FIELDS = {"kind": str, "parameters": dict, "metrics": dict, "seed": (int, type(None)), "versions": dict, "device": str,
            "commit": (str, type(None)), "started": str, "seconds": (int, float), "tokens": (int, type(None)),
            "key": str}
@@ -211,13 +212,18 @@ def record_key(kind: str, parameters: dict) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none."""
+    """Versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none.
+
+    Beside them, where they are installed, of what kernels come from: Triton, and the libraries that ours are held
+    against.
+    """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # its own text names the build
-    for name in ("transformers", "numpy", "hybridlib"):
+    for name in ("transformers", "numpy", "hybridlib", *_KERNELS):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+            if name not in _KERNELS:
+                versions[name] = "not installed"
     return versions
 
 

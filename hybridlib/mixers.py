@@ -26,7 +26,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from . import kernels
 from .checks import check_choice
-from .kernels import step
+from .kernels import fused, step
 
 __all__ = ["KV_TRANSFERS", "MIXERS", "GatedDeltaNet", "GatedLinearAttention", "MixerState", "build_mixer"]
 
@@ -134,7 +134,11 @@ class _Mixer(nn.Module):
 
     def gate_output(self, o, g):
         """The operator's output, normalised head by head and gated: (batch, time, heads * head_dim)."""
-        return (_normed(self.o_norm, o) * F.silu(g)).flatten(2)
+        norm = self.o_norm
+        if o.shape[1] == 1 and norm.weight.shape == o.shape[-1:] and fused.takes_step(
+                self.backend, norm.weight.shape, o, g, norm.weight):
+            return fused.gated_norm(o[:, 0], g[:, 0], norm.weight, norm.eps).flatten(1)[:, None]
+        return (_normed(norm, o) * F.silu(g)).flatten(2)
 
     def _cached(self, cache):
         layer = cache.layers[self.layer_idx]
@@ -147,7 +151,7 @@ class _Mixer(nn.Module):
         """(output, state) of `inputs`, (batch, time, heads, ...) each: one step where there is one token to add."""
         if state is None or inputs[0].shape[1] > 1:
             return getattr(kernels, self.operator)(*inputs, initial_state=state, backend=self.backend)
-        o, state = getattr(step, self.operator)(*(x[:, 0] for x in inputs), state)
+        o, state = getattr(step, self.operator)(*(x[:, 0] for x in inputs), state, backend=self.backend)
         return o[:, None], state
 
     def _heads(self, x):

@@ -128,8 +128,8 @@ def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: I
     if not wanted:
         raise ValueError("sets is empty; give at least one set of layers")
     s, settings = study.settings, replace(study.match_settings, compile=False)
-    task = study._recall
-    common = {"aligned": study._align_parameters(s.mixer, seed)[0], "mixer": s.mixer, "seed": seed,
+    task = study.recall_task
+    common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
               "num_tokens": tokens, "measure_at": list(measure_at), "settings": settings.numbers(),
               "heldout_tokens": s.heldout_tokens, "measured_tokens": measured, "recall": asdict(task),
               "recall_examples": recall_examples}
@@ -145,11 +145,11 @@ def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: I
         missing = [layers for layers in wanted if layers not in known]
         for begin in range(0, len(missing), piece):
             part = missing[begin:begin + piece]
-            found = study._run("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
+            found = study.record("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
             known |= {tuple(row["layers"]): row for row in found.metrics["sets"]}
         return {"sets": [known[layers] for layers in wanted], "tokens": tokens * len(wanted)}
 
-    return study._run("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
+    return study.record("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
@@ -177,7 +177,8 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
 
     Columns: ``tokens``; ``spearman_next``, of the sets' values there and at the next point, and ``spearman_end``, with
-    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here. Sizes of
+    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here; and of the
+    values at the end, how many sets share the best one, ``tied``, and how many ``distinct`` ones there are. Sizes of
     fewer than three sets rank nothing and are left out.
     """
     rows = []
@@ -195,9 +196,10 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
                 rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
                              "spearman_next": spearman(ranked[i], ranked[i + 1]),
                              "spearman_end": spearman(ranked[i], ranked[-1]),
-                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets})})
+                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets}),
+                             "tied": ranked[-1].count(min(ranked[-1])), "distinct": len(set(ranked[-1]))})
     return pd.DataFrame(rows, columns=["seed", "size", "sets", "tokens", "spearman_next", "spearman_end",
-                                       "early_regret"])
+                                       "early_regret", "tied", "distinct"])
 
 
 def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
@@ -236,7 +238,7 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
                 found.append({"selector": selector, "size": size, "layers": list(layers), **cost})
         return {"choices": found}
 
-    return study._run("choices", parameters, compute)
+    return study.record("choices", parameters, compute)
 
 
 def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.DataFrame:

@@ -18,12 +18,14 @@ from matplotlib.patches import Rectangle
 from .agreement import interval, spearman
 from .checks import check_choice
 from .ledger import Record
-from .oracle import METRICS, OTHER_SEEDS, any_set, values
+from .oracle import METRICS, OTHER_SEEDS, any_set, settling, values
+from .plots import as_table
+from .selectors import SELECTORS
 from .style import (COLOURS, INK, MUTED, PALE, dodge, finish, format_interval, format_number, house_style, look,
                     new_figure)
 
-__all__ = ["about_oracle", "additive_words", "best_sets", "interaction_map", "interaction_words", "judged_words",
-           "landscape", "seed_words", "settled_words", "settling_curves"]
+__all__ = ["about_oracle", "additive_words", "best_sets", "interaction_map", "interaction_words", "judged_table",
+           "judged_words", "landscape", "seed_words", "settled_words", "settling_curves", "settling_report"]
 
 SETTLED = 0.95  # Spearman between the last two points of the curve from which on a ranking is called settled
 _NAMES = {"kl": ("KL", "nats a token"), "recall_exact": ("recall", "share of answers")}
@@ -57,22 +59,25 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
         axes.set_ylabel(ylabel)
         handles = [Line2D([], [], linestyle="", marker="_", color=MUTED, label="every set"),
                    Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), label="best set")]
-        return finish(figure, handles + [Line2D([], [], **look(i, line=False), label=n) for i, n in enumerate(names)])
+        return finish(figure, handles + [Line2D([], [], **look(i, line=False), label=_title(name))
+                                         for i, name in enumerate(names)])
 
 
-def settling_curves(frame: pd.DataFrame, value: str = "spearman_end") -> Figure:
+def settling_curves(frame: pd.DataFrame, metric: str = "kl") -> Figure:
     """Spearman correlation of the ranking of sets along training with that at the end, a line a size, mean over seeds.
 
-    `frame` is that of `oracle.settling`. Bars span the seeds; points stand side by side, whatever lies between them.
+    `frame` is that of `oracle.settling` by `metric`. Bars span the seeds; points stand side by side, whatever lies
+    between them.
     """
-    rows = frame.dropna(subset=[value])
+    check_choice("metric", metric, METRICS)
+    rows = frame.dropna(subset=["spearman_end"])
     if rows.empty:
         raise ValueError("frame has no ranking to follow; measure sets at two points of training at least")
     with house_style():
         figure, axes = new_figure(7, 3)
         sizes, points = sorted(rows["size"].unique()), sorted(rows["tokens"].unique())
         for i, (size, beside) in enumerate(zip(sizes, dodge(len(sizes), 0.08))):
-            spread = rows[rows["size"] == size].groupby("tokens")[value].agg(["mean", "min", "max"])
+            spread = rows[rows["size"] == size].groupby("tokens")["spearman_end"].agg(["mean", "min", "max"])
             x = np.searchsorted(points, spread.index) + beside
             axes.plot(x, spread["mean"], **look(i), markeredgecolor="white", markeredgewidth=0.5)
             axes.vlines(x, spread["min"], spread["max"], color=COLOURS[i % 7], linewidth=1)
@@ -82,7 +87,7 @@ def settling_curves(frame: pd.DataFrame, value: str = "spearman_end") -> Figure:
         axes.set_xticks(range(len(points)), [f"{point:,}" for point in points])
         axes.grid(axis="y")
         axes.set_xlabel("tokens of stage 2")
-        axes.set_ylabel("Spearman with the end")
+        axes.set_ylabel(f"Spearman with the end, by {_NAMES[metric][0]}")
         return finish(figure, [Line2D([], [], **look(i), label=_layers(size))
                                for i, size in enumerate(sizes)])
 
@@ -163,22 +168,39 @@ def about_oracle(records: Sequence[Record]) -> str:
             + (f" {failed} could not be trained." if failed else ""))
 
 
-def settled_words(frame: pd.DataFrame) -> str:
+def settled_words(frame: pd.DataFrame, metric: str = "kl") -> str:
     """A list in Markdown: for each size, whether the ranking of its sets has settled, and what an early pick costs.
 
-    Settled is said where Spearman's correlation between the last two points is at least 0.95 in every seed.
+    `frame` is that of `oracle.settling` by `metric`. Settled is said where Spearman's correlation between the last two
+    points is at least 0.95 in every seed. Where sets tie as the best, how many do is said: among them nothing ranks.
     """
+    check_choice("metric", metric, METRICS)
     if frame.empty:
         return "- Sets were not measured on the way, so nothing tells whether their ranking has settled."
     last, lines = frame[frame["tokens"] == frame["tokens"].max()], []
     for size, part in last.groupby("size"):
-        low = part["spearman_next"].min()
+        low, name = part["spearman_next"].min(skipna=False), _NAMES[metric][0]
+        if np.isnan(low):
+            lines.append(f"- **{_layers(size)}** ({part['sets'].iloc[0]} sets), by {name}: all sets have one value at "
+                         "the end or before, in one seed at least, so **nothing can be told**.")
+            continue
         word = "**settled**" if low >= SETTLED else "**not settled**"
-        early = format_number(part["early_regret"].mean(), 4)
-        lines.append(f"- **{_layers(size)}** ({part['sets'].iloc[0]} sets): Spearman of the ranking at "
+        early, sets = format_number(part["early_regret"].mean(), 4), part["sets"].iloc[0]
+        ties = (f" Of the {sets}, {_range(part['tied'])} share the best value, and there are "
+                f"{_range(part['distinct'])} values in all.") if part["tied"].max() > 1 else ""
+        lines.append(f"- **{_layers(size)}** ({sets} sets), by {name}: Spearman of the ranking at "
                      f"{int(part['tokens'].iloc[0]):,} tokens with that of the end {format_number(low, 3)} in the "
-                     f"worst seed: {word}. The set that is best there is {early} from the best at the end.")
+                     f"worst seed: {word}. The set that is best there is {early} from the best at the end.{ties}")
     return "\n".join(lines)
+
+
+def settling_report(records: Sequence[Record]) -> tuple[list[Figure], str]:
+    """By KL and then by recall: `settling_curves`, where there is a ranking, and in Markdown `settled_words` and
+    `seed_words`."""
+    along = {metric: settling(records, metric) for metric in METRICS}
+    return ([settling_curves(frame, metric) for metric, frame in along.items() if frame["spearman_end"].notna().any()],
+            "\n\n".join(words for metric, frame in along.items()
+                        for words in (settled_words(frame, metric), seed_words(records, metric))))
 
 
 def seed_words(records: Sequence[Record], metric: str = "kl") -> str:
@@ -190,7 +212,8 @@ def seed_words(records: Sequence[Record], metric: str = "kl") -> str:
             pairs += [spearman([a[s] for s in sets], [b[s] for s in sets])] if len(sets) >= 3 else []
     pairs = [p for p in pairs if np.isfinite(p)]
     if not pairs:
-        return f"One seed was run, so nothing tells how far seeds agree on the ranking by {name}."
+        why = "One seed was run" if len(records) < 2 else f"No two seeds rank sets of one size by {name}"
+        return f"{why}, so nothing tells how far seeds agree on the ranking by {name}."
     return (f"Between seeds, the rankings of sets of one size by {name} have a Spearman correlation of "
             f"{format_number(min(pairs), 2)} to {format_number(max(pairs), 2)}.")
 
@@ -204,18 +227,24 @@ def judged_words(judged: pd.DataFrame, records: Sequence[Record], size: int, met
     rows, lines = judged[judged["size"] == size].dropna(subset=[f"{metric}_regret"]), []
     for selector, part in rows.groupby("selector", sort=False):
         mean, low, high = interval(part[f"{metric}_regret"])
-        ranks = sorted(part[f"{metric}_rank"].astype(int))
-        shown = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-        word = ("**one seed cannot tell**" if len(part) == 1 else "**the best set in every seed**" if ranks[-1] == 1
+        ranks = part[f"{metric}_rank"].astype(int)
+        word = ("**one seed cannot tell**" if len(part) == 1 else "**the best set in every seed**" if ranks.max() == 1
                 else "**worse than the best**" if low > 0 else "**cannot be told apart from the best**")
-        lines.append((mean, f"- **{selector}**: regret {format_interval(mean, low, high, 4)} {unit}, rank {shown} of "
-                            f"{part['sets'].iloc[0]}: {word}."))
+        lines.append((mean, f"- **{_title(selector)}**: regret {format_interval(mean, low, high, 4)} {unit}, rank "
+                            f"{_range(ranks)} of {part['sets'].iloc[0]}: {word}."))
     if any_set(records, size, metric) == 0:
         return f"- All sets of {_layers(size)} have the same {name} here, so **nothing can be told** by it."
     drawn = format_number(any_set(records, size, metric), 4)
     floor = f" The regret of the {OTHER_SEEDS} is what noise between seeds costs." if metric == "kl" and (
         rows["selector"] == OTHER_SEEDS).any() else ""
     return "\n".join([line for _, line in sorted(lines)] + [f"- A set drawn at random: {drawn} on average.{floor}"])
+
+
+def judged_table(judged: pd.DataFrame, size: int) -> pd.DataFrame:
+    """Regret and rank of each selector at one size, by KL and by recall, with intervals over seeds, as text."""
+    rows = judged[judged["size"] == size]
+    columns = [column for metric in METRICS for column in (f"{metric}_regret", f"{metric}_rank")]
+    return as_table(rows.assign(selector=rows["selector"].map(_title)), "selector", columns).set_index("selector")
 
 
 def interaction_words(maps: np.ndarray, metric: str = "kl") -> str:
@@ -242,12 +271,23 @@ def additive_words(frame: pd.DataFrame) -> str:
     lines = []
     for size, part in frame.groupby("size"):
         r2 = part["r2"].dropna()
-        fit = f" The best fit of one number a layer explains {format_number(100 * r2.mean(), 0)}% of the variance." \
+        fit = f" The best fit of one number a layer explains {format_number(100 * r2.mean(), 1)}% of the variance." \
             if len(r2) else ""
         lines.append(f"- **{size} layers**: measured less predicted {format_interval(*interval(part['error']), 4)}, "
                      f"Spearman of predicted and measured {format_interval(*interval(part['spearman']), 2)}; the set "
                      f"predicted best has a regret of {format_interval(*interval(part['pick_regret']), 4)}.{fit}")
     return "\n".join(lines) or "- No sets of two layers or more were measured beside those of one and none."
+
+
+def _title(selector):
+    """A selector's title; of a search over the record, and of other seeds, the name."""
+    return SELECTORS[selector].title if selector in SELECTORS else selector
+
+
+def _range(numbers):
+    """``3``, or ``3 to 5``."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _layers(size):

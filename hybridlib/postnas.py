@@ -118,7 +118,7 @@ def search_once_for_all(student, teacher, tokens, budget: float | int, num_token
     """
     check_int("width", width, 1)
     num_layers, context = student.config.num_hidden_layers, tokens.context
-    count, meter = budget_layers(budget, num_layers), Meter(teacher)
+    count, meter = budget_layers(budget, num_layers), Meter(teacher, student)
     model, history = train_once_for_all(student, teacher, tokens, budget, num_tokens, settings=settings, seed=seed)
 
     def measure(layers):

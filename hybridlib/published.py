@@ -22,11 +22,13 @@ from .style import format_number
 from .teachers import data_folder
 
 __all__ = ["PATTERNS", "PublishedSettings", "agreements", "agreement_words", "clustering", "clustering_words",
-           "differences", "load_layer_sets", "load_results", "mean_agreement", "report_words", "reported", "slip_words"]
+           "differences", "load_layer_sets", "load_results", "mean_agreement", "of_share", "placed_words",
+           "report_words", "reported", "slip_words"]
 
 PATTERNS = ("SMART", "UNIFORM")  # listed in ascending order, so the order of their layers ranks nothing
 _SETTING = ["teacher", "num_layers", "student_mixer", "probe_mixer", "budget", "selector"]
 _SETS = [*_SETTING, "layers", "config"]
+_SET_OF = {"GA-S1": "stage-1 MSE"}  # a score of the results and the name that the sets have for it: our reading
 _RESULTS = ["teacher", "student_mixer", "budget", "selector", "metric", "value"]
 
 
@@ -69,6 +71,37 @@ def load_results(path: str | Path | None = None) -> pd.DataFrame:
     if not frame["value"].between(0, 1).all():
         raise ValueError(f"value={frame['value'][~frame['value'].between(0, 1)].iloc[0]} is not a share from 0 to 1")
     return frame
+
+
+def of_share(sets: pd.DataFrame, share: float, student: str, *, placed: bool = False) -> pd.DataFrame:
+    """The sets of hybrids with the mixer `student` at the budget `share`, of a probe's only those of its own mixer.
+
+    `placed` adds sets that were taken from other works, which have a number of layers of their own and no budget.
+    """
+    own = (sets["student_mixer"] == student) & (sets["probe_mixer"].isna() | (sets["probe_mixer"] == student))
+    return sets[own & ((sets["budget"] == share) | (placed & sets["budget"].isna()))]
+
+
+def placed_words(sets: pd.DataFrame, best: str = "GA-S2") -> str:
+    """A list in Markdown of the sets without a budget: why they are in no comparison, and what they share with `best`.
+
+    They are held to the set of `best` for the same teacher and student that is nearest in size, of equals the smaller.
+    """
+    lines = []
+    for r in sets[sets["budget"].isna()].itertuples():
+        line = (f"- **{r.selector}** on {r.teacher}: {r.kept} of {r.num_layers} layers, taken from another work and so "
+                "of no budget; it is drawn here and compared nowhere below.")
+        rivals = sets[(sets["teacher"] == r.teacher) & (sets["student_mixer"] == r.student_mixer)
+                      & (sets["probe_mixer"] == r.student_mixer) & (sets["selector"] == best)]
+        if len(rivals):
+            other = min(rivals.itertuples(), key=lambda o: (abs(o.kept - r.kept), o.kept))
+            shared = len(set(r.layers) & set(other.layers))
+            tail = stats.hypergeom.sf(shared - 1, r.num_layers, r.kept, other.kept)
+            line += (f" It shares {shared} layers with the {other.kept} of {best}, where random sets share "
+                     f"{format_number(r.kept * other.kept / r.num_layers, 1)}; {_share(float(tail))} of them share as "
+                     "many or more.")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def agreements(frame: pd.DataFrame, across: str) -> pd.DataFrame:
@@ -161,14 +194,15 @@ def clustering_words(table: pd.DataFrame) -> str:
 def reported(sets: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     """Each reported figure with the set it belongs to: `layers` and its ``pairs`` of neighbours, None if not published.
 
-    ``GA-S2 (gdn probe)`` in the results is the selector GA-S2 with that probe.
+    ``GA-S2 (gdn probe)`` in the results is the selector GA-S2 with that probe. GA-S1, greedy addition by the stage-1
+    metric, is taken to be what the sets call stage-1 MSE: neither table says so.
     """
     rows = []
     for r in results.itertuples():
         name, _, probe = r.selector.partition(" (")
         probe = probe.removesuffix(" probe)") or r.student_mixer
         match = sets[(sets["teacher"] == r.teacher) & (sets["student_mixer"] == r.student_mixer)
-                     & (sets["budget"] == r.budget) & (sets["selector"] == name)
+                     & (sets["budget"] == r.budget) & (sets["selector"] == _SET_OF.get(name, name))
                      & (sets["probe_mixer"].isna() | (sets["probe_mixer"] == probe))]
         found = match.iloc[0] if len(match) else None
         rows.append({**{c: getattr(r, c) for c in _RESULTS}, "layers": None if found is None else found["layers"],
@@ -213,6 +247,9 @@ def report_words(table: pd.DataFrame) -> str:
         lines.append(f"- **Transfer of layers**: on {teacher}, a {best.student_mixer.upper()} student of "
                      f"{best.selector} is reported {_gap(best.value - other.value)} above that of {other.selector}; "
                      f"{overlap}. One pair without seeds **cannot tell** a better set from another run.")
+    read = [name for name in _SET_OF if (table.loc[table["selector"] == name, "layers"].notna()).any()]
+    lines += [f"- **{name}** is held to the published set of {_SET_OF[name]}: that they are one is our reading."
+              for name in read]
     bare = table[table["layers"].isna()]
     if len(bare):
         names = ", ".join(dict.fromkeys(bare["selector"]))

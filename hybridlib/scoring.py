@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Protocol
@@ -25,7 +25,7 @@ from .agreement import top_k_jaccard
 from .batched import group_size
 from .candidates import LoadedInputs, ScoringJob, measure_candidates, reason, shares_step
 from .checks import check_int, check_number
-from .cost import training_flops
+from .cost import Cost, training_flops
 from .distill import MatchSettings
 
 __all__ = ["CandidateRecords", "EarlyStop", "ScoringFailed", "score_candidates", "task_size"]
@@ -61,6 +61,9 @@ class EarlyStop:
     measure_every : tokens of a candidate's training between two measurements; at least a step's.
     window : measurements that must agree, at least 2.
     threshold : smallest Jaccard, above 0 and at most 1; 1 asks for equal sets.
+    heldout_tokens : held-out tokens for measurements that may turn out not to be the last, at most those of the scores;
+        None for as many. Where fewer say that the set has settled, the candidates are measured once more on all, so
+        that scores are always of all.
 
     Source: paper, its section on token cost, which follows the top-K set by its rolling Jaccard. That a set which
     has settled stays so is an assumption.
@@ -70,12 +73,19 @@ class EarlyStop:
     measure_every: int
     window: int = 3
     threshold: float = 1.0
+    heldout_tokens: int | None = None
 
     def __post_init__(self):
         self.count(10**6)
         check_int("measure_every", self.measure_every, 1)
         check_int("window", self.window, 2)
         check_number("threshold", self.threshold, 0, 1, open_low=True)
+        if self.heldout_tokens is not None:
+            check_int("heldout_tokens", self.heldout_tokens, 1)
+
+    def parameters(self) -> dict:
+        """For a record; `heldout_tokens` is left out where it is None, as in records older than it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def count(self, num_layers: int) -> int:
         """K of `num_layers` layers; ValueError if the budget is none."""
@@ -93,12 +103,13 @@ class EarlyStop:
 
 
 class CandidateRecords(Protocol):
-    """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured."""
+    """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured; `part`, given only
+    where that were fewer than those of the scores, on how many held-out tokens."""
 
-    def find(self, layer: int, tokens: int) -> dict | None:
+    def find(self, layer: int, tokens: int, part: int | None = None) -> dict | None:
         """What was kept, or None; ValueError naming what is damaged."""
 
-    def keep(self, layer: int, tokens: int, found: dict) -> None:
+    def keep(self, layer: int, tokens: int, found: dict, part: int | None = None) -> None:
         """Keep what was measured, on disk before this returns."""
 
 
@@ -137,6 +148,10 @@ def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_s
     records : asked before a candidate is computed, and told as soon as it is measured.
     group : layers a task; of several, the candidates train together.
 
+    Between rounds a candidate's state is in its checkpoint; or in memory, where one process computes all in one model
+    and a candidate takes no more tokens than lie between two checkpoints. Then what a kill costs is their training up
+    to the round that it met, and no measurement.
+
     Raises ScoringFailed, once all other candidates of the round are kept, and ValueError for a bad `early_stop`.
     """
     rounds: dict[int, list[dict]] = {}
@@ -145,15 +160,21 @@ def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_s
             num_layers <= group or group == 1 and shares_step(job))  # states stay in memory
         if isinstance(job.inputs, LoadedInputs):
             stack.callback(job.inputs.forget)
-        if early_stop is not None and job.checkpoints is None and not alive:
+        if alive and job.num_tokens <= job.settings.checkpoint_every:
+            job = replace(job, checkpoints=None)
+        elif early_stop is not None and job.checkpoints is None and not alive:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridlib-scoring-"))
             job = replace(job, checkpoints=folder)
         sign = -1 if job.direction == "add" else 1
         for until in _rounds(job, early_stop):
             since = list(rounds.values())[-1][0]["tokens"] if rounds else 0
-            rounds[until] = _round(job, num_layers, until, since, executor, records, group)
+            part = early_stop.heldout_tokens if until < job.num_tokens else None  # without the rule, there is one round
+            rounds[until] = _round(job, num_layers, until, since, executor, records, group, part)
             history = [[sign * c["kl"] for c in found] for found in rounds.values()]
             if early_stop is not None and early_stop.settled(history):
+                if part is not None:
+                    final = _round(job, num_layers, until, until, executor, records, group)
+                    rounds[until] = [_after(*pair) for pair in zip(rounds[until], final, strict=True)]
                 break
         for layer in range(num_layers) if job.checkpoints is not None else ():
             job.checkpoint(layer).unlink(missing_ok=True)
@@ -172,8 +193,20 @@ def _rounds(job, early_stop):
     return [n * step for n in range(every, steps, every)] + [job.num_tokens]
 
 
-def _round(job, num_layers, until, since, executor, records, group):
-    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until))}
+def _after(first, last):
+    """The `last` of two measurements of a candidate, at what both took."""
+    both = {"seconds": first["seconds"] + last["seconds"]}
+    if "cost" in first and "cost" in last:
+        both["cost"] = Cost.total(map(Cost.from_dict, (first["cost"], last["cost"]))).to_dict()
+    return last | both
+
+
+def _round(job, num_layers, until, since, executor, records, group, part=None):
+    """Every candidate trained from `since` to `until` tokens and measured, on `part` of the held-out tokens or all."""
+    named = () if part is None else (part,)
+    if part is not None:
+        job = replace(job, heldout_tokens=part if job.heldout_tokens is None else min(part, job.heldout_tokens))
+    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until, *named))}
     missing = [l for l in range(num_layers) if l not in found]
     failed: dict[int, str] = {}
     tasks = [tuple(missing[i:i + group]) for i in range(0, len(missing), group)]
@@ -188,7 +221,7 @@ def _round(job, num_layers, until, since, executor, records, group):
             for l, one in measured.items():
                 try:
                     if records is not None and isinstance(one, dict):
-                        records.keep(l, until, one)
+                        records.keep(l, until, one, *named)
                 except OSError as error:
                     one = reason(error)
                 (failed if isinstance(one, str) else found)[l] = one

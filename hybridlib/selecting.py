@@ -273,7 +273,7 @@ class _Distilled:
         study, teacher = self.study, self.study.teacher.model
         if self._student is None:
             self._student = study.aligned(self.mixer, self.seed)
-        tokens, count, meter = _heldout(study, self.seed), study.settings.score_tokens, Meter(teacher)
+        tokens, count, meter = _heldout(study, self.seed), study.settings.score_tokens, Meter(teacher, self._student)
         hybrid = restore(self._student, teacher, layers)
         spent = match(hybrid, teacher, tokens, count, settings=study.match_settings).tokens[-1] if count else 0
         kl, error = heldout_kl(hybrid, teacher, tokens)

@@ -20,11 +20,11 @@ from .benchmarks import (BACKENDS, DIRECTIONS, DTYPES, OPERATORS, check_shape, d
                          time_operator)
 from .checks import check_choice, check_device, check_int, check_number
 from .corpus import load_tokens
-from .exactness import CASES, EXACT, cases_for, measure_exactness
+from .exactness import CASES, EXACT, cases_for, exactness_table, measure_exactness, tensor_table
 from .kernel_speed import measure_kernels
 from .ledger import Ledger
 from .mixers import MIXERS
-from .objective_speed import IMPLEMENTATIONS, check_objective_shape, time_objective
+from .objective_speed import IMPLEMENTATIONS, check_objective_shape, objective_table, time_objective
 from .selection import budget_layers
 from .step_speed import LOOPS, PHASES, STAGES, check_align_tokens, loops_compared, time_step
 from .study import StudySettings, results_folder
@@ -32,7 +32,8 @@ from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
 
 __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words", "operator_table",
-           "operator_words", "recorded_speed", "refusals", "speed_settings", "step_bars", "step_table", "step_words"]
+           "operator_words", "recorded_speed", "recorded_tables", "refusals", "speed_settings", "step_bars", "step_table",
+           "step_words"]
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
          "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed", "scaling": "kernel_scaling",
@@ -237,17 +238,32 @@ class SpeedStudy:
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
 
-    Each row has its ``commit`` beside. A table without records is empty.
+    Each row has its ``commit`` beside. Memory floors are those of the ledger's latest `copy_speed` of the same device,
+    not those of the record: all are held against one bandwidth. A table without records is empty.
     """
-    tables = {}
+    tables, copied = {}, {r.parameters["device"]: r.metrics for r in ledger.find("copy_speed")
+                      if r.metrics["reason"] is None}
     for name, kind in KINDS.items():
         latest = {}
         for r in (r for r in ledger if r.kind == kind):
             asked = {k: v for k, v in r.parameters.items() if k not in ("repeats", "max_seconds", "steps", "new_tokens",
                                                                         "data", "revision", "cases", "align_tokens")}
-            latest[repr(sorted(asked.items()))] = r.parameters | r.metrics | {"commit": r.commit}
+            metrics = _with_floor(r.metrics, copied.get(r.parameters.get("device")))
+            latest[repr(sorted(asked.items()))] = r.parameters | metrics | {"commit": r.commit}
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
+
+
+def _with_floor(metrics, copied):
+    """Metrics, those of each kernel and part within too, with ``floor_seconds`` by what was `copied`."""
+    if copied is None:
+        return metrics
+    if "kernels" in metrics:
+        metrics = metrics | {"kernels": [_with_floor(one, copied) for one in metrics["kernels"]]}
+    if "floor_seconds" in metrics:
+        count = metrics.get("floor_bytes", metrics.get("bytes"))
+        metrics = metrics | {"floor_seconds": count / copied["bytes_per_second"]}
+    return metrics
 
 
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
@@ -264,6 +280,17 @@ def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFr
               "peak, MiB": mebibytes(row["peak_bytes"])}
              for _, row in rows.iterrows()]
     return pd.DataFrame(table).set_index(["operator", "backend", "shape"])
+
+
+def recorded_tables(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables to read of `recorded_speed`, but those of kernels, by caption; without those that are empty."""
+    found = {"operators, forward": operator_table(tables["operators"]),
+             "operators, forward+backward": operator_table(tables["operators"], DIRECTIONS[1]),
+             "worst error of each backend": exactness_table(tables["exactness"]),
+             "worst error of each tensor": tensor_table(tables["exactness"]),
+             "objective": objective_table(tables["objectives"]), "steps": step_table(tables["steps"]),
+             "decoding": decoding_table(tables["decoding"]).round(3)}
+    return {caption: table for caption, table in found.items() if len(table)}
 
 
 def about_speed(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -293,21 +320,30 @@ def _at_commits(found):
 
 
 def operator_words(frame: pd.DataFrame) -> str:
-    """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others."""
+    """A list in Markdown: for each operator, direction and shape, the fastest backend, its floor and the others.
+
+    Softmax attention is set beside each where it was timed at the same shape.
+    """
     rows, lines = _timed(frame), []
     if rows.empty:
         return ""
+    rows = rows.assign(best=rows["gpu_seconds"].fillna(rows["seconds"]))
+    softmax = {key: part["best"].iloc[-1] for key, part in rows[rows["operator"] == OPERATORS[2]].groupby(
+        ["direction", "batch", "time", "heads", "dim"])}
     for (operator, direction, *shape), part in rows.groupby(
             ["operator", "direction", "batch", "time", "heads", "dim"], sort=False):
         if operator == OPERATORS[2]:
             continue
-        part = part.assign(best=part["gpu_seconds"].fillna(part["seconds"])).sort_values("best")
+        part, attention = part.sort_values("best"), softmax.get((direction, *shape))
         first, how = part.iloc[0], "of GPU time" if pd.notna(part.iloc[0]["gpu_seconds"]) else "as launched"
-        others = [f"`{row['backend']}` {row['best'] / first['best']:.1f} times that" for _, row in part[1:].iterrows()]
+        others = [f"`{row['backend']}` takes {row['best'] / first['best']:.1f} times as long"
+                  for _, row in part[1:].iterrows()]
         lines.append(f"- {operator.replace('_', ' ')}, {direction}, ({', '.join(map(str, shape))}): "
                      f"**{first['backend']}**, {1e3 * first['best']:.3g} ms {how}, which is "
                      f"{first['best'] / first['floor_seconds']:.1f} times its memory floor"
-                     + (f"; {', '.join(others)}" if others else "") + ".")
+                     + (f"; {', '.join(others)}" if others else "")
+                     + (f"; softmax attention takes {attention / first['best']:.2g} times as long" if attention else "")
+                     + ".")
     return "\n".join(lines)
 
 
@@ -320,6 +356,8 @@ def step_words(frame: pd.DataFrame) -> str:
         loops = {row["loop"]: row for _, row in part.iterrows()}
         text = "; ".join(f"{name} {row['tokens_per_second']:,.0f} tokens/s" for name, row in loops.items())
         if set(LOOPS) <= set(loops):
+            plain = loops["plain"].get("plain_backend")
+            text += f", with `{plain}` mixers" if isinstance(plain, str) else ""
             text += f"; {loops_compared(*(loops[name] for name in LOOPS))}"
         lines.append(f"- {stage}: {text}.")
     return "\n".join(lines)
@@ -334,12 +372,16 @@ def decoding_words(frame: pd.DataFrame) -> str:
     whole, lines = rows[rows["share"] == 1], []
     for _, row in rows.iterrows():
         cache, gpu = row["full_attention"] + row["linear_attention"], row.get("gpu_tokens_per_second")
-        text = (f"{100 * row['share']:g}% softmax: cache {cache / 2**20:.3g} MiB, "
+        size = f"{cache / 2**20:.3g}" if cache < 1000 * 2**20 else mebibytes(cache)
+        text = (f"{100 * row['share']:g}% softmax: cache {size} MiB, "
                 f"{row['tokens_per_second']:.3g} tokens/s{f' ({gpu:,.0f} by GPU time)' if pd.notna(gpu) else ''}")
         if len(whole) and row["share"] < 1:
             teacher = whole.iloc[0]
-            text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory and "
-                     f"**{row['tokens_per_second'] / teacher['tokens_per_second']:.2f} times** its speed")
+            speeds = {"tokens_per_second": "as launched from Python"}
+            speeds |= {"gpu_tokens_per_second": "by GPU time"} if pd.notna(gpu) else {}
+            text += (f", **{cache / teacher['full_attention']:.2f} times** the teacher's memory; its speed is "
+                     + ", ".join(f"**{row[clock] / teacher[clock]:.2f} times** the teacher's {how}"
+                                 for clock, how in reversed(speeds.items())))
         lines.append(f"- {text}.")
     return f"After {rows['context'].iloc[0]:,} tokens:\n\n" + "\n".join(lines)
 

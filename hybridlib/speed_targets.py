@@ -11,11 +11,12 @@ faster than transformers' PyTorch form, and faster than flash-linear-attention's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from .benchmarks import DIRECTIONS
+from .kernel_report import bound_words
 
 __all__ = ["Verdict", "cpu_verdicts", "gpu_verdicts", "target_table", "target_words"]
 
@@ -36,7 +37,7 @@ class Verdict:
     ----------
     target : in words; bound : its number, in `unit`; most : whether the bound is not to be passed, rather than reached.
     found : what was measured, in `unit`; None if nothing was, or not all that it needs.
-    aim : a second bound, beyond the first, if there is one. why : what else was measured and tells why it is missed.
+    aim : a second bound, beyond the first, if there is one. why : what else was measured and tells what bounds it.
     """
 
     target: str
@@ -59,25 +60,30 @@ class Verdict:
 
 
 def gpu_verdicts(tables: Mapping[str, pd.DataFrame]) -> list[Verdict]:
-    """Every target of an H100 from the tables ``"operators"`` and ``"steps"`` of `speed.recorded_speed`.
+    """Every target of an H100 from the tables of `speed.recorded_speed`; tables but operators and steps may be missing.
 
-    Only records of a device whose name has ``H100`` in it count. What is compared was measured on one device.
+    Only records of a device whose name has ``H100`` in it count. What is compared was measured on one device. What
+    bounds a call or a step that misses its target is told where kernels, counters and mixers were measured.
     """
     operators, found = _of_device(tables["operators"], "H100"), []
+    tables = {name: _of_device(frame, "H100") for name, frame in tables.items()}
     for (operator, direction), bound in _TIMES.items():
         ours = _operator(operators, operator, "fused", _TRAINING, direction, "gpu_seconds", "bfloat16")
         found.append(Verdict(f"{_call(operator, direction, _TRAINING)}: GPU time", 1e3 * bound, "ms", True,
-                             None if ours is None else 1e3 * ours))
+                             None if ours is None else 1e3 * ours,
+                             why=bound_words(tables, operator, _TRAINING, direction)))
     for clock, least, text in (("gpu_seconds", 2, "GPU time"), ("seconds", 5, "as launched")):
         found += [_ratio(operators, operator, "fla", "fused", _TRAINING, direction, clock, least, text, "bfloat16")
                   for operator, direction in _TIMES]
-    found += [_ratio(operators, "gated_delta_rule", "flash_qla", "fused", _WIDE, direction, "gpu_seconds", 1,
-                     "GPU time", "bfloat16") for direction in DIRECTIONS]
-    steps = _of_device(tables["steps"], "H100")
+    found += [replace(_ratio(operators, "gated_delta_rule", "flash_qla", "fused", _WIDE, direction, "gpu_seconds", 1,
+                             "GPU time", "bfloat16"), why=bound_words(tables, "gated_delta_rule", _WIDE, direction))
+              for direction in DIRECTIONS]
+    steps = tables["steps"]
     for stage, (bound, aim) in _STEPS.items():
         rows = _where(steps, stage=stage, loop="hybridlib", context=1024, teacher="smollm2-135m")
         found.append(Verdict(f"stage {1 if stage == 'align' else 2} (`{stage}`)", bound, "tokens/s", False,
-                             None if rows.empty else float(rows.iloc[-1]["tokens_per_second"]), aim))
+                             None if rows.empty else float(rows.iloc[-1]["tokens_per_second"]), aim,
+                             why="" if rows.empty else _step_bound(rows.iloc[-1], tables.get("mixers"))))
     return found
 
 
@@ -107,8 +113,25 @@ def target_words(verdicts: Iterable[Verdict]) -> str:
                          for word in ("met", "missed", "not measured"))
     lines = [f"- {one.target}: {_bound(one)}; "
              + (f"{_number(one)}, **{one.verdict}**." if one.found is not None else f"{one.verdict}.")
-             + (f" {one.why}" if one.why and one.verdict.startswith("missed") else "") for one in verdicts]
+             + (f" {one.why}" if one.why and "missed" in one.verdict else "") for one in verdicts]
     return (f"Of {len(verdicts)} targets {met} met, {missed} missed, {none} not measured.\n\n" + "\n".join(lines))
+
+
+def _step_bound(row, mixers):
+    """What of a step its mixers take, and how fast it would be if their operators took no time; empty if not known."""
+    needed = {"mixer", "layers", "num_layers", "batch_tokens", "step_seconds"}
+    if mixers is None or not needed <= set(row.index):
+        return ""
+    parts = _where(mixers, mixer=row["mixer"], direction=DIRECTIONS[1], time=row["context"],
+                   batch=row["batch_tokens"] // row["context"])
+    if parts.empty:
+        return ""
+    parts, count = parts.iloc[-1]["parts"], row["num_layers"] - (len(row["layers"]) if row["stage"] == "match" else 0)
+    each, operator = sum(part["seconds"] for part in parts.values()), parts["operator"]["seconds"]
+    rest = row["step_seconds"] - count * operator
+    return (f"Of a step's {1e3 * row['step_seconds']:.3g} ms its {count} mixers take {1e3 * count * each:.3g}, by what "
+            f"one takes alone; if their operators took no time at all, it would run at "
+            f"{row['batch_tokens'] / rest:,.0f} tokens/s.")
 
 
 def _ratio(frame, operator, peer, ours, shape, direction, clock, least, text, dtype):
@@ -116,7 +139,10 @@ def _ratio(frame, operator, peer, ours, shape, direction, clock, least, text, dt
     times = [_operator(frame, operator, backend, shape, direction, clock, dtype) for backend in (peer, ours)]
     on_gpu = _operator(frame, operator, ours, shape, direction, "gpu_seconds", dtype) if clock == "seconds" else None
     runs = {_operator(frame, operator, backend, shape, direction, "commit", dtype) for backend in (peer, ours)}
-    text += ", of two runs" if len(runs - {None}) > 1 else ""
+    apart = len(runs - {None}) > 1
+    text += ", of two runs" if apart else ""
+    if apart and clock == "seconds":  # what a processor takes depends on what else it does
+        times = [None, None]
     why = "" if None in (on_gpu, times[1]) else (f"Of its {_short(1e3 * times[1])} ms as launched the GPU computes for "
                                                  f"{_short(1e3 * on_gpu)} ms; the rest is the processor's.")
     return Verdict(f"{_call(operator, direction, shape)}: time of {_NAMES[peer]} over that of `{ours}`, {text}", least,
@@ -154,6 +180,8 @@ def _call(operator, direction, shape):
 
 def _bound(one):
     aim = f", aiming at {one.aim:,.0f}" if one.aim is not None else ""
+    if (one.bound, one.unit) == (1, "times"):
+        return "no shorter"
     return f"at {'most' if one.most else 'least'} {_short(one.bound)} {one.unit}{aim}"
 
 

@@ -32,7 +32,7 @@ from .selection import budget_layers, select
 from .selectors import Selection, run_selector
 from .teachers import SMOLLM2, Teacher, load_teacher
 
-__all__ = ["Study", "StudySettings", "notebook_settings", "results_folder"]
+__all__ = ["Study", "StudyRecords", "StudySettings", "notebook_settings", "results_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Study:
 
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
-        parameters, settings = self._align_parameters(mixer, seed)
+        parameters, settings = self.aligned_parameters(mixer, seed), self.align_settings
         folder = self._model_folder(parameters)
 
         def compute():
@@ -206,7 +206,7 @@ class Study:
                     "train_seconds": history.seconds, "heldout_error": list(after.values),
                     "heldout_error_before": list(before.values), "kl": measured.kl, "kl_stderr": measured.kl_stderr}
 
-        self._run("align", parameters, compute, missing=not folder.exists())
+        self.record("align", parameters, compute, missing=not folder.exists())
         return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
@@ -214,26 +214,27 @@ class Study:
         """Scores of all layers of the aligned student. Record kind ``"score"``.
 
         With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``; with
-        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens.
+        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens, and those on
+        a part of the held-out tokens its size, ``measured_tokens``.
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
         s, settings = self.settings, self.match_settings
-        parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
+        parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
                       "direction": direction, "metric": metric, "heldout_tokens": s.heldout_tokens}
         if metric == "kl":
             parameters |= {"num_tokens": s.score_tokens, "settings": settings.numbers()}
         else:
             parameters |= {"normalize": normalize}
-        records = _Candidates(self, parameters)
+        records = StudyRecords(self, parameters)
         if early_stop is not None:
             if metric != "kl":
                 raise ValueError(f"early_stop={early_stop!r} is for metric 'kl'; metric={metric!r} trains nothing")
-            parameters = parameters | {"early_stop": asdict(early_stop)}
+            parameters = parameters | {"early_stop": early_stop.parameters()}
 
         def compute():
             student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
-            inputs = self._inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
+            inputs = self.scoring_inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
             return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
                                 early_stop=early_stop, executor=self.executor, group=self.group, inputs=inputs,
@@ -241,7 +242,7 @@ class Study:
                                 checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem
                                 ).to_dict()
 
-        return LayerScores.from_dict(self._run("score", parameters, compute).metrics)
+        return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
         """The layers that `selector`, a name of `selectors.SELECTORS`, keeps under the study's budget.
@@ -265,20 +266,20 @@ class Study:
         s = self.settings
         known = {"heldout_tokens": s.heldout_tokens}
         if mixer is not None:
-            known |= {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed}
+            known |= {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed}
         else:
             rows = self.tokens(0, s.score_tokens, "score").heldout
             known |= {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
                       "data": Tokens(rows, rows).fingerprint, "context": s.context}
-        return self._run(kind, known | dict(parameters), compute)
+        return self.record(kind, known | dict(parameters), compute)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
         """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``: `evaluate`'s figures, loss, cost."""
         s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
-        parameters = {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed,
+        parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
                       "layers": list(layers), "num_tokens": s.match_tokens, "settings": settings.numbers(),
-                      "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
+                      "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
 
         def compute():
             hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
@@ -286,19 +287,19 @@ class Study:
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings) as checkpoint:
                 history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings,
                                 checkpoint=checkpoint)
-            measured = evaluate(hybrid, self.teacher.model, tokens, recall=self._recall)
+            measured = evaluate(hybrid, self.teacher.model, tokens, recall=self.recall_task)
             return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
                     "tokens": history.tokens[-1], "train_seconds": history.seconds}
 
-        return self._run("hybrid", parameters, compute)
+        return self.record("hybrid", parameters, compute)
 
     def teacher_record(self) -> Record:
         """The teacher's own perplexity and recall. Record kind ``"teacher"``."""
         s = self.settings
         parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
-                      "context": s.context, "heldout_tokens": s.heldout_tokens, "recall": asdict(self._recall)}
-        return self._run("teacher", parameters, lambda: evaluate(
-            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self._recall).metrics())
+                      "context": s.context, "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
+        return self.record("teacher", parameters, lambda: evaluate(
+            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
         """Distil every selection; one row a selection and seed: ``selector``, ``seed``, ``layers`` and the metrics.
@@ -314,13 +315,14 @@ class Study:
         return pd.DataFrame(rows)
 
     @property
-    def _recall(self) -> RecallTask:
+    def recall_task(self) -> RecallTask:
+        """What hybrids are scored on beside their KL."""
         return RecallTask("key_value", pairs=self.settings.recall_pairs)
 
-    def _inputs(self, mixer, seed, tokens):
-        """Where workers find the aligned student and the `tokens` that layers are scored on."""
+    def scoring_inputs(self, mixer: str, seed: int, tokens: Tokens) -> ScoringInputs:
+        """Where workers find the aligned student and the `tokens` that layers are scored on; `aligned` made it."""
         s = self.settings
-        folder = self._model_folder(self._align_parameters(mixer, seed)[0])
+        folder = self._model_folder(self.aligned_parameters(mixer, seed))
         return ScoringInputs(str(folder.resolve()), weights_sha256(folder), _absolute(s.teacher), _absolute(s.corpus),
                              s.context, seed, max(s.score_tokens, s.context), 2 * s.heldout_tokens,
                              (0, len(tokens.heldout)), tokens.fingerprint, s.device)
@@ -335,13 +337,18 @@ class Study:
         return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
                              mixer_learning_rate=s.mixer_learning_rate, compile=True, cuda_graph=True)
 
-    def _align_parameters(self, mixer, seed):
+    @property
+    def align_settings(self) -> AlignSettings:
+        """The settings of stage 1."""
+        return AlignSettings(batch_tokens=self.settings.batch_tokens, learning_rate=self.settings.align_learning_rate,
+                             compile=True, cuda_graph=True)
+
+    def aligned_parameters(self, mixer: str, seed: int) -> dict:
+        """What the record of `aligned` depends on; records that build on that student have it as ``aligned``."""
         s = self.settings
-        settings = AlignSettings(batch_tokens=s.batch_tokens, learning_rate=s.align_learning_rate,
-                                 compile=True, cuda_graph=True)
         return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
                 "corpus": s.corpus, "data": self.tokens(seed, s.align_tokens, "score").fingerprint,
-                "context": s.context, "num_tokens": s.align_tokens, "settings": settings.numbers()}, settings
+                "context": s.context, "num_tokens": s.align_tokens, "settings": self.align_settings.numbers()}
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
@@ -350,7 +357,9 @@ class Study:
         yield path if num_tokens > settings.checkpoint_every else None
         path.unlink(missing_ok=True)
 
-    def _run(self, kind, parameters, compute, missing=False) -> Record:
+    def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
+        """The record of (kind, parameters), computed if there is none, if what was kept beside it is `missing`, or if
+        the study recomputes and has not done so yet."""
         path = str(self.ledger.path(kind, parameters))
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
@@ -363,25 +372,28 @@ def _absolute(name):
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
-class _Candidates:
-    """The records of a scoring's candidates, for `score_layers`."""
+class StudyRecords:
+    """The records of a scoring's candidates in a study's ledger, for `score_layers`; see `scoring.CandidateRecords`.
 
-    def __init__(self, study, parameters):
+    `parameters` are those of the scoring, ``num_tokens`` among them.
+    """
+
+    def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters
 
-    def find(self, layer, tokens):
-        parameters = self._of(layer, tokens)
+    def find(self, layer, tokens, part=None):
+        parameters = self._of(layer, tokens, part)
         path = self.study.ledger.path("candidate", parameters)
         if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
             return None
         return self.study.ledger.run("candidate", parameters, dict).metrics
 
-    def keep(self, layer, tokens, found):
-        parameters = self._of(layer, tokens)
+    def keep(self, layer, tokens, found, part=None):
+        parameters = self._of(layer, tokens, part)
         self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
         metrics = {name: value for name, value in found.items() if name != "device"}
         self.study.ledger.add("candidate", parameters, metrics, seconds=found["seconds"], device=found["device"])
 
-    def _of(self, layer, tokens):
+    def _of(self, layer, tokens, part):
         until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
-        return self.parameters | {"layer": layer} | until
+        return self.parameters | {"layer": layer} | until | ({} if part is None else {"measured_tokens": part})

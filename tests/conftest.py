@@ -66,7 +66,7 @@ FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen2_tied", "qwen3", "mistral
 
 @pytest.fixture(scope="session")
 def tiny_teacher():
-    """make(family, layers=3): a tiny random teacher in float32, in eval mode; its biases and norms are random too."""
+    """make(family, layers=3, **config): a tiny random teacher in float32 and eval mode, biases and norms random too."""
     import torch
     from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
                               Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
@@ -74,7 +74,7 @@ def tiny_teacher():
     classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
                "qwen3": (Qwen3Config, Qwen3ForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
 
-    def make(family="llama", layers=3):
+    def make(family="llama", layers=3, **config):
         config_class, model_class = classes[family.split("_")[0]]
         settings = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -83,7 +83,7 @@ def tiny_teacher():
         settings |= {"attention_bias": True} if "bias" in family else {}
         settings |= {"sliding_window": None} if family == "mistral" else {}
         torch.manual_seed(0)
-        model = model_class(config_class(**settings)).eval().requires_grad_(False)
+        model = model_class(config_class(**settings | config)).eval().requires_grad_(False)
         for name, p in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 p.add_(0.3 * torch.randn(p.shape))

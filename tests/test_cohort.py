@@ -11,6 +11,7 @@ import torch
 
 import hybridlib as hl
 from hybridlib import candidates, scoring
+from hybridlib import cohort as cohort_module
 from hybridlib.switched import Switched
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
@@ -184,6 +185,23 @@ def test_the_shared_step_goes_on_from_checkpoints_from_memory_or_from_the_start(
     assert len(recorded) == 12
     monkeypatch.setattr(candidates, "shares_step", lambda job: False)  # and a run alone from its checkpoint
     assert candidates.measure_candidates(job, [1], 512, 256)[1]["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [5_000_000, 256])
+def test_states_wait_in_memory_unless_a_candidate_is_long(aligned, tiny_tokens, recorded, tmp_path, monkeypatch, every):
+    student, teacher = aligned
+    held, written, hold, save = [], [], Switched.hold, cohort_module.save_checkpoint
+    monkeypatch.setattr(Switched, "hold", lambda self: held.append(self.step) or hold(self))
+    monkeypatch.setattr(cohort_module, "save_checkpoint", lambda *args: written.append(args[-1]) or save(*args))
+    settings = dataclasses.replace(MATCH, checkpoint_every=every)
+    stop = hl.EarlyStop(2, 256, window=2, threshold=1 / 3, heldout_tokens=32)  # any two pairs of three share one
+    arguments = dict(num_tokens=1024, settings=settings, group=1, checkpoints=tmp_path / "c")
+    found = hl.score_layers(student, teacher, tiny_tokens, **arguments, early_stop=stop)
+    assert found.history_tokens == (256, 512)
+    assert bool(held) == (every > 1024) and bool(written) == (every < 1024) and not list(tmp_path.rglob("layer-*"))
+    whole = hl.score_layers(student, teacher, tiny_tokens, **arguments,
+                            early_stop=dataclasses.replace(stop, heldout_tokens=None))
+    assert found.values == pytest.approx(whole.values, abs=1e-5) and found.history[0] != whole.history[0]
 
 
 def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligned, tiny_tokens, recorded):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hybridlib as hl
+from hybridlib import candidates
+from hybridlib.cost import held_beside
 from hybridlib.gates import gated_model
 from hybridlib.passes import last_hidden
 
@@ -102,14 +105,72 @@ def test_a_meter_counts_what_it_is_told(tiny_teacher):
     assert cost.seconds > 0 and cost.device and cost.peak_memory is None
 
 
+class OnGPU:
+    """What a meter asks of a model and of its weights."""
+
+    def __init__(self, *storages):
+        self.held, self.device = [(number, size) for number, size in storages], torch.device("cuda", 0)
+
+    def parameters(self):
+        return iter([self, self])
+
+    def buffers(self):
+        return (OnGPU(one) for one in self.held)
+
+    def untyped_storage(self):
+        (number, size), = self.held[:1]
+        return SimpleNamespace(data_ptr=lambda: number, nbytes=lambda: size)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A GPU's memory, as bytes that the test sets."""
+    gpu = SimpleNamespace(now=0, peak=0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gpu.now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(gpu, "peak", gpu.now))
+    return gpu
+
+
+@pytest.mark.parametrize("others", [0, 5_000])
+def test_peak_memory_is_the_works_own_whatever_else_lies_on_the_gpu(memory, others):
+    teacher, student = OnGPU((1, 100), (2, 40)), OnGPU((2, 40), (3, 60))  # they share a weight of 40 bytes
+    memory.now = memory.peak = others + 200
+    memory.peak += 10_000  # before the meter was made
+    meter = hl.Meter(teacher, student)
+    assert meter.cost().peak_memory == 200
+    memory.peak += 30
+    assert meter.cost().peak_memory == 230
+    assert hl.Meter(teacher).cost().peak_memory == 140  # a model that it was not given lay there before
+
+
+def test_a_part_of_a_job_counts_what_earlier_parts_left(memory):
+    teacher = OnGPU((1, 100))
+    memory.now = memory.peak = 1_100
+    beside = held_beside(teacher)
+    assert beside == 1_000
+    memory.now += 50  # what the first part leaves
+    assert hl.Meter(teacher, beside=beside).cost().peak_memory == 150
+    memory.now = memory.peak = 900  # others gave back what was theirs
+    assert hl.Meter(teacher, beside=1_000).cost().peak_memory == 0
+
+
+def test_candidates_leave_out_what_lay_there_before_the_scoring(aligned, tiny_tokens, monkeypatch):
+    student, teacher = aligned
+    asked, real = [], candidates.Meter
+    monkeypatch.setattr(candidates, "held_beside", lambda *models: asked.append(models) or 7)
+    monkeypatch.setattr(candidates, "Meter", lambda *models, beside: asked.append(beside) or real(*models))
+    hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
+    assert asked == [(teacher, student), 7, 7, 7]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is counted")
 def test_peak_memory_is_that_since_the_meter_was_made(tiny_teacher):
     teacher = tiny_teacher().cuda()
-    torch.empty(2**26, device="cuda")
+    others = torch.empty(2**26, device="cuda")
     meter = hl.Meter(teacher)
-    held = torch.cuda.memory_allocated()
     torch.empty(2**22, device="cuda")
-    assert held + 2**24 <= meter.cost().peak_memory < held + 2**28
+    assert 2**24 <= meter.cost().peak_memory < 2**25 < others.nbytes
 
 
 @pytest.mark.parametrize("direction", ["add", "remove"])

@@ -222,6 +222,58 @@ def test_a_token_step_of_a_teacher_is_the_same_at_every_call(tiny_teacher):
     assert torch.equal(step(), step())
 
 
+@pytest.fixture(scope="module")
+def hybrid_on_gpu(tiny_teacher):
+    """make(mixer, layers=(1,)): a hybrid of heads of 32 dims in float32, whose prompts and steps kernels can read."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+    def make(mixer, layers=(1,)):
+        teacher = tiny_teacher("qwen3", head_dim=32).to("cuda")
+        return hl.restore(hl.linearize(teacher, mixer), teacher, layers).eval().requires_grad_(False)
+    return make
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_greedy_tokens_by_kernels_are_those_of_recomputing(hybrid_on_gpu, mixer, layers):
+    model, prompt = hybrid_on_gpu(mixer, layers), ids(20).cuda()
+    assert torch.equal(*both(model, prompt, new=30))
+    mask = torch.ones_like(prompt)
+    mask[0, :4] = 0
+    assert torch.equal(*both(model, prompt, mask))
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+@pytest.mark.parametrize("half", ["weights", "autocast"])
+def test_logits_by_kernels_in_half_precision_are_near_those_of_recomputing(hybrid_on_gpu, mixer, half):
+    model, text = hybrid_on_gpu(mixer), ids(40).cuda()
+    exact = model(input_ids=text).logits
+    model = model.bfloat16() if half == "weights" else model
+    with torch.autocast("cuda", torch.bfloat16, enabled=half == "autocast"):
+        whole, out = model(input_ids=text).logits, model(input_ids=text[:, :20], use_cache=True)
+        logits = [out.logits]
+        for t in range(20, 40):
+            out = model(input_ids=text[:, t:t + 1], past_key_values=out.past_key_values)
+            logits.append(out.logits)
+    noise, found = ((x.float() - exact).norm() for x in (whole, torch.cat(logits, 1)))
+    assert 0 < found <= 1.5 * noise
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+def test_a_token_step_by_kernels_can_be_recorded(hybrid_on_gpu, mixer):
+    model, text = hybrid_on_gpu(mixer), ids(21).cuda()
+    cache = model(input_ids=text[:, :-1], use_cache=True).past_key_values
+    expected = model(input_ids=text).logits[:, -1:]
+    step = token_step(model, text[:, -1:], cache)
+    torch.testing.assert_close(step(), expected, rtol=0, atol=1e-3)
+    graph, step = torch.cuda.CUDAGraph(), token_step(model, text[:, -1:], cache)
+    with torch.cuda.graph(graph):
+        logits = step()
+    graph.replay()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+
+
 def test_memory_of_a_teachers_cache_is_all_softmax(tiny_teacher):
     cache = tiny_teacher("llama")(input_ids=ids(9), use_cache=True).past_key_values
     assert hl.cache_memory(cache) == {"full_attention": 2 * 3 * 2 * 2 * 9 * 8 * 4, "linear_attention": 0}

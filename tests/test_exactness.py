@@ -108,7 +108,9 @@ def test_a_known_wrong_is_found_in_the_tensor_that_has_it(ledger, small, monkeyp
     for errors in row["errors"].values():
         assert errors["final state"] == pytest.approx(1e-3, rel=1e-2)
         assert max(error for name, error in errors.items() if name != "final state") < 1e-5
-    assert "beyond** 1e-05" in exactness.exactness_words(pd.DataFrame([row]))
+    assert f"beyond** 1e-05, as in {len(row['errors'])} of them; " in exactness.exactness_words(pd.DataFrame([row]))
+    assert ", `fused, Triton 9.9`, " in exactness.exactness_words(pd.DataFrame([row | {"backend": "fused",
+                                                                                       "triton": "9.9"}]))
     assert exactness.exactness_table(pd.DataFrame([row])).iloc[0]["tensor"] == "final state"
 
 

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hybridlib import kernels
-from hybridlib.kernels import fused
+from hybridlib.kernels import fused, step
 from hybridlib.kernels.fused import launch
+from hybridlib.mixers import MixerState, build_mixer
 
 OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
 NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_state"],
@@ -168,6 +171,149 @@ def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, de
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch):
     check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, device="cuda")
+
+
+def check_steps(operator, key_dim, value_dim, dtype, decay="mild", beta="random", time=40, device="cpu"):
+    """Hold steps, a token after another, against the recurrence in float64; the states given are not written to."""
+    inputs, first = make_inputs(operator, time, key_dim, value_dim, dtype, decay, beta, heads=2, device=device)
+    truth, last = getattr(kernels, OPERATORS[operator])(*(x.double() for x in inputs), initial_state=first.double(),
+                                                        backend="reference")
+    assert fused.takes_step("auto", (key_dim, value_dim), *inputs, first)
+    state, before, outputs = first, first.clone(), []
+    for t in range(time):
+        o, state = getattr(step, OPERATORS[operator])(*(x[:, t] for x in inputs), state)
+        outputs.append(o)
+    assert o.dtype == dtype and state.dtype == torch.float32 and torch.equal(first, before)
+    assert error(torch.stack(outputs, 1), truth) <= (1e-5 if dtype == torch.float32 else 1e-2)
+    assert error(state, last) <= 1e-5 or last.norm() < 1e-30  # of float32's smallest few digits are left
+
+
+def check_step_strides(operator, device="cpu"):
+    """Rows of wider tensors, heads that are not dense, a state in another order and of bfloat16, a scale of its own."""
+    inputs, state = make_inputs(operator, 1, 32, 64, torch.float32, device=device)
+    token, state = [x[:, 0] for x in inputs], state.bfloat16().mT.contiguous().mT
+    token[0] = torch.cat([token[0], token[0]], 1)[:, :3]
+    token[2] = torch.stack([token[2], token[2]], 2)[:, :, 1]
+    run = getattr(step, OPERATORS[operator])
+    for x, y in zip(run(*token, state, 2.5), run(*token, state, 2.5, backend="reference"), strict=True):
+        assert x.dtype == y.dtype == torch.float32 and error(x, y.double()) <= 1e-6
+
+
+def check_gated_norm(dim, dtype, weight_dtype, device="cpu"):
+    random = torch.Generator().manual_seed(dim)
+    o, g = torch.randn(2, 5, 3, 2 * dim, generator=random).to(device, dtype)[:, 2].split(dim, -1)
+    weight = torch.randn(dim, generator=random).to(device, weight_dtype)
+    normed = torch.nn.functional.rms_norm(o.double(), (dim,), weight.double(), 1e-6)
+    made = fused.gated_norm(o, g, weight, 1e-6)
+    assert made.dtype == dtype and made.shape == o.shape
+    assert error(made, normed * torch.nn.functional.silu(g.double())) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def check_mixer_steps(name, half, qk_norm=False, device="cpu"):
+    """Hold a mixer that reads a token at a time by kernels against one that reads them at once in PyTorch.
+
+    half: None for float32, "weights" or "autocast" for bfloat16.
+    """
+    torch.manual_seed(0)
+    mixer = build_mixer(name, SimpleNamespace(
+        num_attention_heads=2, head_dim=32, hidden_size=48, mixer_qkv_bias=True, mixer_o_bias=False, rms_norm_eps=1e-6,
+        mixer_qk_norm=qk_norm), 0)
+    mixer.init_gates(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(mixer.o_norm.weight)
+    mixer, x = mixer.to(device), torch.randn(2, 9, 48).to(device)
+    with torch.no_grad():
+        mixer.backend = "reference"
+        expected = mixer(x)[0]
+        mixer.backend, cache, dtype = "auto", DynamicCache(), torch.bfloat16 if half == "weights" else torch.float32
+        cache.layers, mixer, x = [MixerState()], mixer.to(dtype), x.to(dtype)
+        with torch.autocast(device, torch.bfloat16, enabled=half == "autocast"):
+            parts = [mixer(x[:, start:end], past_key_values=cache)[0]
+                     for start, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9))]
+    assert fused.takes_step("auto", (32, 32), parts[0].detach())
+    assert {part.dtype for part in parts} == {torch.bfloat16 if half else torch.float32}
+    assert error(torch.cat(parts, 1), expected.double()) <= (2e-2 if half else 1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_steps(operator, dtype, decay):
+    check_steps(operator, 64, 64, dtype, decay, time=400, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+@pytest.mark.parametrize("key_dim, value_dim", [(16, 16), (32, 32), (128, 128), (256, 256), (64, 256), (256, 32)])
+def test_steps_of_other_dims(operator, dtype, key_dim, value_dim):
+    check_steps(operator, key_dim, value_dim, dtype, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("beta", ["zero", "one"])
+def test_steps_that_write_nothing_or_all(beta):
+    check_steps("gdn", 64, 64, torch.float32, beta=beta, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_steps_take_any_strides(operator):
+    check_step_strides(operator, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                                                 (torch.bfloat16, torch.bfloat16)])
+def test_gated_norm(dim, dtype, weight_dtype):
+    check_gated_norm(dim, dtype, weight_dtype, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["gdn", "gla"])
+@pytest.mark.parametrize("half", [None, "weights", "autocast"])
+def test_mixers_step(name, half):
+    check_mixer_steps(name, half, qk_norm=True, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+def test_a_step_in_a_cuda_graph(operator, dtype):
+    inputs, state = make_inputs(operator, 1, 64, 64, dtype, device="cuda")
+    token, run = [x[:, 0] for x in inputs], getattr(step, OPERATORS[operator])
+    run(*token, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*token, state)
+    state.mul_(2)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, run(*token, state), strict=True))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_which_steps_the_kernels_take(monkeypatch, operator):
+    inputs, state = make_inputs(operator, 1, 32, 64, torch.float32)
+    token, run = [x[:, 0] for x in inputs], getattr(step, OPERATORS[operator])
+    seen = []
+    monkeypatch.setattr(fused, "token", lambda *given: seen.append(given) or given[-2:])
+    run(*token, state)
+    assert not seen or fused._interpreted()
+    monkeypatch.setattr(fused, "why_not", lambda: None)
+    monkeypatch.setattr(fused, "_interpreted", lambda: True)
+    seen.clear()
+    run(*token, state), run(*token, state, 2, "fused")
+    assert [given[-1] for given in seen] == [32 ** -0.5, 2]
+    assert all(given[-2] is state and (given[-3] is None) == (operator == "gla") for given in seen)
+    seen.clear()
+    run(*token, state, backend="chunked"), run(*token, state, torch.ones(()))
+    run(*token[:2], token[2][..., :48], *token[3:], state[..., :48])
+    run(*(x.double() for x in token), state), run(*token, state.double())
+    run(*token, state.clone().requires_grad_())
+    assert not seen
+    with torch.no_grad():
+        run(*token, state.clone().requires_grad_())
+    assert seen
+    with pytest.raises(ValueError, match="backend='wild' is unknown"):
+        run(*token, state, backend="wild")
 
 
 @on_gpu
@@ -409,6 +555,26 @@ def interpreted_checks_of_inputs():
             check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, backend="aot_eager")
 
 
+def interpreted_checks_of_steps():
+    """A token at a time: operators, the norm and gate after them, and mixers."""
+    interpret_as_gpus_compute()
+    for operator in OPERATORS:
+        check_steps(operator, 16, 16, torch.float32, "near none", time=40)
+        for decay in ("none", "strong", "strong, then mild"):
+            check_steps(operator, 32, 16, torch.float32, decay, time=10)
+        check_steps(operator, 32, 64, torch.bfloat16, time=6)
+        for key_dim, value_dim in ((64, 64), (128, 32), (32, 128), (256, 16)):
+            check_steps(operator, key_dim, value_dim, torch.float32, "mixed", time=3)
+        check_step_strides(operator)
+        for half in (None, "weights", "autocast"):
+            check_mixer_steps(operator, half, qk_norm=half is None)
+    for beta in ("zero", "one"):
+        check_steps("gdn", 32, 16, torch.float32, beta=beta, time=10)
+    for dim, *dtypes in ((32, torch.float32, torch.float32), (64, torch.bfloat16, torch.float32),
+                         (256, torch.bfloat16, torch.bfloat16)):
+        check_gated_norm(dim, *dtypes)
+
+
 def interpreted_checks_of_segments():
     """As `interpreted_checks`, with scans cut along time: some segments shorter, some empty."""
     interpret_as_gpus_compute()
@@ -435,7 +601,7 @@ def interpreted_checks_of_segments():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("what", ["", "_of_segments", "_of_inputs"])
+@pytest.mark.parametrize("what", ["", "_of_segments", "_of_inputs", "_of_steps"])
 def test_in_the_interpreter(what):
     root = Path(__file__).resolve().parent.parent
     code = f"import torch; torch.set_num_threads(1); from tests import test_fused as t; t.interpreted_checks{what}()"

@@ -383,13 +383,31 @@ def test_words_say_where_time_goes_and_what_bounds_it():
         "graph.",
         "  - scan: **80 µs** (40%); moving its bytes would take 25% of that, its products 10%; 144 programs of 4 warps "
         "are 0.55 waves; counted: issue slots 11%, tensor cores 7.5%, DRAM 12%, 1.02 warps a scheduler, 0.12 of them "
-        "ready, most wait for long scoreboard 4.75.",
+        "ready, most wait for long scoreboard 4.75; bound by latency.",
         "  - gradients: **120 µs** (60%); moving its bytes would take 50% of that; 144 programs of 4 warps are 0.55 "
         "waves."]
     assert lines[4] == ("  - scan: 9 programs 80 µs, 132 programs 84 µs (1.05 times that), 264 programs 100 µs "
                         "(1.25 times that), 528 programs 1,600 µs (20.00 times that). With a program on every "
                         "multiprocessor 95% of its time is the chain of steps in a program: **latency** bounds it.")
     assert [line[:9] for line in lines[3:]] == ["- gated d", "  - scan:"] * 2
+
+
+def test_a_call_is_bound_by_what_its_kernels_counters_are_near():
+    frames, asked = tables(), ("gated_delta_rule", (16, 1024, 9, 64))
+    assert kernel_report.bound_words(frames, *asked) == ""  # the other kernel was not counted
+    assert kernel_report.bound_words(frames, *asked, "forward") == (
+        "What bounds it, by the GPU's counters: `scan` 100% of the time, bound by latency (0.12 of 1.02 warps a "
+        "scheduler are ready; DRAM 12%, tensor cores 7.5% of their peaks).")
+    scan, gradients = frames["counters"]["kernels"].iloc[1]
+    gradients |= scan | {"name": "delta_rule.gradients", "pass": "backward", "dram": 0.8}
+    assert "`gradients` 60% of the time, bound by bandwidth (80% of the peak); `scan` 40%" in (
+        kernel_report.bound_words(frames, *asked))
+    gradients |= {"dram": 0.1, "tensor": 0.75}
+    assert "bound by products (75% of the peak)" in kernel_report.bound_words(frames, *asked)
+    gradients |= {"tensor": 0.1, "eligible": 0.9}
+    assert "near no limit (0.90 warps a scheduler are ready)" in kernel_report.bound_words(frames, *asked)
+    assert kernel_report.bound_words(frames, "gated_linear_attention", asked[1]) == ""
+    assert kernel_report.bound_words({}, *asked) == ""
 
 
 def test_tables_have_a_line_a_launch():

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from hybridlib import kernels
+from hybridlib import benchmarks, kernels
 from hybridlib.kernels import chunked, fla, gated_delta_rule, gated_linear_attention, reference
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 8, 12
@@ -160,6 +160,22 @@ def test_half_precision_computes_in_float32(operator, backend):
     assert all(x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() for x in leaves)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_chunked_keeps_inputs_states_and_one_matrix_a_chunk(operator):
+    inputs = {name: x.requires_grad_() for name, x in benchmarks.operator_inputs(OPERATORS[operator], (1, 256, 2, 16)).items()}
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        getattr(kernels, OPERATORS[operator])(**inputs, backend="chunked")
+    chunks, rows = 256 // 32, 2
+    states, matrices = (chunks + 1) * rows * 16 * 16, chunks * rows * 32 * 32
+    assert sum(kept.values()) <= 4 * (sum(x.numel() for x in inputs.values()) + states + matrices)
+
+
 def test_inputs_are_left_as_they_were():
     inputs, state = make_inputs("gdn", 32)
     copies = [x.clone() for x in (*inputs, state)]
@@ -189,6 +205,26 @@ def test_bad_input_is_refused(name, change, said):
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=said):
         gated_delta_rule(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["backend", "scale"])
+def test_a_list_is_no_backend_and_no_scale(argument):
+    inputs = benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4))
+    with pytest.raises(ValueError, match=f"^{argument}="):
+        gated_delta_rule(**inputs, **{argument: ["fused"]})
+
+
+def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
+    inputs = {name: x.requires_grad_(False) for name, x in
+              benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4)).items()}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
+    monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
+    kernels._tell.cache_clear()
+    for _ in range(2):
+        gated_delta_rule(**inputs)
+    said, = caplog.messages
+    assert said == "backend='auto' runs 'chunked', for 'fused' cannot run here: dims are not 32, 64 or 128"
 
 
 def test_attention_refuses_a_decay_without_key_dim():

@@ -216,10 +216,11 @@ def test_a_run_of_the_oracle_measures_draws_and_says_each_part(executed_notebook
     cells = {cell.id: cell for cell in nbformat.read(executed_notebooks[ORACLE], as_version=4).cells}
     outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
     assert not [output for found in outputs.values() for output in found if output.output_type == "error"]
-    for name, figures in (("settled", 1), ("judged", 2), ("interactions", 1)):
-        assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
+    drawn = {name: sum("image/svg+xml" in output.get("data", {}) for output in outputs[name])
+             for name in ("settled", "judged", "interactions")}
+    assert (drawn["judged"], drawn["interactions"]) == (2, 1) and drawn["settled"] >= 1  # by recall, all may be alike
     verdict = "".join(outputs["verdict"][0].data["text/markdown"])
-    assert "2 of 8 layers, by KL" in verdict and "**ga-s2**: regret" in verdict and "of 28: **" in verdict
+    assert "2 of 8 layers, by KL" in verdict and "**GA-S2**: regret" in verdict and "of 28: **" in verdict
     values = profile("smoke", ORACLE)
     records = [r for r in Ledger(smoke_results) if r.kind == "oracle"]
     assert [r.seed for r in records] == list(range(values["seeds"]))

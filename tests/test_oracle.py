@@ -219,6 +219,7 @@ def test_layers_that_add_up_are_predicted_and_those_that_do_not_are_not():
     assert frame["size"].tolist() == [2, 3, 4]
     assert frame[["error", "rmse", "pick_regret"]].abs().to_numpy().max() < 1e-9
     assert frame["spearman"].tolist() == pytest.approx([1, 1, 1])
+    assert "explains 99.4% of the" in oracle_report.additive_words(frame.assign(r2=[0.9936, 0.9944, np.nan]))
     assert frame["r2"].dropna().tolist() == pytest.approx([1, 1])  # five sets of four layers say nothing
     # One layer is enough: whatever is added to the first brings nothing.
     saturated = {s: 2 - max((gain[l] for l in s), default=0) for s in oracle.sets_of_sizes(5)}
@@ -243,15 +244,30 @@ def test_settling_follows_the_ranking_along_training():
     flipped = oracle.settling([made_up(end, curve=[(25, end), (50, early)])])
     assert oracle_report.settled_words(flipped).count("**not settled**") == 4
     assert "nothing tells" in oracle_report.settled_words(oracle.settling([made_up(end)]))
+    assert "share the best" not in oracle_report.settled_words(frame)
+
+
+def test_ties_are_counted_where_a_ranking_is_said_to_have_settled():
+    end, known = drawn(4, 0), {s: (1.0 if 1 in s else 0.25 * min(s, default=0)) for s in oracle.sets_of_sizes(4)}
+    record = made_up(end, recall=known, curve=[(50, end)])
+    for row in record.metrics["sets"]:
+        row["curve"][0]["recall_exact"] = 1 - row["recall_exact"]
+    frame = oracle.settling([record], "recall_exact")
+    assert frame[frame["size"] == 2][["tied", "distinct"]].values.tolist() == [[3, 3]]  # of {01, 12, 13} and two others
+    alike = oracle.settling([made_up({s: 1.0 for s in end}, curve=[(50, end)])])
+    assert oracle_report.settled_words(alike).count("so **nothing can be told**") == 3
+    text = oracle_report.settled_words(frame, "recall_exact")
+    assert "**2 layers** (6 sets), by recall: " in text and "Of the 6, 3 share the best value, and there are 3" in text
+    assert text.count("share the best") == 2 and text.count("**not settled**") == 3  # of one layer, one is best
 
 
 def test_words_say_no_more_than_the_interval():
     truth = {s: 1.0 + sum(s) for s in oracle.sets_of_sizes(4)}
     noisy = [made_up({s: v + 1e-3 * seed * len(s) for s, v in truth.items()}, seed) for seed in range(3)]
-    chosen = [{"seed": seed, "choices": [{"selector": "good", "layers": [0, 1]}, {"selector": "bad", "layers": [2, 3]}]}
-              for seed in range(3)]
+    sets = [{"selector": "ga-s2", "layers": [0, 1]}, {"selector": "bad", "layers": [2, 3]}]
+    chosen = [{"seed": seed, "choices": sets} for seed in range(3)]
     text = oracle_report.judged_words(oracle.judge(noisy, chosen), noisy, 2)
-    good, bad = (next(line for line in text.splitlines() if f"**{name}**" in line) for name in ("good", "bad"))
+    good, bad = (next(line for line in text.splitlines() if f"**{name}**" in line) for name in ("GA-S2", "bad"))
     assert "rank 1 of 6: **the best set in every seed**" in good and "rank 6 of 6: **worse than the best**" in bad
     assert text.index(good) < text.index(bad) and "what noise between seeds costs" in text
     one = oracle_report.judged_words(oracle.judge(noisy[:1], chosen[:1]), noisy[:1], 2)
@@ -261,6 +277,9 @@ def test_words_say_no_more_than_the_interval():
     assert "No set of 3 layers" in oracle_report.judged_words(oracle.judge(noisy, chosen), noisy, 3)
     assert "correlation of 1.00 to 1.00" in oracle_report.seed_words(noisy)
     assert "One seed" in oracle_report.seed_words(noisy[:1])
+    assert oracle_report.seed_words(equal).startswith("No two seeds rank sets of one size by KL, so nothing tells")
+    table = oracle_report.judged_table(oracle.judge([made_up(drawn(4, s), s, drawn(4, s)) for s in (0, 1)], chosen), 2)
+    assert list(table.index[:2]) == ["GA-S2", "bad"] and "recall_exact_rank" in table
 
 
 def test_best_sets_are_named_by_size_and_seed():
@@ -318,6 +337,9 @@ def test_figures_show_what_they_are_given():
     assert f"{maps.mean(0)[0, 1]:.3f}".replace("-", "\u2212") in texts
     curves = oracle_report.settling_curves(oracle.settling(records))
     assert [t.get_text() for t in curves.legends[0].get_texts()] == ["1 layer", "2 layers", "3 layers"]
+    assert curves.axes[0].get_ylabel() == "Spearman with the end, by KL"
+    figures, text = oracle_report.settling_report(records)
+    assert len(figures) == 1 and text.count("by KL") == 4 and "the ranking by recall" in text
     for broken in (lambda: oracle_report.interaction_map(maps[0]),
                    lambda: oracle_report.settling_curves(pd.DataFrame({"spearman_end": [float("nan")]})),
                    lambda: oracle_report.landscape(oracle.oracle_table(records).assign(kl=None))):

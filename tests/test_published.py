@@ -132,10 +132,32 @@ def test_pooled_clustering_is_what_random_draws_give():
 def test_each_reported_figure_finds_its_set():
     table = published.reported(SETS, RESULTS)
     assert len(table) == len(RESULTS)
-    assert set(table[table["layers"].isna()]["selector"]) == {"GR-S2", "GA-S1", "AVG-S2"}
+    assert set(table[table["layers"].isna()]["selector"]) == {"GR-S2", "AVG-S2"}
+    stage_1 = table[table["selector"] == "GA-S1"].iloc[0]
+    assert stage_1["layers"] == (0, 1, 27, 24, 25, 2, 26)
+    text = published.report_words(table)
+    assert "**GA-S1** is held to the published set of stage-1 MSE: that they are one is our reading." in text
+    assert "**Without a published set**: GR-S2, AVG-S2." in text
     transferred = table[table["selector"] == "GA-S2 (gdn probe)"].iloc[0]
     own = table[(table["selector"] == "GA-S2") & (table["teacher"] == transferred["teacher"])].iloc[0]
     assert transferred["student_mixer"] == "gla" and transferred["layers"] == own["layers"]
+
+
+def test_sets_of_other_works_are_shown_and_set_beside_the_nearest_of_ours():
+    quarter = published.of_share(SETS, 0.25, "gdn")
+    assert set(quarter["budget"]) == {0.25} and set(quarter["probe_mixer"].dropna()) == {"gdn"}
+    placed = published.of_share(SETS, 0.25, "gdn", placed=True)
+    assert placed["selector"].tolist().count("PostNAS") == 1 and len(placed) == len(quarter) + 1
+    assert "PostNAS" not in set(published.of_share(SETS, 0.25, "gla", placed=True)["selector"])
+    ours, theirs = {20, 32, 33, 21, 22, 25, 17, 19, 5}, {17, 20, 32, 5, 16, 19, 21, 22, 25, 27}
+    text = published.placed_words(SETS)
+    assert text.startswith("- **PostNAS** on Qwen2.5-3B-Instruct: 10 of 36 layers") and "\n" not in text
+    assert f"It shares {len(ours & theirs)} layers with the 9 of GA-S2, where random sets share 2.5; under 0.1%" in text
+    frame = rows((0, 1), (0, 1, 2), (4, 5, 6, 7, 8), budget=[np.nan, 0.25, 0.5], probe_mixer=[np.nan, "gdn", "gdn"],
+                 selector=["P", "GA-S2", "GA-S2"])
+    assert "It shares 2 layers with the 3 of GA-S2" in published.placed_words(frame)  # the nearer of two
+    assert f"{100 * 3 / 66:.1f}% of them share as many or more." in published.placed_words(frame)
+    assert "shares" not in published.placed_words(frame[:1]) and published.placed_words(frame[1:]) == ""
 
 
 def test_words_follow_the_figures():

@@ -131,6 +131,34 @@ def test_scoring_stops_when_the_best_layers_have_settled(aligned, tiny_tokens, t
     assert scores.values == scores.history[-1] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_tokens, group):
+    student, teacher = aligned
+    still, kept = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9), Kept()
+    stop = hl.EarlyStop(2, 256, window=3)
+    score = {"num_tokens": 2048, "settings": still, "group": group}
+    whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop)
+    part = hl.score_layers(student, teacher, tiny_tokens, **score, records=kept,
+                           early_stop=dataclasses.replace(stop, heldout_tokens=32))
+    assert part.values == pytest.approx(whole.values, abs=1e-7) and part.history[0] != whole.history[0]
+    assert part.history[-1] == part.values and part.history_tokens == whole.history_tokens == (256, 512, 768)
+    assert sorted(kept) == sorted([*itertools.product(range(3), (256, 512, 768), (32,)),
+                                   *itertools.product(range(3), (768,))])
+    assert part.history[0] == tuple(-kept[l, 256, 32]["kl"] for l in range(3))
+    # the teacher reads a row again in another batch; candidates read 32 tokens three times, all 128 at the end
+    assert part.cost.training_tokens == whole.cost.training_tokens == part.tokens == 3 * 768
+    assert part.cost.forward_tokens == 768 + 32 + 128 + 3 * (3 * 32 + 128)
+
+
+def test_an_end_found_on_all_held_out_tokens_is_that_of_the_rule(aligned, tiny_tokens):
+    student, teacher = aligned
+    found = [hl.score_layers(student, teacher, tiny_tokens, num_tokens=1024, settings=MATCH, heldout_tokens=64,
+                             early_stop=hl.EarlyStop(1, 256, window=window, heldout_tokens=size))
+             for window in (2, 100) for size in (None, 64)]
+    for usual, all_tokens in zip(found[::2], found[1::2], strict=True):
+        assert usual.history == all_tokens.history and usual.history_tokens == all_tokens.history_tokens
+
+
 def test_scoring_goes_on_while_the_best_layers_change(aligned, tiny_tokens, monkeypatch):
     student, teacher = aligned
     asked = []
@@ -163,6 +191,7 @@ def test_the_rule_is_that_of_its_words(window, threshold, expected):
         recent = sets[max(0, n - window):n]
         return n >= window and all(len(a & b) / len(a | b) >= threshold for a, b in itertools.combinations(recent, 2))
 
+    assert rule.parameters() == {"budget": 0.5, "measure_every": 64, "window": window, "threshold": threshold}
     stops = [n for n in range(1, 5) if rule.settled(history[:n])]
     assert stops == [n for n in range(1, 5) if agree(n)] and (stops[0] if stops else None) == expected
 
@@ -188,11 +217,11 @@ def test_one_candidate_that_is_not_a_number_is_named_and_costs_no_other(aligned,
 class Kept(dict):
     """Records in memory."""
 
-    def find(self, layer, tokens):
-        return self.get((layer, tokens))
+    def find(self, layer, tokens, part=None):
+        return self.get((layer, tokens) if part is None else (layer, tokens, part))
 
-    def keep(self, layer, tokens, found):
-        self[layer, tokens] = found
+    def keep(self, layer, tokens, found, part=None):
+        self[(layer, tokens) if part is None else (layer, tokens, part)] = found
 
 
 def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
@@ -233,7 +262,7 @@ def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
     study = hl.Study(settings)
     tokens = study.tokens(0, settings.score_tokens, "score")
     measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
-                              settings=study.match_settings, inputs=study._inputs("gdn", 0, tokens))
+                              settings=study.match_settings, inputs=study.scoring_inputs("gdn", 0, tokens))
     sent = pickle.dumps(measure)
     assert len(sent) < 10_000  # names, no weights
     assert -pickle.loads(sent)((1,)) == whole.values[1]
@@ -291,7 +320,7 @@ def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
 
 def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tmp_path):
     study = hl.Study(settings)
-    inputs = study._inputs("gdn", 0, study.tokens(0, settings.score_tokens, "score"))
+    inputs = study.scoring_inputs("gdn", 0, study.tokens(0, settings.score_tokens, "score"))
     assert inputs.load() is inputs.load()
     for changes, message in (({"student_sha256": "0"}, "holds other weights than those to be scored"),
                              ({"seed": 1}, "gives other tokens here than where the scoring began")):
@@ -346,6 +375,17 @@ def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, w
     assert grouped.values == pytest.approx(whole.values, rel=1e-5)
     assert {r.key for r in hl.Study(settings).ledger.find("candidate")} <= {
         r.key for r in study.ledger.find("candidate")}  # no record depends on how layers are grouped
+
+
+def test_states_that_stay_in_memory_are_not_written_and_no_measurement_is_lost(settings, whole, tmp_path):
+    mine, stop = fresh(settings, tmp_path), hl.EarlyStop(1, 128, window=4)
+    kill(mine, stop, 2, group=3)
+    study = hl.Study(mine, group=3)
+    found = {r.key: r.started for r in study.ledger.find("candidate")}
+    assert len(found) == 2 * 3 and not list((study.ledger.folder / "models").rglob("layer-*"))
+    assert study.scores("gdn", 0, early_stop=stop).values == pytest.approx(whole.values, rel=1e-5)
+    records = {r.key: r.started for r in study.ledger.find("candidate")}
+    assert len(records) == 4 * 3 and found.items() <= records.items()
 
 
 @pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
@@ -406,7 +446,7 @@ def test_records_of_candidates_say_what_they_took(settings, whole):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ((0, 64), "budget=0"), ((1.5, 64), "budget=1.5"), ((1, 0), "measure_every=0"), ((1, 64, 1), "window=1"),
-    ((1, 64, 2, 0), "threshold=0"), ((1, 64, 2, 1.5), "threshold=1.5")])
+    ((1, 64, 2, 0), "threshold=0"), ((1, 64, 2, 1.5), "threshold=1.5"), ((1, 64, 2, 1.0, 0), "heldout_tokens=0")])
 def test_bad_rules_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         hl.EarlyStop(*arguments)

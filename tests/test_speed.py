@@ -112,7 +112,7 @@ def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(ledger, mon
     (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 0, 3, 4)), r"shape=\(1, 0, 3, 4\) is not"),
     (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 2, 3, 4), dtype="int8"), "dtype='int8' is unknown"),
     (lambda l: operator(l, "gated_delta_rule", "chunked", (1, 2, 3, 4), direction="up"), "direction='up' is unknown"),
-    (lambda l: timing.time_copy(l, device="cpu", num_bytes=0), "num_bytes=0 is not a whole number of at least 1"),
+    (lambda l: timing.time_copy(l, device="cpu", num_bytes=0), "num_bytes=0 is not a whole number of at least 4"),
     (lambda l: timing.time_calls([]), r"calls=\[\] holds nothing to time"),
 ])
 def test_bad_arguments_are_refused_before_any_compute(ledger, call, sentence):
@@ -253,10 +253,10 @@ def operators(**gpu):
 def test_words_and_tables_of_operators_say_what_was_measured():
     words = speed.operator_words(operators()).splitlines()
     assert words[0] == ("- gated delta rule, forward, (2, 100, 9, 64): **fused**, 2 ms as launched, which is 200.0 "
-                        "times its memory floor; `fla` 4.0 times that.")
+                        "times its memory floor; `fla` takes 4.0 times as long; softmax attention takes 2 times as long.")
     assert len(words) == 2
     by_graph = speed.operator_words(operators(fused=1e-3, fla=5e-4)).splitlines()[0]
-    assert "**fla**, 0.5 ms of GPU time" in by_graph and "`fused` 2.0 times that" in by_graph
+    assert "**fla**, 0.5 ms of GPU time" in by_graph and "`fused` takes 2.0 times as long" in by_graph
     table = speed.operator_table(operators())
     assert table.loc[("gated delta rule", "fused", "(2, 100, 9, 64)"), "launched, ms"] == "2 [1, 3]"
     assert list(speed.refusals(operators()).itertuples(index=False, name=None)) == [("chunked", "out of memory")]
@@ -289,17 +289,39 @@ def test_a_bar_is_as_long_as_its_parts_together():
     assert len({p.get_hatch() for p in axes.patches}) == 2
 
 
+def test_floors_are_those_of_the_latest_copy(ledger):
+    operator(ledger, "gated_delta_rule", "chunked", (1, 16, 2, 8))
+    copied, = ledger.find("copy_speed")
+    ledger.add("copy_speed", copied.parameters, copied.metrics | {"bytes_per_second": 5.0}, seconds=1.0)
+    tables = speed.recorded_speed(ledger)
+    assert list(speed.recorded_tables(tables)) == ["operators, forward"]
+    row, = tables["operators"].to_dict("records")
+    assert row["floor_seconds"] == row["floor_bytes"] / 5
+    metrics = {"kernels": [{"bytes": 10, "floor_seconds": 1.0}, {"bytes": 20}], "reason": None}
+    assert speed._with_floor(metrics, {"bytes_per_second": 5.0})["kernels"] == [
+        {"bytes": 10, "floor_seconds": 2.0}, {"bytes": 20}]
+    assert speed._with_floor(metrics, None) == metrics
+
+
+def test_memory_moves_at_the_faster_of_two_ways(monkeypatch):
+    times = iter([{"seconds": 4.0}, {"seconds": 2.0}])
+    monkeypatch.setattr(timing, "time_calls", lambda calls, **how: [call() for call in calls] and next(times))
+    assert timing.copy_speed("cpu", 8) == {"seconds": 2.0, "bytes_per_second": 8.0, "by": "negation"}
+
+
 def test_decoding_words_compare_with_the_teacher():
     row = {"reason": None, "context": 1024, "batch": 1, "linear_attention": 0, "prefill_seconds": 1.0}
     frame = pd.DataFrame([row | {"share": 1.0, "full_attention": 2**20, "tokens_per_second": 50.0},
                           row | {"share": 0.25, "full_attention": 2**18, "tokens_per_second": 75.0}])
-    assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory and **1.50 times** its "
-            "speed.") in speed.decoding_words(frame)
+    assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory; its speed is **1.50 "
+            "times** the teacher's as launched from Python.") in speed.decoding_words(frame)
     assert list(speed.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
     assert len(speed_plots.decoding_figures(frame)) == 2
-    by_graph = frame.assign(gpu_tokens_per_second=[None, 1234.0])
+    by_graph = frame.assign(gpu_tokens_per_second=[2468.0, 1234.0])
     assert "75 tokens/s (1,234 by GPU time), **0.25 times**" in speed.decoding_words(by_graph)
-    assert "50 tokens/s." in speed.decoding_words(by_graph) and len(speed_plots.decoding_figures(by_graph)) == 3
+    assert ("**0.50 times** the teacher's by GPU time, **1.50 times** the teacher's as launched from Python."
+            ) in speed.decoding_words(by_graph)
+    assert len(speed_plots.decoding_figures(by_graph)) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -111,7 +111,7 @@ def test_a_lost_model_is_made_again(small_study):
 
 def test_seeds_mixers_and_selectors_are_kept_apart(small_study):
     study = small_study()
-    keys = {study.ledger.path("align", study._align_parameters(m, s)[0]) for m in ("gdn", "gla") for s in (0, 1)}
+    keys = {study.ledger.path("align", study.aligned_parameters(m, s)) for m in ("gdn", "gla") for s in (0, 1)}
     assert len(keys) == 4
     assert study.scores("gdn", 0).values != study.scores("gdn", 1).values
     raw = study.scores("gdn", 0, metric="mse", normalize=False)

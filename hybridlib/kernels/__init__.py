@@ -22,6 +22,9 @@ begins and the last ends. ``"fused"`` takes them at once, the other backends one
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +32,8 @@ from ..checks import check_choice, check_number
 from . import chunked, fla, fused, reference
 
 __all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated_linear_attention"]
+
+logger = logging.getLogger(__name__)
 
 _BACKENDS = ("auto", "reference", "chunked", "fused", "fla")
 _INTEGERS = (torch.int32, torch.int64)
@@ -132,7 +137,8 @@ _known = set()  # calls that passed the checks and run on the fused kernels: che
 def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlens):
     compiling = torch.compiler.is_compiling()
     tensors = (*inputs.values(), initial_state, cu_seqlens)
-    known = None if compiling else (operator, backend, scale, *map(_kind, tensors))
+    plain = not compiling and isinstance(backend, str) and isinstance(scale, (int, float, type(None)))
+    known = (operator, backend, scale, *map(_kind, tensors)) if plain else None
     if known in _known:
         scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
@@ -180,10 +186,19 @@ def _choose(operator, inputs, initial_state, backend):
     if backend in ("auto", "fla"):
         refusal = _why_not_fla(operator, inputs, initial_state)
         if backend == "auto":
-            return "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
+            chosen = "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
+            if not torch.compiler.is_compiling():
+                _tell(chosen, fused.why_not_for(q, v))
+            return chosen
         if refusal is not None:
             raise ValueError(f"backend='fla' cannot run here: {refusal}")
     return backend
+
+
+@functools.cache
+def _tell(chosen, refusal):
+    """Say once why calls run on another backend than the fastest."""
+    logger.warning("backend='auto' runs %r, for 'fused' cannot run here: %s", chosen, refusal)
 
 
 def _one_by_one(run, inputs, scale, initial_state, borders):

@@ -24,8 +24,9 @@ it likes. Here that matters most in P, where D does not factor over i and j: `_d
 halves, quarters and so on, and a pair (i, j) in two neighbouring blocks meets at their border, where
 D_ij = (a_(j+1) ... to the border) (from the border ... a_i).
 
-Backward passes are written by hand, in the same few large products. Gradients of log_decay are sums over the pairs that
-a decay lies between, never differences of sums, so that small ones stay exact.
+Backward passes are written by hand, in the same few large products. Inputs, states and one (C, C) a chunk, (I + A)^-1
+or P, are kept for them; all else is computed again. Gradients of log_decay are sums over the pairs that a decay lies
+between, never differences of sums, so that small ones stay exact.
 """
 
 from __future__ import annotations
@@ -110,27 +111,17 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, state, scale):
-        (count, rows, size, key_dim), value_dim = k.shape, v.shape[-1]
-        q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
-        decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()     # (all, C, C), (all, C, 1)
-        keys = torch.stack((k * beta, q * scale), 1)                                # (all, 2, C, K)
-        keys_in = keys * decay_in[:, None]
-        scores = (keys.flatten(1, 2) @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])  # A (and more), P
-        inverse = _inverse(scores[:, 0])                                            # (all, C, C)
-        solved = inverse @ torch.cat((v * beta, keys_in[:, 0]), -1)                 # [U | W] (all, C, V + K)
-        u, w = solved.split((value_dim, key_dim), -1)
-
-        k_out = k * decay[:, -1, :, None]
-        step = k_out.mT @ solved                                                    # (all, K, V + K)
-        write, transition = step[..., :value_dim], -step[..., value_dim:]
-        transition.diagonal(dim1=1, dim2=2).add_(decay_in[:, -1])
+        (count, rows, size, _), value_dim = k.shape, v.shape[-1]
+        flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
+        keys_in, scores, inverse, solved, k_out, decay_in = _chunks(*flat, scale)[2:]
+        write = k_out.mT @ solved[..., :value_dim]                                  # (all, K, V)
+        transition = _transition(k_out, solved[..., value_dim:], decay_in)
         states = _scan(write, transition, state, count)                             # (chunks + 1, rows, K, V)
         before = states[:-1].flatten(0, 1)                                          # (all, K, V)
-
-        new = torch.baddbmm(u, w, before, alpha=-1)                                 # N (all, C, V)
+        new = _written(solved, before)
         o = torch.baddbmm(keys_in[:, 1] @ before, scores[:, 1], new)
         ctx.scale, ctx.shape = scale, (count, rows, size)
-        ctx.save_for_backward(k, v, beta, decay, decay_in, keys, scores, inverse, solved, transition, states, new)
+        ctx.save_for_backward(*flat, inverse, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
     @staticmethod
@@ -141,10 +132,12 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, do, dstate):
-        k, v, beta, decay, decay_in, keys, scores, inverse, solved, transition, states, new = ctx.saved_tensors
+        q, k, v, log_decay, beta, inverse, states = ctx.saved_tensors
         (count, rows, size), value_dim = ctx.shape, v.shape[-1]
+        decay, keys, keys_in, scores, _, solved, k_out, decay_in = _chunks(
+            q, k, v, log_decay, beta, ctx.scale, inverse)
         w, before = solved[..., value_dim:], states[:-1].flatten(0, 1)
-        keys_in, k_out = keys * decay_in[:, None], k * decay[:, -1, :, None]
+        transition, new = _transition(k_out, w, decay_in), _written(solved, before)
 
         # states, last chunk first: dS = transition^T dS' + (in q)^T dO - W^T P^T dO
         dnew = scores[:, 1].mT @ do                                                 # (all, C, V)
@@ -176,6 +169,31 @@ class _GatedDeltaRule(torch.autograd.Function):
         dk.addcmul_(dk_out, decay[:, -1, :, None]).addcmul_(dkeys[:, 0], beta)
         grads = (dkeys[:, 1] * ctx.scale, dk, dright_v * beta, dlog_decay[..., None], dbeta[..., None])
         return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+
+
+def _chunks(q, k, v, log_decay, beta, scale, inverse=None):
+    """What a chunk has without the state: D, keys, in keys, [A ; P], (I + A)^-1 if not given, [U | W], out k, in."""
+    size = k.shape[1]
+    decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
+    keys = torch.stack((k * beta, q * scale), 1)                                    # (all, 2, C, K)
+    keys_in = keys * decay_in[:, None]
+    scores = (keys.flatten(1, 2) @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])  # A (and more), P
+    inverse = _inverse(scores[:, 0]) if inverse is None else inverse                # (all, C, C)
+    solved = inverse @ torch.cat((v * beta, keys_in[:, 0]), -1)                     # [U | W] (all, C, V + K)
+    return decay, keys, keys_in, scores, inverse, solved, k * decay[:, -1, :, None], decay_in
+
+
+def _transition(k_out, w, decay_in):
+    """in_C I - (out k)^T W (all, K, K)."""
+    transition = (k_out.mT @ w).neg_()
+    transition.diagonal(dim1=1, dim2=2).add_(decay_in[:, -1])
+    return transition
+
+
+def _written(solved, before):
+    """N = U - W S (all, C, V)."""
+    u, w = solved.split((before.shape[2], before.shape[1]), -1)
+    return torch.baddbmm(u, w, before, alpha=-1)
 
 
 class _GatedLinearAttention(torch.autograd.Function):

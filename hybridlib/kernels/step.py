@@ -3,16 +3,23 @@
 The recurrences are those of `hybridlib.kernels.reference`, for a single token and without a time axis. A step is
 exact: float32 inside whatever the dtype of its inputs, float64 if v is float64, and each call costs the same however
 long the text before it.
+
+On a GPU that runs the ``"fused"`` kernels a step is one launch, which reads the state once and writes it once, where
+key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and no gradients are wanted. Everywhere else, and
+under torch.compile, it is a few operations of PyTorch, which have gradients.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..checks import check_choice
+from . import _BACKENDS, fused
+
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
 
 
-def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None):
+def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"):
     """Take one step of the gated delta rule: S <- a S, S <- S + beta k (v - S^T k)^T, o = scale S^T q.
 
     Parameters
@@ -22,6 +29,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None):
     log_decay, beta : (batch, heads).
     state : (batch, heads, key_dim, value_dim), what the tokens before this one left; it is not written to.
     scale : factor on the output; key_dim ** -0.5 if None.
+    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; everywhere else, and with any
+        other backend of `hybridlib.kernels`, PyTorch does it.
 
     Returns
     -------
@@ -30,25 +39,29 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None):
 
     Raises
     ------
-    ValueError : a shape that does not fit q and v.
+    ValueError : a shape that does not fit q and v, or an unknown backend.
 
     Source: arXiv 2412.06464, section 3.
     """
+    check_choice("backend", backend, _BACKENDS)
     _check_shapes(q, v, k=(k, "BHK"), log_decay=(log_decay, "BH"), beta=(beta, "BH"), state=(state, "BHKV"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _is_fused(backend, scale, q, k, v, log_decay, beta, state):
+        return fused.token(q, k, v, log_decay, beta, state, scale)
     with torch.autocast(v.device.type, enabled=False):
         query, k, value, log_decay, beta, state = _wide(v.dtype, q, k, v, log_decay, beta, state)
         state = log_decay.exp()[..., None, None] * state
         error = value - _read(state, k)
         state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
-        return _output(query, state, scale, v.dtype), state
+        return (scale * _read(state, query)).to(v.dtype), state
 
 
-def gated_linear_attention(q, k, v, log_decay, state, scale=None):
+def gated_linear_attention(q, k, v, log_decay, state, scale=None, backend="auto"):
     """Take one step of gated linear attention: S <- diag(a) S + k v^T, o = scale S^T q.
 
     Parameters
     ----------
-    q, k, v, state, scale : as in `gated_delta_rule`; k of any length.
+    q, k, v, state, scale, backend : as in `gated_delta_rule`; k of any length.
     log_decay : (batch, heads, key_dim).
 
     Returns
@@ -61,11 +74,15 @@ def gated_linear_attention(q, k, v, log_decay, state, scale=None):
 
     Source: arXiv 2312.06635, section 4.
     """
+    check_choice("backend", backend, _BACKENDS)
     _check_shapes(q, v, k=(k, "BHK"), log_decay=(log_decay, "BHK"), state=(state, "BHKV"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _is_fused(backend, scale, q, k, v, log_decay, state):
+        return fused.token(q, k, v, log_decay, None, state, scale)
     with torch.autocast(v.device.type, enabled=False):
         query, k, value, log_decay, state = _wide(v.dtype, q, k, v, log_decay, state)
         state = log_decay.exp()[..., :, None] * state + k[..., :, None] * value[..., None, :]
-        return _output(query, state, scale, v.dtype), state
+        return (scale * _read(state, query)).to(v.dtype), state
 
 
 def _read(state, key):
@@ -73,8 +90,10 @@ def _read(state, key):
     return (state * key[..., :, None]).sum(-2)
 
 
-def _output(query, state, scale, dtype):
-    return ((query.shape[-1] ** -0.5 if scale is None else scale) * _read(state, query)).to(dtype)
+def _is_fused(backend, scale, *tensors):
+    """Whether the kernel takes the call; tensors are q, k, v and the others. A scale on the GPU would be waited for."""
+    dims = tensors[0].shape[-1], tensors[2].shape[-1]
+    return not isinstance(scale, torch.Tensor) and fused.takes_step(backend, dims, *tensors)
 
 
 def _wide(dtype, *inputs):

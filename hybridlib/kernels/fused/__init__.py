@@ -6,6 +6,7 @@ module               what it has
 `delta_rule`         the gated delta rule: the inverse, a scan over chunks, and both backwards
 `linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
 `delta_inputs`       what the gated delta rule is given: activations, normalised keys, gates
+`step`               one token: the state after it, its output, the norm and gate of that
 `segments`           scans cut along time, where sequences and heads are too few to fill the GPU
 `tiles`              tiles in and out of memory, decays, products
 `launch`             warps, stages and tile widths of each kernel, and when scans are cut
@@ -32,11 +33,12 @@ from torch.nn.functional import pad
 
 from . import ops
 from .launch import by_token
-from .ops import delta_rule_inputs
 
-__all__ = ["delta_rule_inputs", "gated_delta_rule", "gated_linear_attention", "why_not", "why_not_for"]
+__all__ = ["delta_rule_inputs", "gated_delta_rule", "gated_linear_attention", "gated_norm", "takes_step", "token",
+           "why_not", "why_not_for"]
 
-DIMS = (32, 64, 128)
+DIMS, STEP_DIMS = (32, 64, 128), (16, 32, 64, 128, 256)
+_STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result
@@ -83,6 +85,36 @@ def gated_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens=
     return _run("gated_linear_attention", (q, k, v, log_decay), scale, initial_state, cu_seqlens)
 
 
+def delta_rule_inputs(*inputs):
+    """What the gated delta rule is given; arguments and result as `hybridlib.kernels.delta_rule_inputs`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return ops.delta_rule_inputs(*inputs)
+    return ops.module("delta_rule_inputs").forward(*inputs)
+
+
+def takes_step(backend: str, dims: tuple[int, ...], *tensors: torch.Tensor) -> bool:
+    """Whether `token` or `gated_norm`, which have no gradients, can take a call with these tensors, under a backend.
+
+    While torch.compile traces they do not: what it makes of the same in PyTorch is as few launches.
+    """
+    if backend not in ("auto", "fused") or torch.compiler.is_compiling():
+        return False
+    device, keep = tensors[0].device, torch.is_grad_enabled()
+    return ((device.type == "cuda" or _interpreted()) and all(dim in STEP_DIMS for dim in dims)
+            and all(x.device == device and x.dtype in _STEP_DTYPES and not (keep and x.requires_grad) for x in tensors)
+            and why_not() is None)
+
+
+def token(q, k, v, log_decay, beta, state, scale):
+    """One token of the gated delta rule, or with beta None of gated linear attention; as `hybridlib.kernels.step`."""
+    return ops.module("step").token(q, k, v, log_decay, beta, state, scale)
+
+
+def gated_norm(o, g, weight, eps):
+    """RMSNorm of o, rounded to its dtype, times silu(g); o, g (batch, heads, dim), weight (dim,)."""
+    return ops.module("step").gated_norm(o, g, weight, eps)
+
+
 def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -91,7 +123,7 @@ def _run(name, inputs, scale, initial_state, cu_seqlens):
     key_dim, value_dim, dtype = inputs[0].shape[-1], inputs[2].shape[-1], inputs[2].dtype
     if name == "gated_linear_attention" and 32 in (key_dim, value_dim):
         more = (0, max(64 - key_dim, 0)), (0, max(64 - value_dim, 0))
-        inputs = [pad(x, more[i == 2]) for i, x in enumerate(inputs)]
+        inputs = [pad(x, more[1] if i == 2 else more[0]) for i, x in enumerate(inputs)]
         initial_state = None if initial_state is None else pad(initial_state, more[1] + more[0])
         o, state = _run(name, inputs, scale, initial_state, cu_seqlens)
         return o[..., :value_dim], state[..., :key_dim, :value_dim]

@@ -250,10 +250,11 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
 
         dq    = scale in dO S^T + scale (dP D) k
         dk    = out N dS'^T - beta in dR S^T + scale (dP D)^T q + (M + M^T) k,     M = beta dA D
-        dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij
+        dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij,    sum_v dR e = sum_v dR v - in sum_k k (dR S^T)
 
-    The gradient of log_decay of token t is a sum over what it decays: pairs with j < t <= i (those of P and A),
-    in_i for t <= i, out_j for j < t, and in_C.
+    One after another: dA, dP, dq, dk, each with its own pass over the columns of v. That takes fewer registers than all
+    at once, and the later passes find what they read in a cache. The gradient of log_decay of token t is a sum over
+    what it decays: pairs with j < t <= i (those of P and A), in_i for t <= i, out_j for j < t, and in_C.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)

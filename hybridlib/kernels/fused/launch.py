@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "by_token", "how", "override", "override_segments", "precision", "segments_of",
-           "stride", "watch"]
+__all__ = ["SIZE", "Launch", "Place", "by_token", "how", "override", "override_segments", "precision", "run",
+           "segments_of", "stride", "watch"]
 
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
@@ -42,7 +42,7 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 3, 32)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
-    "delta_rule.gradients": (Launch(4, 1, 64), Launch(8, 3, 32)),
+    "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.join": (Launch(4, 2, 16), Launch(8, 2, 16)),
     "linear_attention.scan": (Launch(4, 3, 64), Launch(4, 2, 64)),
@@ -112,17 +112,26 @@ class Place:
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
-        key = None if self.key is None else (id(kernel), use, part, self.key)
-        _, compiled = _compiled.get(key, (kernel, None))
-        if compiled is not None:
-            compiled[grid](*arguments)
-        else:
-            compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages,
-                                      **({"maxnreg": use.registers} if use.registers else {}))
-            if key is not None and compiled is not None:  # None from Triton's interpreter
-                _compiled[key] = kernel, compiled
+        compiled = run(kernel, use, grid, arguments, None if self.key is None else (part, self.key))
         if watch is not None:
             watch(kernel, use, grid, arguments, compiled)
+
+
+def run(kernel, use, grid, arguments, key):
+    """Run a kernel, compiled once for each way to launch it and each `key`; it is returned.
+
+    Arguments of equal keys may differ in size, not in kind. None: Triton looks up what they need, which takes longer.
+    """
+    key = None if key is None else (id(kernel), use, key)
+    _, compiled = _compiled.get(key, (kernel, None))
+    if compiled is not None:
+        compiled[grid](*arguments)
+    else:
+        compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages,
+                                **({"maxnreg": use.registers} if use.registers else {}))
+        if key is not None and compiled is not None:  # None from Triton's interpreter
+            _compiled[key] = kernel, compiled
+    return compiled
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:

@@ -13,12 +13,12 @@ from .launch import SIZE, by_token
 __all__ = ["OPERATORS", "delta_rule_inputs", "module"]
 
 _OPERATORS = {"gated_delta_rule": "delta_rule", "gated_linear_attention": "linear_attention"}
-_MODULES = {**_OPERATORS, "delta_rule_inputs": "delta_inputs"}
+_MODULES = {**_OPERATORS, "delta_rule_inputs": "delta_inputs", "step": "step"}
 
 
 @functools.cache
 def module(name: str):
-    """The module with an operator's `forward` and `backward`; it imports Triton."""
+    """The module with an operator's `forward` and `backward`, or with those of a step; it imports Triton."""
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
