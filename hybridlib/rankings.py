@@ -23,7 +23,8 @@ from .contest import Contest, SelectorSettings, aside, mean_agreement, spread
 from .cost import Cost
 from .ledger import Ledger
 from .scoring_speed import repeat_pairs
-from .selectors import SELECTORS, Selection, run_selector
+from .selecting import Selection
+from .selectors import SELECTORS, run_selector
 from .study import Study
 from .style import format_interval, format_number
 
@@ -77,7 +78,7 @@ class _Asking(Study):
         self._asked = []
         try:
             run_selector(name, self, self.settings.mixer, seed, {})
-        except ValueError:  # of `_run`; or there are too many sets to search
+        except ValueError:  # of `record`; or there are too many sets to search
             pass
         return self._asked
 
@@ -86,13 +87,13 @@ class _Asking(Study):
         if mixer is None:
             known |= {name: self._made[name] for name in ("teacher", "revision", "corpus", "context")}
         else:
-            known |= {"aligned": self._align_parameters(mixer, seed)[0], "mixer": mixer, "seed": seed}
-        return self._run(kind, known | dict(parameters), compute)
+            known |= {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed}
+        return self.record(kind, known | dict(parameters), compute)
 
-    def _align_parameters(self, mixer, seed):
-        return self._made | {"mixer": mixer, "seed": seed}, None
+    def aligned_parameters(self, mixer, seed):
+        return self._made | {"mixer": mixer, "seed": seed}
 
-    def _run(self, kind, parameters, compute, missing=False):
+    def record(self, kind, parameters, compute, missing=False):
         self._asked += [parameters] if kind == "score" else []
         raise TaskTooHard("nothing is computed here")  # so that a selector asks for all tasks that it would try
 
@@ -158,8 +159,8 @@ def aim_words(ledger: Ledger, contests: Sequence[Contest]) -> str:
 
     By the records of `ledger` under the settings of the teacher's first contest, over all seeds that both scored; the
     aim is `AIM`. Beside it stands what can be asked for: how far GA-S2 repeats itself on other text, at another seed,
-    and, at the rate of the mixers at which it does so best (`scoring_speed.repeat_pairs`), in another loop over the
-    same text, with the gate gradient's agreement there. Intervals are bootstrapped over layers.
+    and in another loop over the same text (`scoring_speed.repeat_pairs`, at the settings at which it does so best, if
+    that is better), with the gate gradient's agreement there. Intervals are bootstrapped over layers.
     """
     lines = [f"The aim of the gate gradient: a Spearman correlation with GA-S2 of at least {AIM[0]:g}, for at most "
              f"1/{1 / AIM[1]:.0f} of its FLOPs."]
@@ -174,7 +175,8 @@ def aim_words(ledger: Ledger, contests: Sequence[Contest]) -> str:
                          for seed, (a, b) in pairs.items())
         if pairs:
             lines.append(f"- **{teacher}**: {_verdict(len(met), len(pairs))}; {said}.{_unsure(pairs, met)}")
-            lines += [f"  - {line}" for line in _ceiling(scores) + _steadier(ledger, contest, scores)]
+            ceiling = _ceiling(scores)
+            lines += [f"  - {line}" for line in _ceiling_words(ceiling) + _steadier(ledger, contest, scores, ceiling)]
     return "\n".join(lines) if len(lines) > 1 else "The gate gradient and GA-S2 were not both run."
 
 
@@ -204,35 +206,37 @@ def _unsure(pairs, met):
 
 
 def _ceiling(scores):
-    """How far GA-S2 repeats itself: on other text, seed by seed, and between seeds."""
+    """How far GA-S2 repeats itself: on other text, seed by seed, and between seeds, each a list."""
     of = {seed: s.values for (name, seed), s in scores.items() if name == _THEIRS}
     again = [spearman(of[seed], s.values) for (name, seed), s in scores.items()
              if name == "ga-s2-again" and seed in of]
     between = [spearman(of[a], of[b]) for i, a in enumerate(of) for b in list(of)[i + 1:]]
-    found = [f"{spread(values)} {what}" for values, what in ((again, "on other text"), (between, "at another seed"))
-             if values]
-    if not found:
+    return {what: values for what, values in (("on other text", again), ("at another seed", between)) if values}
+
+
+def _ceiling_words(ceiling):
+    if not ceiling:
         return ["How far GA-S2 repeats itself was not measured."]
-    below = max(np.mean(values) for values in (again, between) if values) < AIM[0]
-    return [f"GA-S2 agrees with itself by {' and by '.join(found)}"
+    found = " and by ".join(f"{spread(values)} {what}" for what, values in ceiling.items())
+    below = max(map(np.mean, ceiling.values())) < AIM[0]
+    return [f"GA-S2 agrees with itself by {found}"
             + (": the aim asks for more than GA-S2 itself gives at these settings." if below else ".")]
 
 
-def _steadier(ledger, contest, scores):
-    """The same with the recorded ranking by GA-S2 that repeats itself best, if it is not at the contest's settings."""
-    s, title = contest.settings, SELECTORS[_OURS].title
-    own = f"{s['score_tokens']:,} tokens, mixers at {s['mixer_learning_rate']:g}"
-    pairs = repeat_pairs(ledger, {title: scores[_OURS, 0].values} if (_OURS, 0) in scores else {},
-                         s["aligned"]["teacher"], s["mixer"])
-    for label, (ours, steady) in pairs.items():
-        how = label.removeprefix(f"{title} with GA-S2: ")
-        if how not in (label, own):
-            itself = spearman(*pairs[f"GA-S2 with itself: {how}"])
-            value, low, high = bootstrap_interval(spearman, ours, steady)
-            return [f"With GA-S2 over {how}, which agrees with itself by {format_number(itself, 2)} in another loop "
-                    f"over the same text: {format_interval(value, low, high, 2)}, Kendall "
-                    f"{format_number(kendall(ours, steady), 2)}; {_verdict(int(value >= AIM[0]), 1)}."]
-    return []
+def _steadier(ledger, contest, scores, ceiling):
+    """The same with the recorded ranking by GA-S2 that repeats itself best, if that is better than the contest's."""
+    aligned, ours = contest.settings["aligned"], scores.get((_OURS, 0))
+    repeats = repeat_pairs(ledger, {}, aligned["teacher"], contest.settings["mixer"])
+    if ours is None or not repeats:
+        return []
+    label, (steady, _) = max(repeats.items(), key=lambda item: spearman(*item[1]))
+    itself = spearman(*repeats[label])
+    if ceiling and itself <= max(map(np.mean, ceiling.values())):
+        return []
+    value, low, high = bootstrap_interval(spearman, ours.values, steady)
+    return [f"With GA-S2 over {label.partition(': ')[2]}, which agrees with itself by {format_number(itself, 2)} in "
+            f"another loop over the same text: {format_interval(value, low, high, 2)}, Kendall "
+            f"{format_number(kendall(ours.values, steady), 2)}; {_verdict(int(value >= AIM[0]), 1)}."]
 
 
 def rank_gaps(ledger: Ledger, contest: Contest, count: int = 4) -> pd.DataFrame:
