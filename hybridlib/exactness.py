@@ -269,8 +269,8 @@ def exactness_words(frame: pd.DataFrame) -> str:
         runs = "two runs gave the same bits" if not unlike else f"two runs differed in {', '.join(unlike)}"
         count = len(row["errors"])
         lines.append(f"- {row['operator'].replace('_', ' ')}, `{_backend(row)}`, {row['dtype']}: at most "
-                     f"**{worst:.1e}** over {count} case{'s' * (count > 1)} ({tensor}, in \u201c{case}\u201d), {verdict}; "
-                     f"{runs}"
+                     f"**{worst:.1e}** over {count} case{'s' * (count > 1)} ({tensor}, in \u201c{case}\u201d), "
+                     f"{verdict}; {runs}"
                      + "".join(f"; \u201c{name}\u201d could not run: {why}" for name, why in row["reasons"].items())
                      + ".")
     return "\n".join(lines)

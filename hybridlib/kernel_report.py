@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-__all__ = ["bound_words", "counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share", "scaling_points"]
+__all__ = ["bound_words", "counter_table", "kernel_table", "kernel_tables", "kernel_words", "latency_share",
+           "scaling_points"]
 
 _GROWTH = 3  # times as many programs, at least, must have been tried to say what bounds a kernel
 _WAITS = 3  # reasons that a line names
@@ -156,7 +157,8 @@ def _said(row, one, counted):
     parts = [f"moving its bytes would take {_percent(one['floor_seconds'] / one['seconds'])} of that"]
     if _products(row, one) is not None:
         parts[0] += f", its products {_percent(_products(row, one))}"
-    parts.append(f"{one['programs']:,} programs of {one['warps']} warp{'s' * (one['warps'] > 1)} are {one['waves']:.2f} waves")
+    parts.append(f"{one['programs']:,} programs of {one['warps']} warp{'s' * (one['warps'] > 1)} are "
+                 f"{one['waves']:.2f} waves")
     if counted:
         shares = [f"{text} {_percent(counted[key])}" for key, text in (
             ("issue", "issue slots"), ("tensor", "tensor cores"), ("dram", "DRAM")) if pd.notna(counted[key])]

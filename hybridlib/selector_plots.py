@@ -17,7 +17,7 @@ from .style import COLOURS, INK, MUTED, Limits, finish, house_style, layer_ticks
 
 __all__ = ["choice_map", "quality_and_cost"]
 
-_CORNERS = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1)])
+_AROUND = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1.3, 0), (-1.3, 0), (0, 1.3), (0, -1.3)])
 _NEAR = 0.03  # of an axis: points closer than this share a label
 
 
@@ -117,11 +117,11 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
 
 
 def _label(axes, points):
-    """Numbers from 1 beside `points` (x, y, on the front); points that lie on one another have one label. Of the four
-    corners of a point a label takes the first that no other point lies in."""
+    """Numbers from 1 beside `points` (x, y, on the front); points that lie on one another have one label. Of the places
+    around a point a label takes the first that no other point and no label before it lies in."""
     pixels = axes.transData.transform([p[:2] for p in points])
     places, scale = axes.transAxes.inverted().transform(pixels), axes.figure.dpi / 72
-    left = list(range(len(points)))
+    left, taken = list(range(len(points))), []
     while left:
         near = [i for i in left if np.abs(places[i] - places[left[0]]).max() < _NEAR]
         left = [i for i in left if i not in near]
@@ -130,8 +130,10 @@ def _label(axes, points):
 
         def is_free(corner):
             middle = pixels[near[0]] + scale * corner * (4 + size)
-            return (np.abs(others - middle) > scale * (size + 4)).any(1).all()
+            apart = [(np.abs(place - middle) > scale * (size + other)).any() for place, other in taken]
+            return (np.abs(others - middle) > scale * (size + 4)).any(1).all() and all(apart)
 
-        offset = next(filter(is_free, _CORNERS), _CORNERS[0]) * (4 + size)
+        offset = next(filter(is_free, _AROUND), _AROUND[0]) * (4 + size)
+        taken.append((pixels[near[0]] + scale * offset, size))
         axes.annotate(text, points[near[0]][:2], offset, textcoords="offset points", fontsize=7, ha="center",
                       va="center", color=INK if any(points[i][2] for i in near) else MUTED, zorder=6)

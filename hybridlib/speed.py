@@ -32,8 +32,8 @@ from .teachers import Teacher, load_teacher
 from .timing import mebibytes, milliseconds, time_copy
 
 __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "about_speed", "decoding_table", "decoding_words", "operator_table",
-           "operator_words", "recorded_speed", "recorded_tables", "refusals", "speed_settings", "step_bars", "step_table",
-           "step_words"]
+           "operator_words", "recorded_speed", "recorded_tables", "refusals", "speed_settings", "step_bars",
+           "step_table", "step_words"]
 
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
          "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed", "scaling": "kernel_scaling",

@@ -162,7 +162,8 @@ def test_half_precision_computes_in_float32(operator, backend):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_chunked_keeps_inputs_states_and_one_matrix_a_chunk(operator):
-    inputs = {name: x.requires_grad_() for name, x in benchmarks.operator_inputs(OPERATORS[operator], (1, 256, 2, 16)).items()}
+    inputs = benchmarks.operator_inputs(OPERATORS[operator], (1, 256, 2, 16))
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     kept = {}
 
     def keep(x):

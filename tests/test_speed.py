@@ -253,7 +253,8 @@ def operators(**gpu):
 def test_words_and_tables_of_operators_say_what_was_measured():
     words = speed.operator_words(operators()).splitlines()
     assert words[0] == ("- gated delta rule, forward, (2, 100, 9, 64): **fused**, 2 ms as launched, which is 200.0 "
-                        "times its memory floor; `fla` takes 4.0 times as long; softmax attention takes 2 times as long.")
+                        "times its memory floor; `fla` takes 4.0 times as long; softmax attention takes 2 times as "
+                        "long.")
     assert len(words) == 2
     by_graph = speed.operator_words(operators(fused=1e-3, fla=5e-4)).splitlines()[0]
     assert "**fla**, 0.5 ms of GPU time" in by_graph and "`fused` takes 2.0 times as long" in by_graph
