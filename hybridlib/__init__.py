@@ -22,8 +22,9 @@ from .recall import RecallExample, RecallScore, RecallTask, generate_recall, loa
 from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
                      rank_of, regret)
 from .scoring import EarlyStop, ScoringFailed
+from .selecting import Selection
 from .selection import budget_layers, select
-from .selectors import SELECTORS, Selection, Selector, find_selector
+from .selectors import SELECTORS, Selector, find_selector
 from .speculative import SkipSearch, score_acceptance, search_skips
 from .study import Study, StudySettings, notebook_settings, results_folder
 from .teachers import Teacher, load_teacher

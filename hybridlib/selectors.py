@@ -15,7 +15,7 @@ from .selecting import (Selection, by_all_sets, by_beam, by_gate_gradient, by_ha
                         by_perplexity, by_recall, by_rule, by_scores, by_shared_weights, by_skips, by_slow_mixers,
                         by_smart)
 
-__all__ = ["SELECTORS", "Selection", "Selector", "find_selector", "run_selector"]
+__all__ = ["SELECTORS", "Selector", "find_selector", "run_selector"]
 
 
 @dataclass(frozen=True)

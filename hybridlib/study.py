@@ -29,7 +29,8 @@ from .mixers import MIXERS
 from .recall import RecallTask
 from .scoring import EarlyStop
 from .selection import budget_layers, select
-from .selectors import Selection, run_selector
+from .selecting import Selection
+from .selectors import run_selector
 from .teachers import SMOLLM2, Teacher, load_teacher
 
 __all__ = ["Study", "StudyRecords", "StudySettings", "notebook_settings", "results_folder"]
