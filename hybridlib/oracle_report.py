@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from .agreement import interval, spearman
+from .agreement import RANGES, interval, spearman
 from .checks import check_choice
 from .ledger import Record
 from .oracle import METRICS, OTHER_SEEDS, any_set, settling, values
@@ -148,7 +148,7 @@ def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
         best = part[part["layers"] == mean.index[0]]
         rows.append({"size": size, "sets": len(mean), "best set": _set(mean.index[0]),
                      "as good": int((mean == mean.iloc[0]).sum()),
-                     _NAMES[metric][0]: format_interval(*interval(best[metric]), 3),
+                     _NAMES[metric][0]: format_interval(*interval(best[metric], within=RANGES[metric]), 3),
                      "by seed": "; ".join(_set(layers) for layers in winners.values())})
     return pd.DataFrame(rows).set_index("size")
 
@@ -226,7 +226,7 @@ def judged_words(judged: pd.DataFrame, records: Sequence[Record], size: int, met
         return f"- No set of {_layers(size)} was judged by {name}."
     rows, lines = judged[judged["size"] == size].dropna(subset=[f"{metric}_regret"]), []
     for selector, part in rows.groupby("selector", sort=False):
-        mean, low, high = interval(part[f"{metric}_regret"])
+        mean, low, high = interval(part[f"{metric}_regret"], within=(0.0, np.inf))
         ranks = part[f"{metric}_rank"].astype(int)
         word = ("**one seed cannot tell**" if len(part) == 1 else "**the best set in every seed**" if ranks.max() == 1
                 else "**worse than the best**" if low > 0 else "**cannot be told apart from the best**")
@@ -274,8 +274,10 @@ def additive_words(frame: pd.DataFrame) -> str:
         fit = f" The best fit of one number a layer explains {format_number(100 * r2.mean(), 1)}% of the variance." \
             if len(r2) else ""
         lines.append(f"- **{size} layers**: measured less predicted {format_interval(*interval(part['error']), 4)}, "
-                     f"Spearman of predicted and measured {format_interval(*interval(part['spearman']), 2)}; the set "
-                     f"predicted best has a regret of {format_interval(*interval(part['pick_regret']), 4)}.{fit}")
+                     "Spearman of predicted and measured "
+                     f"{format_interval(*interval(part['spearman'], within=RANGES['spearman']), 2)}; the set "
+                     f"predicted best has a regret of "
+                     f"{format_interval(*interval(part['pick_regret'], within=(0.0, np.inf)), 4)}.{fit}")
     return "\n".join(lines) or "- No sets of two layers or more were measured beside those of one and none."
 
 
