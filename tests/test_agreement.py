@@ -50,6 +50,13 @@ def test_spearman_without_ties_is_the_closed_form():
     assert spearman(x, [-v for v in x]) == -1.0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlations_are_scipys(seed):
+    x, y = np.random.default_rng(seed).integers(0, 12, (2, 30))  # with ties
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+
+
 def test_kendall_counts_pairs():
     x, y = [1, 2, 3, 4, 5], [3, 1, 2, 5, 4]  # 7 pairs in the same order, 3 in the opposite order
     assert kendall(x, y) == pytest.approx((7 - 3) / 10)
