@@ -41,8 +41,8 @@ def test_words_name_what_an_operator_could_absorb():
     assert kernel_report._around(row) == (
         "- Mixer **gdn**, (1, 2, 3, 4), bfloat16, forward, part by part: 100 \u00b5s; projections 40 \u00b5s (40%), "
         "activations, norms and gates 10 \u00b5s (10%), the operator 30 \u00b5s (30%), norm and gate of its output "
-        "10 \u00b5s (10%), the output's projection 10 \u00b5s (10%). What an operator that took in everything "
-        "elementwise around it could save at most is 20% of that.")
+        "10 \u00b5s (10%), the output's projection 10 \u00b5s (10%). Everything elementwise around the "
+        "operator is 20% of that, an upper bound of what larger kernels could save.")
 
 
 @pytest.mark.parametrize("change, message", [({"mixer": "mamba"}, "mixer='mamba'"), ({"shape": (1, 2, 3)}, "shape"),
