@@ -22,6 +22,7 @@ CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_toke
                         device="cpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Tests that need the executed notebooks go to one worker, so that they are executed once."""
     for item in items:
