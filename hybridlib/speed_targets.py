@@ -65,8 +65,8 @@ def gpu_verdicts(tables: Mapping[str, pd.DataFrame]) -> list[Verdict]:
     Only records of a device whose name has ``H100`` in it count. What is compared was measured on one device. What
     bounds a call or a step that misses its target is told where kernels, counters and mixers were measured.
     """
-    operators, found = _of_device(tables["operators"], "H100"), []
     tables = {name: _of_device(frame, "H100") for name, frame in tables.items()}
+    operators, found = tables["operators"], []
     for (operator, direction), bound in _TIMES.items():
         ours = _operator(operators, operator, "fused", _TRAINING, direction, "gpu_seconds", "bfloat16")
         found.append(Verdict(f"{_call(operator, direction, _TRAINING)}: GPU time", 1e3 * bound, "ms", True,
