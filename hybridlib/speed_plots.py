@@ -10,7 +10,7 @@ from . import plots
 from .benchmarks import OPERATORS
 from .checks import check_choice
 from .kernel_report import scaling_points
-from .speed import decoding_table, step_bars
+from .speed_report import decoding_table, step_bars
 from .step_speed import LOSSES, PHASES, step_losses
 from .style import MUTED, Plot, finish, house_style, log_ticks, look
 

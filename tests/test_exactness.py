@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib import exactness, kernels, speed
+from hybridlib import exactness, kernels, speed_report
 from hybridlib.exactness import CASES, Case, make_case
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention")
@@ -178,7 +178,7 @@ def test_a_case_that_fails_leaves_the_others(ledger, small, monkeypatch):
     alone = measure(ledger, cases=["two"])
     assert alone["reason"] == "RuntimeError: five tokens are too many"
     assert exactness.exactness_words(pd.DataFrame([alone])) == ""
-    assert speed.refusals(pd.DataFrame([row, alone]))["reason"].tolist() == [alone["reason"]]
+    assert speed_report.refusals(pd.DataFrame([row, alone]))["reason"].tolist() == [alone["reason"]]
 
 
 def test_a_backend_that_is_not_here_has_its_reason(ledger, small, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import hybridlib as hl
-from hybridlib import benchmarks, exactness, kernels, speed, speed_plots, timing
+from hybridlib import benchmarks, exactness, kernels, speed, speed_plots, speed_report, timing
 from hybridlib.kernels import fla, flash_qla
 
 CALL = ("gated_delta_rule", 128, 128, "bfloat16")
@@ -108,8 +108,8 @@ def test_a_timing_where_it_cannot_run_is_a_row_with_its_reason(ledger, monkeypat
     row = benchmarks.time_operator(ledger, "gated_delta_rule", "flash_qla", (1, 16, 2, 8), device="cpu", repeats=3)
     assert row["reason"] == "FlashQLA needs a CUDA GPU, and this is on cpu" and "seconds" not in row
     frame = pd.DataFrame([row])
-    assert speed.refusals(frame).values.tolist() == [["flash_qla", row["reason"]]]
-    assert speed.operator_table(frame).empty and speed.operator_words(frame) == ""
+    assert speed_report.refusals(frame).values.tolist() == [["flash_qla", row["reason"]]]
+    assert speed_report.operator_table(frame).empty and speed_report.operator_words(frame) == ""
 
 
 def test_its_timing_stands_beside_the_others(ledger, stand_in):
@@ -118,8 +118,9 @@ def test_its_timing_stands_beside_the_others(ledger, stand_in):
     assert [row["reason"] for row in rows] == [None, None] and rows[1]["seconds"] > 0
     assert stand_in[0]["q"].requires_grad
     frame = pd.DataFrame(rows)
-    assert ("gated delta rule", "flash_qla", "(1, 16, 2, 8)") in speed.operator_table(frame, "forward+backward").index
-    assert "flash_qla" in speed.operator_words(frame) and set(speed_plots.operator_curves(frame)["backend"]) == {
+    table = speed_report.operator_table(frame, "forward+backward")
+    assert ("gated delta rule", "flash_qla", "(1, 16, 2, 8)") in table.index
+    assert "flash_qla" in speed_report.operator_words(frame) and set(speed_plots.operator_curves(frame)["backend"]) == {
         "reference", "flash_qla"}
 
 

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
 import hybridlib as hl
-from hybridlib import counters, kernel_report, kernel_speed, kernels, launches, speed, speed_plots
+from hybridlib import counters, kernel_report, kernel_speed, kernels, launches, speed, speed_plots, speed_report
 from hybridlib.kernels.fused import launch
 
 H100 = launches.Limits(132, 65536, 233472, 64, 32)
@@ -252,7 +252,7 @@ def test_without_a_gpu_or_ncu_records_have_a_reason(ledger, monkeypatch):
             kernel_speed.scale_programs(*call, (1, 2), device="cpu"),
             kernel_speed.count_kernels(*call, (1, 64, 1, 64), device="cpu")]
     assert [row["reason"] for row in rows] == ["there is none"] * 3 and not any("kernels" in row for row in rows)
-    assert speed.refusals(pd.DataFrame(rows)).values.tolist() == [["fused", "there is none"]]
+    assert speed_report.refusals(pd.DataFrame(rows)).values.tolist() == [["fused", "there is none"]]
     monkeypatch.setattr(kernels.fused, "why_not", lambda: None)
     again = kernel_speed.time_kernels(*call, (1, 64, 1, 64), device="cpu")
     assert again["reason"] == "kernels are timed on a CUDA GPU, and this is on cpu"

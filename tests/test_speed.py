@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import hybridlib as hl
-from hybridlib import (benchmarks, exactness, kernels, objective_speed, plots, speed, speed_plots, step_speed,
-                       timing)
+from hybridlib import (benchmarks, exactness, kernels, objective_speed, plots, speed, speed_plots, speed_report,
+                       step_speed, timing)
 from hybridlib.ledger import describe_device
 
 
@@ -151,14 +151,14 @@ def test_both_loops_of_a_stage_train_alike(ledger, teacher, tiny_tokens, stage):
     assert all(row[f"{phase}_seconds"] > 0 for row in rows for phase in measured)
     assert not any(p.requires_grad for p in teacher.model.parameters())
     frame = pd.DataFrame(rows)
-    words = speed.step_words(frame)
+    words = speed_report.step_words(frame)
     assert words.startswith(f"- {stage}: hybridlib ") and "no step's loss differs by more than" in words
     assert ("after 128 tokens of alignment" in words) == (stage == "match")
     assert "; those of the plain loop itself, in bfloat16, differ by up to" in words
     assert rows[0].get("noise_loss") is None and len(rows[1]["noise_loss"]) == 3
     noise = (torch.tensor(rows[1]["noise_loss"]) - plain).abs()
     assert noise.max() > 3 * (ours - plain).abs().max() and (noise < 0.1 * plain).all()
-    assert list(speed.step_bars(frame)["bar"]) == [f"{stage}, hybridlib", f"{stage}, plain"]
+    assert list(speed_report.step_bars(frame)["bar"]) == [f"{stage}, hybridlib", f"{stage}, plain"]
 
 
 def test_stage_2_is_timed_from_one_aligned_student_for_both_loops(ledger, teacher, tiny_tokens, monkeypatch):
@@ -229,7 +229,7 @@ def test_decoding_of_a_hybrid_holds_states_that_do_not_grow(ledger, teacher):
     assert rows[0]["full_attention"] < rows[1]["full_attention"] and rows[2]["full_attention"] == 0
     assert rows[0]["linear_attention"] == rows[1]["linear_attention"] > 0
     assert rows[3]["linear_attention"] == rows[0]["linear_attention"] * 3 // 2
-    assert speed.refusals(pd.DataFrame(rows)).empty
+    assert speed_report.refusals(pd.DataFrame(rows)).empty
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -251,16 +251,16 @@ def operators(**gpu):
 
 
 def test_words_and_tables_of_operators_say_what_was_measured():
-    words = speed.operator_words(operators()).splitlines()
+    words = speed_report.operator_words(operators()).splitlines()
     assert words[0] == ("- gated delta rule, forward, (2, 100, 9, 64): **fused**, 2 ms as launched, which is 200.0 "
                         "times its memory floor; `fla` takes 4.0 times as long; softmax attention takes 2 times as "
                         "long.")
     assert len(words) == 2
-    by_graph = speed.operator_words(operators(fused=1e-3, fla=5e-4)).splitlines()[0]
+    by_graph = speed_report.operator_words(operators(fused=1e-3, fla=5e-4)).splitlines()[0]
     assert "**fla**, 0.5 ms of GPU time" in by_graph and "`fused` takes 2.0 times as long" in by_graph
-    table = speed.operator_table(operators())
+    table = speed_report.operator_table(operators())
     assert table.loc[("gated delta rule", "fused", "(2, 100, 9, 64)"), "launched, ms"] == "2 [1, 3]"
-    assert list(speed.refusals(operators()).itertuples(index=False, name=None)) == [("chunked", "out of memory")]
+    assert list(speed_report.refusals(operators()).itertuples(index=False, name=None)) == [("chunked", "out of memory")]
 
 
 def test_curves_are_per_token_with_softmax_beside_each_operator():
@@ -295,7 +295,7 @@ def test_floors_are_those_of_the_latest_copy(ledger):
     copied, = ledger.find("copy_speed")
     ledger.add("copy_speed", copied.parameters, copied.metrics | {"bytes_per_second": 5.0}, seconds=1.0)
     tables = speed.recorded_speed(ledger)
-    assert list(speed.recorded_tables(tables)) == ["operators, forward"]
+    assert list(speed_report.recorded_tables(tables)) == ["operators, forward"]
     row, = tables["operators"].to_dict("records")
     assert row["floor_seconds"] == row["floor_bytes"] / 5
     metrics = {"kernels": [{"bytes": 10, "floor_seconds": 1.0}, {"bytes": 20}], "reason": None}
@@ -315,13 +315,13 @@ def test_decoding_words_compare_with_the_teacher():
     frame = pd.DataFrame([row | {"share": 1.0, "full_attention": 2**20, "tokens_per_second": 50.0},
                           row | {"share": 0.25, "full_attention": 2**18, "tokens_per_second": 75.0}])
     assert ("- 25% softmax: cache 0.25 MiB, 75 tokens/s, **0.25 times** the teacher's memory; its speed is **1.50 "
-            "times** the teacher's as launched from Python.") in speed.decoding_words(frame)
-    assert list(speed.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
+            "times** the teacher's as launched from Python.") in speed_report.decoding_words(frame)
+    assert list(speed_report.decoding_table(frame)["label"]) == ["teacher", "25% softmax"]
     assert len(speed_plots.decoding_figures(frame)) == 2
     by_graph = frame.assign(gpu_tokens_per_second=[2468.0, 1234.0])
-    assert "75 tokens/s (1,234 by GPU time), **0.25 times**" in speed.decoding_words(by_graph)
+    assert "75 tokens/s (1,234 by GPU time), **0.25 times**" in speed_report.decoding_words(by_graph)
     assert ("**0.50 times** the teacher's by GPU time, **1.50 times** the teacher's as launched from Python."
-            ) in speed.decoding_words(by_graph)
+            ) in speed_report.decoding_words(by_graph)
     assert len(speed_plots.decoding_figures(by_graph)) == 3
 
 
@@ -336,22 +336,23 @@ def test_decoding_on_a_gpu_is_also_timed_without_its_launches(tmp_path, tiny_tea
 
 def test_recorded_speeds_are_the_latest_of_each_question(ledger):
     assert all(frame.empty for frame in speed.recorded_speed(ledger).values())
-    assert "No GPU record" in speed.about_speed(speed.recorded_speed(ledger))
+    assert "No GPU record" in speed_report.about_speed(speed.recorded_speed(ledger))
     for repeats in (2, 3):
         benchmarks.time_operator(ledger, "softmax_attention", "softmax", (1, 8, 2, 4), device="cpu", repeats=repeats)
     found = speed.recorded_speed(ledger)
     assert found["operators"]["repeats"].tolist() == [3]
-    assert speed.about_speed(found).startswith("1 records (operators), measured on ")
+    assert speed_report.about_speed(found).startswith("1 records (operators), measured on ")
 
 
 def test_parts_left_out_say_nothing(tmp_path):
     settings = speed.SpeedSettings(shapes=[], exactness_cases=[], objective_shapes=[], stages=[], contexts=[],
                                    results=str(tmp_path), device="cpu")
     study = speed.SpeedStudy(settings)
-    for part, words in ((study.operators(), speed.operator_words), (study.exactness(), exactness.exactness_words),
-                        (study.objectives(), objective_speed.objective_words), (study.steps(), speed.step_words),
-                        (study.decoding(), speed.decoding_words)):
-        assert part.empty and words(part) == "" and speed.refusals(part).empty
+    for part, words in ((study.operators(), speed_report.operator_words),
+                        (study.exactness(), exactness.exactness_words),
+                        (study.objectives(), objective_speed.objective_words), (study.steps(), speed_report.step_words),
+                        (study.decoding(), speed_report.decoding_words)):
+        assert part.empty and words(part) == "" and speed_report.refusals(part).empty
         assert exactness.exactness_table(part).empty and objective_speed.objective_table(part).empty
         assert [draw(part) for draw in (speed_plots.operator_figures, speed_plots.step_figures,
                                         speed_plots.loss_figures, speed_plots.decoding_figures)] == [[]] * 4
@@ -372,7 +373,7 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
     found = speed.recorded_speed(study.ledger)
     assert len(found["exactness"]) == 2 and len(found["objectives"]) == 8
     assert exactness.exactness_words(found["exactness"]) == exactness.exactness_words(exact)
-    about = speed.about_speed(found)
+    about = speed_report.about_speed(found)
     assert about.startswith("10 records (exactness, objectives), measured on ")
     assert "No GPU record of operators, steps, decoding, kernels, scaling, counters, mixers is committed yet." in about
     assert "gpu.yaml" in about
@@ -390,7 +391,7 @@ def test_committed_steps_are_read_and_newer_ones_of_another_alignment_take_their
             ledger.add("step_speed", parameters, {"reason": None, "tokens_per_second": 4 * last, "loss": [3.0, last],
                                                   "loss_tokens": [1, 2], **noise}, seconds=0.0)
         steps = speed.recorded_speed(ledger)["steps"]
-        words = speed.step_words(steps)
+        words = speed_report.step_words(steps)
         assert "**2.00 times** as fast" in words and "by more than 100%" in words and len(steps) == 2
         assert (f"after {count} tokens" in words) == ("in float32, differ by up to 20%." in words) == bool(count)
         curves = step_speed.step_losses(steps)["match"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib import benchmarks, kernels, speed, speed_targets
+from hybridlib import benchmarks, kernels, speed, speed_report, speed_targets
 from hybridlib.kernels import eager
 
 
@@ -147,9 +147,9 @@ def test_records_of_speed_name_their_commits(tmp_path):
         benchmarks.time_operator(hl.Ledger(tmp_path, device="cpu", commit=commit), "softmax_attention", "softmax",
                                  (1, length, 2, 4), device="cpu", repeats=2)
     found = speed.recorded_speed(hl.Ledger(tmp_path))
-    assert " at `aaaaaaa` and `bbbbbbb`. No GPU record" in speed.about_speed(found)
+    assert " at `aaaaaaa` and `bbbbbbb`. No GPU record" in speed_report.about_speed(found)
     both = {"operators": found["operators"][:1], "steps": found["operators"][1:]}
-    assert " at commits `aaaaaaa` (operators), `bbbbbbb` (steps)." in speed.about_speed(both)
+    assert " at commits `aaaaaaa` (operators), `bbbbbbb` (steps)." in speed_report.about_speed(both)
 
 
 def test_auto_takes_first_what_the_records_found_fastest():
