@@ -24,6 +24,7 @@ import platform
 import re
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -215,12 +216,13 @@ def software_versions() -> dict[str, str]:
     """Versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none.
 
     Beside them, where they are installed, of what kernels come from: Triton, and the libraries that ours are held
-    against.
+    against. What is imported counts as it says itself: what lies on the disk may have changed since.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # its own text names the build
     for name in ("transformers", "numpy", "hybridlib", *_KERNELS):
+        imported = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = imported if isinstance(imported, str) else metadata.version(name)
         except metadata.PackageNotFoundError:
             if name not in _KERNELS:
                 versions[name] = "not installed"

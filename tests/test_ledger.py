@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import threading
+import types
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -283,4 +284,12 @@ def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):
         raise module.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(module.metadata, "version", missing)
+    monkeypatch.setitem(module.sys.modules, "transformers", None)
     assert software_versions()["transformers"] == "not installed"
+
+
+def test_a_version_is_that_of_what_is_imported(monkeypatch):
+    monkeypatch.setattr(module.metadata, "version", lambda name: "of the disk")
+    monkeypatch.setitem(module.sys.modules, "triton", types.SimpleNamespace(__version__="of the process"))
+    monkeypatch.setitem(module.sys.modules, "flash_qla", None)
+    assert (software_versions()["triton"], software_versions()["flash-qla"]) == ("of the process", "of the disk")
