@@ -119,6 +119,13 @@ def test_chunked_delta_rule_writes(beta, repeat_keys):
     check_against_recurrence("gdn", *make_inputs("gdn", 65, beta=beta, repeat_keys=repeat_keys))
 
 
+@pytest.mark.parametrize("decay", ["mild", "none", "strong", "mixed", "strong, then mild"])
+@pytest.mark.parametrize("time", [1, 65, 100])
+def test_chunked_delta_rule_takes_states_by_products_as_on_a_gpu(decay, time, monkeypatch):
+    monkeypatch.setattr(chunked, "_in_turn", lambda x: False)
+    check_against_recurrence("gdn", *make_inputs("gdn", time, decay, seed=time))
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_chunked_gradients_by_finite_differences(operator):
     inputs, state = make_inputs(operator, 5, batch=1, heads=1)

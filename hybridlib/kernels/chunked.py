@@ -14,8 +14,9 @@ Gated delta rule (arXiv 2412.06464, section 3; the WY form of arXiv 2406.06484):
     O  = scale (in q) S + P N,                        P = scale (q_i . k_j) D_ij
     S' = in_C S + (out k)^T N  =  (in_C I - (out k)^T W) S + (out k)^T U
 
-The last form makes the step from chunk to chunk one matrix product. Gated linear attention (arXiv 2312.06635,
-section 4) has the same O and S' with N = v, and decays of its own for each key dim:
+The last form makes the step from chunk to chunk one matrix product, for GPUs, where launches would dominate; on a CPU
+N comes first, which is fewer operations. Gated linear attention (arXiv 2312.06635, section 4) has the same O and S'
+with N = v, and decays of its own for each key dim:
 
     P_ij = scale sum_d q_id k_jd D_ijd
 
@@ -45,8 +46,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
     """
     inputs = q, k, v, log_decay, beta
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
-    alone = not wanted and v.device.type == "cpu"  # on a GPU launches would dominate
-    return _in_chunks(_delta_rule_alone if alone else _GatedDeltaRule.apply, inputs, scale, initial_state, chunk)
+    function = _delta_rule_alone if _in_turn(v) and not wanted else _GatedDeltaRule.apply
+    return _in_chunks(function, inputs, scale, initial_state, chunk)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
@@ -80,46 +81,50 @@ def _in_chunks(function, inputs, scale, initial_state, chunk):
     return o, state.view(batch, heads, key_dim, value_dim)
 
 
-def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
-    """`_GatedDeltaRule` without what gradients need: N from the state at hand, a chunk after the other, and in place.
+def _in_turn(x):
+    """Whether chunks are taken one after the other, in several small products. On a GPU launches would dominate."""
+    return x.device.type == "cpu"
 
-    Decays, scale and beta multiply A and P (C x C) instead of keys and queries before the products, and there is no
-    factor of the states.
-    """
+
+def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
+    """`_GatedDeltaRule` without what gradients need: one state, which is written over."""
     (count, rows, size, _), value_dim = k.shape, v.shape[-1]
     q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
-    decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
-    inverse = _inverse((k @ k.mT).mul_(decay).mul_(beta))                           # (all, C, C)
-    scores = (q @ k.mT).mul_(decay).mul_(scale)                                     # P
-    new, w = inverse @ (v * beta), inverse @ (k * (beta * -decay_in))               # U, -W
-    q_in, k_out = q * (scale * decay_in), (k * decay[:, -1, :, None]).mT
+    scores, _, new, w, q_in, k_out, total = _chunks(q, k, v, log_decay, beta, scale)
     o, state = torch.empty_like(v), state.clone()
     for n in range(count):
         at = slice(n * rows, (n + 1) * rows)
         new[at].baddbmm_(w[at], state)                                              # N (rows, C, V)
         torch.bmm(q_in[at], state, out=o[at]).baddbmm_(scores[at], new[at])
-        state.mul_(decay_in[at, -1:]).baddbmm_(k_out[at], new[at])
+        state.mul_(total[at]).baddbmm_(k_out[at].mT, new[at])
     return o.view(count, rows, size, value_dim), state
+
+
+def _chunks(q, k, v, log_decay, beta, scale):
+    """What chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1).
+
+    Decays, scale and beta multiply A and P (C x C), not keys and queries before the products.
+    """
+    decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
+    scores = (q @ k.mT).mul_(decay).mul_(scale)                                     # (all, C, C)
+    inverse = _inverse((k @ k.mT).mul_(decay).mul_(beta))                           # (all, C, C)
+    u, w = inverse @ (v * beta), inverse @ (k * (beta * -decay_in))                 # (all, C, V), (all, C, K)
+    return scores, inverse, u, w, q * (scale * decay_in), k * decay[:, -1, :, None], decay_in[:, -1:]
 
 
 class _GatedDeltaRule(torch.autograd.Function):
     """q, k (chunks, rows, C, K), v (.., V), log_decay, beta (.., 1), state (rows, K, V) -> o (.., V), state.
 
-    Inside, chunks and rows are one dimension, `all`. `keys` is [beta k ; scale q] stacked to 2C tokens, so that A and
-    P, and all that follows from them, come from one product.
+    Inside, chunks and rows are one dimension, `all`.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, state, scale):
-        (count, rows, size, _), value_dim = k.shape, v.shape[-1]
+        count, rows, size, value_dim = v.shape
         flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
-        keys_in, scores, inverse, solved, k_out, decay_in = _chunks(*flat, scale)[2:]
-        write = k_out.mT @ solved[..., :value_dim]                                  # (all, K, V)
-        transition = _transition(k_out, solved[..., value_dim:], decay_in)
-        states = _scan(write, transition, state, count)                             # (chunks + 1, rows, K, V)
-        before = states[:-1].flatten(0, 1)                                          # (all, K, V)
-        new = _written(solved, before)
-        o = torch.baddbmm(keys_in[:, 1] @ before, scores[:, 1], new)
+        scores, inverse, u, w, q_in, k_out, total = _chunks(*flat, scale)
+        states, new = _states(u, w, k_out, total, state, count)
+        o = torch.bmm(q_in, states[:-1].flatten(0, 1)).baddbmm_(scores, new)
         ctx.scale, ctx.shape = scale, (count, rows, size)
         ctx.save_for_backward(*flat, inverse, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
@@ -133,67 +138,84 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, do, dstate):
         q, k, v, log_decay, beta, inverse, states = ctx.saved_tensors
-        (count, rows, size), value_dim = ctx.shape, v.shape[-1]
-        decay, keys, keys_in, scores, _, solved, k_out, decay_in = _chunks(
-            q, k, v, log_decay, beta, ctx.scale, inverse)
-        w, before = solved[..., value_dim:], states[:-1].flatten(0, 1)
-        transition, new = _transition(k_out, w, decay_in), _written(solved, before)
+        (count, rows, size), scale, before = ctx.shape, ctx.scale, states[:-1].flatten(0, 1)
+        decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()
+        out, total, q_in = decay[:, -1, :, None], decay_in[:, -1:], scale * decay_in
+        scores = (q @ k.mT).mul_(decay).mul_(scale)                                 # P
+        k_out, w = k * out, inverse @ (k * (beta * -decay_in))                      # out k, -W
+        known = k @ before                                                          # what S has of v
+        gap = torch.addcmul(v, known, decay_in, value=-1)
+        new = inverse @ (gap * beta)                                                # N
 
-        # states, last chunk first: dS = transition^T dS' + (in q)^T dO - W^T P^T dO
-        dnew = scores[:, 1].mT @ do                                                 # (all, C, V)
-        read = torch.baddbmm(keys_in[:, 1].mT @ do, w.mT, dnew, alpha=-1)
-        dstates = _scan(read, transition.mT, dstate, count, reverse=True)
-        dafter = dstates[1:].flatten(0, 1)                                          # (all, K, V)
-        dnew = dnew.baddbmm_(k_out, dafter)
+        # of the states, last chunk first; dN with them, and through N = (I + A)^-1 R: dR = (I + A)^-T dN
+        dnew, dstates = _state_gradients(scores.mT @ do, (q * q_in).mT @ do, w, k_out, total, dstate, count)
+        dafter = dstates[1:].flatten(0, 1)
+        dright = inverse.mT @ dnew                                                  # (all, C, V)
+        dknown, dv = dright * (beta * -decay_in), dright * beta
+        dq_in, dk_in, dk_out = do @ before.mT, dknown @ before.mT, new @ dafter.mT  # (all, C, K)
+        dpairs, dscores = (dright @ new.mT).neg_().tril_(-1), do @ new.mT           # of A and P (all, C, C)
 
-        # through [U | W] = (I + A)^-1 R: dR = (I + A)^-T d[U | W], dA = -dR [U | W]^T
-        dright = inverse.mT @ torch.cat((dnew, (dnew @ before.mT).neg_()), -1)            # (all, C, V + K)
-        dright_v, dright_k = dright[..., :value_dim], dright[..., value_dim:]
-        dscores = torch.stack(((dright @ solved.mT).neg_(), do @ new.mT), 1)              # (all, 2, C, C)
-        dk_out = new @ dafter.mT
-        dkeys_in = torch.stack((dright_k, do @ before.mT), 1)                       # (all, 2, C, K)
+        # log_decay: every D_ij, every in_i (with in_C of the state), every out_j = D_Cj. Where something is needed for
+        # the last time it is written over, as fresh memory takes longer than the product
+        products = k @ k.mT                                                         # A = beta D products
+        dpairs.mul_(decay)
+        dbeta = (dpairs * products).sum(-1) + gap.mul_(dright).sum(-1)
+        dpairs.mul_(beta)
+        ddecay = products.mul_(dpairs).addcmul_(dscores, scores)
+        ddecay[:, -1] += k_out.mul_(dk_out).sum(-1)
+        dstart = known.mul_(dknown).sum(-1) + (dq_in * q).sum(-1).mul_(q_in[..., 0])  # (all, C)
+        dstart[:, -1] += total[:, 0, 0] * dafter.mul_(before).sum((1, 2))
+        dlog_decay = _log_decay_gradient(ddecay, dstart)
 
-        # log_decay: every D_ij, every in_i (with in_C of the state), every out_j = D_Cj
-        dpairs = (dscores[:, 0] * scores[:, 0]).addcmul_(dscores[:, 1], scores[:, 1])
-        dpairs[:, -1] += (dk_out * k_out).sum(-1)
-        dstart = (dkeys_in * keys_in).sum((1, 3))                                   # (all, C)
-        dstart[:, -1] += decay_in[:, -1, 0] * (dafter * before).sum((1, 2))
-        dlog_decay = _log_decay_gradient(dpairs, dstart)
-
-        dscores.mul_(decay[:, None])
-        dscores[:, 0].diagonal(dim1=1, dim2=2).zero_()                              # A is strictly lower
-        dscores = dscores.view(-1, 2 * size, size)
-        dkeys = (dscores @ k).view_as(keys).addcmul_(dkeys_in, decay_in[:, None])
-        dbeta = (dkeys[:, 0] * k).sum(-1) + (dright_v * v).sum(-1)
-        dk = dscores.mT @ keys.flatten(1, 2)
-        dk.addcmul_(dk_out, decay[:, -1, :, None]).addcmul_(dkeys[:, 0], beta)
-        grads = (dkeys[:, 1] * ctx.scale, dk, dright_v * beta, dlog_decay[..., None], dbeta[..., None])
+        dscores.mul_(decay).mul_(scale)
+        dq = torch.baddbmm(dq_in.mul_(q_in), dscores, k)
+        dk = dk_in.addcmul_(dk_out, out).baddbmm_(dpairs + dpairs.mT, k).baddbmm_(dscores.mT, q)
+        grads = (dq, dk, dv, dlog_decay[..., None], dbeta[..., None])
         return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
 
 
-def _chunks(q, k, v, log_decay, beta, scale, inverse=None):
-    """What a chunk has without the state: D, keys, in keys, [A ; P], (I + A)^-1 if not given, [U | W], out k, in."""
-    size = k.shape[1]
-    decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
-    keys = torch.stack((k * beta, q * scale), 1)                                    # (all, 2, C, K)
-    keys_in = keys * decay_in[:, None]
-    scores = (keys.flatten(1, 2) @ k.mT).view(-1, 2, size, size).mul_(decay[:, None])  # A (and more), P
-    inverse = _inverse(scores[:, 0]) if inverse is None else inverse                # (all, C, C)
-    solved = inverse @ torch.cat((v * beta, keys_in[:, 0]), -1)                     # [U | W] (all, C, V + K)
-    return decay, keys, keys_in, scores, inverse, solved, k * decay[:, -1, :, None], decay_in
+def _states(new, w, k_out, total, state, count):
+    """States (chunks + 1, rows, K, V) and N (all, C, V), from U, -W, out k and in_C (all, 1, 1).
+
+    Either N and the next state in turn, or states by one product a chunk and then every N.
+    """
+    if not _in_turn(new):
+        states = _scan(k_out.mT @ new, _transition(k_out, w, total), state, count)
+        return states, new.baddbmm_(w, states[:-1].flatten(0, 1))
+    rows = len(new) // count
+    states = new.new_empty(count + 1, *state.shape)
+    states[0] = state
+    for n in range(count):
+        at = slice(n * rows, (n + 1) * rows)
+        new[at].baddbmm_(w[at], states[n])
+        torch.mul(total[at], states[n], out=states[n + 1]).baddbmm_(k_out[at].mT, new[at])
+    return states, new
 
 
-def _transition(k_out, w, decay_in):
-    """in_C I - (out k)^T W (all, K, K)."""
-    transition = (k_out.mT @ w).neg_()
-    transition.diagonal(dim1=1, dim2=2).add_(decay_in[:, -1])
+def _state_gradients(dnew, read, w, k_out, total, dstate, count):
+    """Gradients of N and of the states, from those that outputs give: P^T dO and (in q)^T dO; else as `_states`.
+
+    dN = P^T dO + out k dS',  dS = in_C dS' + (in q)^T dO - W^T dN
+    """
+    if not _in_turn(dnew):
+        read = read.baddbmm_(w.mT, dnew)
+        dstates = _scan(read, _transition(k_out, w, total).mT, dstate, count, reverse=True)
+        return dnew.baddbmm_(k_out, dstates[1:].flatten(0, 1)), dstates
+    rows = len(dnew) // count
+    dstates = dnew.new_empty(count + 1, *dstate.shape)
+    dstates[count] = dstate
+    for n in reversed(range(count)):
+        at = slice(n * rows, (n + 1) * rows)
+        dnew[at].baddbmm_(k_out[at], dstates[n + 1])
+        torch.addcmul(read[at], total[at], dstates[n + 1], out=dstates[n]).baddbmm_(w[at].mT, dnew[at])
+    return dnew, dstates
+
+
+def _transition(k_out, w, total):
+    """in_C I - (out k)^T W (all, K, K), from -W."""
+    transition = k_out.mT @ w
+    transition.diagonal(dim1=1, dim2=2).add_(total[:, 0])
     return transition
-
-
-def _written(solved, before):
-    """N = U - W S (all, C, V)."""
-    u, w = solved.split((before.shape[2], before.shape[1]), -1)
-    return torch.baddbmm(u, w, before, alpha=-1)
 
 
 class _GatedLinearAttention(torch.autograd.Function):
