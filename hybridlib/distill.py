@@ -210,20 +210,25 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
     mixers = [(n, p) for n, p in hybrid.named_parameters() if n.startswith(prefixes)]
     others = [(n, p) for n, p in hybrid.named_parameters() if not n.startswith(prefixes)]
     compiled = settings.compile and next(hybrid.parameters()).is_cuda
+    groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
+    targets = None if states is None else partial(states, compiled=compiled)
+    return train_steps("match", hybrid, tokens, num_tokens, settings, groups,
+                       matching_loss(hybrid, teacher, settings, compiled), checkpoint, until, targets)
 
+
+def matching_loss(model, teacher, settings: MatchSettings, compiled: bool = False) -> Callable:
+    """The `step_loss` of stage 2, see `train_steps`; without the teacher's hidden states it computes them."""
     def step_loss(share, rows, target=None):
         if target is None:
             with torch.no_grad():
                 target = last_hidden(teacher, rows, compiled=compiled)
-        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(hybrid, rows, compiled=compiled),
-                                      hybrid.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
+        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(model, rows, compiled=compiled),
+                                      model.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
                                       beta=settings.beta, temperature=settings.temperature)
         (loss * share).backward()
         return {None: loss.detach()}
 
-    groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
-    targets = None if states is None else partial(states, compiled=compiled)
-    return train_steps("match", hybrid, tokens, num_tokens, settings, groups, step_loss, checkpoint, until, targets)
+    return step_loss
 
 
 def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint, until=None,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .checks import check_int, check_number
 from .cost import Meter, forward_flops, training_flops
-from .distill import DistillationDiverged, MatchSettings, train_steps
+from .distill import DistillationDiverged, MatchSettings, matching_loss, train_steps
 from .hybrid import SOFTMAX, check_same_shape, linear_layers
 from .importance import LayerScores
 from .objectives import divergence_from_hidden
@@ -322,13 +322,11 @@ def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
     model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
     turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
 
+    opened_loss = matching_loss(model, teacher, settings)
+
     def step_loss(share, rows):
         set_gates(model, torch.stack([next(turns) for _ in rows], 1))
-        loss = divergence_from_hidden(_hidden(teacher, rows), teacher.lm_head.weight, last_hidden(model, rows),
-                                      model.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
-                                      beta=settings.beta, temperature=settings.temperature)
-        (loss * share).backward()
-        return {None: loss.detach()}
+        return opened_loss(share, rows)
 
     named = list(model.named_parameters())
     groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)

@@ -8,17 +8,14 @@ import copy
 import random
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from .checks import check_int
 from .cost import Cost, Meter, heldout_size
-from .distill import MatchSettings, train_steps
+from .distill import MatchSettings, matching_loss, train_steps
 from .evaluate import heldout_kl
 from .gates import gated_model
 from .hybrid import check_layers, restore
-from .objectives import divergence_from_hidden
-from .passes import last_hidden
 from .search import SearchResult, beam
 from .selection import budget_layers
 
@@ -83,15 +80,11 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
         layer.self_attn = EitherAttention(layer.self_attn.linear, layer.self_attn.softmax)
     draw, everything = random.Random(seed), range(student.config.num_hidden_layers)
 
+    placed_loss = matching_loss(model, teacher, settings)
+
     def step_loss(share, rows):
         place(model, draw.sample(everything, count))
-        with torch.no_grad():
-            target = last_hidden(teacher, rows)
-        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(model, rows), model.lm_head.weight,
-                                      kind=settings.divergence, alpha=settings.alpha, beta=settings.beta,
-                                      temperature=settings.temperature)
-        (loss * share).backward()
-        return {None: loss.detach()}
+        return placed_loss(share, rows)
 
     named = {branch: [(n, p) for n, p in model.named_parameters() if f".self_attn.{branch}." in n]
              for branch in ("linear", "softmax")}
