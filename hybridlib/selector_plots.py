@@ -17,7 +17,8 @@ from .style import COLOURS, INK, MUTED, Limits, finish, house_style, layer_ticks
 
 __all__ = ["choice_map", "quality_and_cost"]
 
-_AROUND = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1.3, 0), (-1.3, 0), (0, 1.3), (0, -1.3)])
+_AROUND = np.array([(1, 1), (-1, 1), (1, -1), (-1, -1), (1.3, 0), (-1.3, 0), (0, 1.3), (0, -1.3),
+                    (0, 2.4), (0, -2.4), (1, 2.4), (1, -2.4), (-1, 2.4), (-1, -2.4)])
 _NEAR = 0.03  # of an axis: points closer than this share a label
 
 
@@ -82,7 +83,7 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
     nothing = low / max((high / low) ** 0.15, 3)
     x, limits = means[cost].where(means[cost] > 0, nothing), Limits(log)
     with house_style():
-        figure, axes = new_figure(7, 3.6)
+        figure, axes = new_figure(7, max(3.6, 1 + 0.16 * len(means)))
         axes.set_xscale("log")
         for i, title in enumerate(means.index):
             ends = interval(rows.loc[rows["selector"] == title, value], confidence, RANGES.get(value))[1:]
@@ -108,9 +109,10 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
         axes.set_ylabel(ylabel)
         _label(axes, [(x[t], means.loc[t, value], t in front) for t in means.index])
         for i, title in enumerate(means.index):
-            axes.annotate(f"{i + 1}  {title}", (1.02, 1 - (i + 0.5) / len(means)), xycoords="axes fraction",
-                          va="center", fontsize=8, color=INK, weight="bold" if title in front else "normal",
-                          annotation_clip=False)
+            for text, place, side in ((i + 1, 1.05, "right"), (title, 1.065, "left")):
+                axes.annotate(text, (place, 1 - (i + 0.5) / len(means)), xycoords="axes fraction", ha=side,
+                              va="center", fontsize=8, color=INK, weight="bold" if title in front else "normal",
+                              annotation_clip=False)
         handles = [Line2D([], [], **look(i, line=False), label=f"needs {kind}") for i, kind in enumerate(kinds)]
         handles.append(Line2D([], [], color=INK, linewidth=1, linestyle=(0, (5, 2)), label="front (filled)"))
         return finish(figure, handles)
@@ -118,7 +120,7 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
 
 def _label(axes, points):
     """Numbers from 1 beside `points` (x, y, on the front); points that lie on one another have one label. Of the places
-    around a point a label takes the first that no other point and no label before it lies in."""
+    around a point a label takes the first within the axes that no other point and no label before it lies in."""
     pixels = axes.transData.transform([p[:2] for p in points])
     places, scale = axes.transAxes.inverted().transform(pixels), axes.figure.dpi / 72
     left, taken = list(range(len(points))), []
@@ -131,7 +133,8 @@ def _label(axes, points):
         def is_free(corner):
             middle = pixels[near[0]] + scale * corner * (4 + size)
             apart = [(np.abs(place - middle) > scale * (size + other)).any() for place, other in taken]
-            return (np.abs(others - middle) > scale * (size + 4)).any(1).all() and all(apart)
+            within = axes.bbox.contains(*(middle - scale * size)) and axes.bbox.contains(*(middle + scale * size))
+            return within and (np.abs(others - middle) > scale * (size + 4)).any(1).all() and all(apart)
 
         offset = next(filter(is_free, _AROUND), _AROUND[0]) * (4 + size)
         taken.append((pixels[near[0]] + scale * offset, size))
