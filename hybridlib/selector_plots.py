@@ -109,7 +109,7 @@ def quality_and_cost(frame: pd.DataFrame, value: str, cost: str, front: Sequence
         axes.set_ylabel(ylabel)
         _label(axes, [(x[t], means.loc[t, value], t in front) for t in means.index])
         for i, title in enumerate(means.index):
-            for text, place, side in ((i + 1, 1.05, "right"), (title, 1.065, "left")):
+            for text, place, side in ((str(i + 1), 1.05, "right"), (title, 1.065, "left")):
                 axes.annotate(text, (place, 1 - (i + 0.5) / len(means)), xycoords="axes fraction", ha=side,
                               va="center", fontsize=8, color=INK, weight="bold" if title in front else "normal",
                               annotation_clip=False)

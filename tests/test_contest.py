@@ -198,7 +198,13 @@ def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(
     assert [line.get_markerfacecolor() == "white" for line in points] == [False, False, True, True]
     x = [line.get_xdata()[0] for line in points]
     assert x[0] < x[1] == 1e5 < x[2] < x[3] and axes.get_xticklabels()[0].get_text() == "0"
-    assert {"1  free", "3  GA-S2"} <= {text.get_text() for text in axes.texts}
+    places = {}
+    for text in axes.texts:  # beside the axes a number and a name a line; within them the points' labels
+        places.setdefault(text.xy[1] if text.xycoords == "axes fraction" else None, []).append(text)
+    beside = [[text.get_text() for text in line] for place, line in places.items() if place is not None]
+    assert beside == [["1", "free"], ["2", "cheap"], ["3", "GA-S2"], ["4", "dear"]]
+    figure.canvas.draw()
+    assert all(axes.bbox.contains(*corner) for text in places[None] for corner in text.get_window_extent().get_points())
     with pytest.raises(ValueError, match="^column='speed' is unknown"):
         quality_and_cost(known.chosen, "speed", "flops", front, ylabel="", xlabel="")
     with pytest.raises(ValueError, match="no row with both"):
