@@ -191,7 +191,7 @@ def shares_step(job: ScoringJob) -> bool:
 
 
 def _measure_recorded(job, layer, until, since):
-    """As `_measure`, in a step that all candidates share; None where there is none, or it cannot run."""
+    """As `_measure`, in a step that candidates share; None where there is none, or it cannot run."""
     in_order = isinstance(job.inputs, LoadedInputs)  # workers get tasks as they come
     job = replace(job, inputs=job.inputs.load())
     inputs, key = job.inputs, (job.direction, job.num_tokens, job.settings)
