@@ -171,17 +171,20 @@ class SpeedStudy:
         return time_copy(self.ledger, device=self.device, recompute=self.settings.recompute)
 
     def operators(self) -> pd.DataFrame:
-        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once."""
-        s, rows = self.settings, []
+        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once.
+
+        Backends are timed one right after the other: a machine is not as fast at all times.
+        """
+        s = self.settings
         pairs = [(operator, backend) for backend in s.backends for operator in s.operators if backend != "softmax"]
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
         if s.shapes:
             self.copy()
-        for (operator, backend), shape, direction in itertools.product(pairs, s.shapes, DIRECTIONS):
-            rows.append(time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
-                                      direction=direction, repeats=s.repeats, max_seconds=s.max_seconds,
-                                      recompute=s.recompute))
-        return pd.DataFrame(rows)
+        rows = [time_operator(self.ledger, operator, backend, shape, dtype=s.dtype, device=self.device,
+                              direction=direction, repeats=s.repeats, max_seconds=s.max_seconds, recompute=s.recompute)
+                for shape, direction, (operator, backend) in itertools.product(s.shapes, DIRECTIONS, sorted(pairs))]
+        order = {pair: i for i, pair in enumerate(pairs)}
+        return pd.DataFrame(sorted(rows, key=lambda row: order[row["operator"], row["backend"]]))
 
     def exactness(self) -> pd.DataFrame:
         """Every operator, backend and dtype over the cases that it takes: see `measure_exactness`."""
