@@ -31,8 +31,6 @@ from .teachers import load_teacher, sha256_of
 __all__ = ["LoadedInputs", "ScoringInputs", "ScoringJob", "measure_candidates", "reason", "shares_step",
            "weights_sha256"]
 
-STEPS_RECORDED = 1000  # after which a step is recorded anew; at 200, of smollm2-135m on an H100, it cost what it saved
-
 logger = logging.getLogger(__name__)
 
 
@@ -159,9 +157,8 @@ def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since
     teacher's pass is the first layer's, as it is of candidates measured in turn. If a group cannot be trained as one
     (it may not fit the GPU's memory), its candidates are measured in turn.
 
-    Layers that train alone take turns in one recorded step, as `Switched`, where `shares_step` says so; in few layers
-    of a step where that is worth another recording. Without checkpoints their states are kept in memory; what is lost
-    there is trained again.
+    Layers that train alone take turns in one recorded step, as `Switched`, where `shares_step` says so. Without
+    checkpoints their states are kept in memory; what is lost there is trained again.
     """
     if len(layers) > 1 and until:
         inputs = None
@@ -191,15 +188,13 @@ def shares_step(job: ScoringJob) -> bool:
 
 
 def _measure_recorded(job, layer, until, since):
-    """As `_measure`, in a step that candidates share; None where there is none, or it cannot run."""
-    in_order = isinstance(job.inputs, LoadedInputs)  # workers get tasks as they come
+    """As `_measure`, in a step that all candidates share; None where there is none, or it cannot run."""
     job = replace(job, inputs=job.inputs.load())
-    inputs, key = job.inputs, (job.direction, job.num_tokens, job.settings)
+    inputs, key = job.inputs, ("step", job.num_tokens, job.settings)
     if not until or not shares_step(job) or inputs.alive.get("without") == key:
         return None
     try:
-        whole = until == job.num_tokens and not since  # else all layers come by in every round
-        return _measure_in_turn(job, (*key, _turns(job, layer, in_order) if whole else None), layer, until, since)
+        return _measure_in_turn(job, key, layer, until, since)
     except DistillationDiverged:
         raise
     except Exception:
@@ -209,24 +204,12 @@ def _measure_recorded(job, layer, until, since):
         return None
 
 
-def _turns(job, layer, in_order):
-    """The layers that take turns with `layer` in one recorded step; None for all."""
-    steps = max(1, job.num_tokens // (job.settings.step_rows(job.inputs.context) * job.inputs.context))
-    count, size = job.inputs.student.config.num_hidden_layers, -(-STEPS_RECORDED // steps)
-    if size >= count or size > 1 and not in_order:
-        return None
-    first = layer - layer % size
-    return tuple(range(first, min(first + size, count)))
-
-
 def _measure_in_turn(job, key, layer, until, since):
     inputs = job.inputs
     begun, meter, taught = time.perf_counter(), Meter(inputs.teacher, beside=inputs.beside), inputs.states.computed
     if inputs.alive.get("step", (None,))[0] != key:
         inputs.forget()
-        turns = key[-1] or range(inputs.student.config.num_hidden_layers)
-        step = Switched(inputs.student, inputs.teacher, inputs.tokens, [_kept(job, inputs, l) for l in turns],
-                        job.num_tokens, job.settings, inputs.states)
+        step = Switched(inputs.student, inputs.teacher, inputs.tokens, job.num_tokens, job.settings, inputs.states)
         inputs.alive.update(step=(key, step), held={})
     step, held, path = inputs.alive["step"][1], inputs.alive["held"], job.checkpoint(layer)
     kept, end = _kept(job, inputs, layer), step.steps

@@ -1,8 +1,8 @@
-"""A hybrid that can become others: a layer has each branch that one of them needs, and a switch says which counts.
+"""A hybrid that can become any other: every layer has both branches, and a switch says which of them counts.
 
-Where a step is recorded as a CUDA graph, each set of softmax layers would have to be recorded anew. A switch is a
-number on the GPU, so that one recorded step serves several candidates: their weights are written into the one model,
-one candidate after the other. A branch that does not count costs its share of the step, and its gradient is 0.
+Where a step is recorded as a CUDA graph, each set of softmax layers would have to be compiled and recorded anew. A
+switch is a number on the GPU, so that one recorded step serves all candidates: their weights are written into the one
+model, one candidate after the other. The branch that does not count costs its share of the step, and its gradient is 0.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ __all__ = ["Switched"]
 
 
 class Switched(Cohort):
-    """One candidate at a time, in a model, a step and a CUDA graph that the candidates with these `sets` share.
+    """One candidate at a time, in a model, a step and a CUDA graph that all of them share.
 
-    Parameters as those of `Cohort`. Layers are compiled if ``settings.compile`` says so and there is a GPU. After
-    `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
+    Parameters as those of `Cohort`, without sets. Layers are compiled if ``settings.compile`` says so and there is a
+    GPU. After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
     """
 
-    def __init__(self, student, teacher, tokens, sets, num_tokens, settings, states=None):
+    def __init__(self, student, teacher, tokens, num_tokens, settings, states=None):
         self.compiled = settings.compile and next(student.parameters()).is_cuda
-        self.known = frozenset(map(tuple, sets))
         super().__init__(student, teacher, tokens, [()], num_tokens, settings, states)
         self._origins = [_origin(name) for name, _, _ in self.weights]
         self._sources = [(teacher if branch == "softmax" else student).get_parameter(own)
@@ -44,12 +43,7 @@ class Switched(Cohort):
 
     @torch.no_grad()
     def take(self, softmax: Sequence[int], *, checkpoint: Path | None = None, held: tuple | None = None) -> None:
-        """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it.
-
-        Raises ValueError for one that has no place here.
-        """
-        if tuple(softmax) not in self.known:
-            raise ValueError(f"softmax={list(softmax)} is none of the sets that this model was made for")
+        """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it."""
         fresh = type(self.histories[0])
         self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [fresh("match")], {}, 0
         for l, layer in enumerate(self.stack.model.layers):
@@ -103,10 +97,8 @@ class Switched(Cohort):
     def _build(self, student, teacher):
         every = range(student.config.num_hidden_layers)
         linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
-        for l, (own, layer) in enumerate(zip(linear.model.layers, model.model.layers, strict=True)):
-            kept = {l in softmax for softmax in self.known}
-            layer.self_attn = _Switch(own.self_attn if False in kept else None,
-                                      layer.self_attn if True in kept else None)
+        for own, layer in zip(linear.model.layers, model.model.layers, strict=True):
+            layer.self_attn = _Switch(own.self_attn, layer.self_attn)
         return model.to(next(student.parameters()).device).requires_grad_()
 
     def _weights(self):
@@ -155,15 +147,13 @@ def _origin(name):
 
 
 class _Switch(nn.Module):
-    """A layer's attention: the mixer, or softmax where `keeps` is true; where there is one of them, that."""
+    """A layer's attention: the mixer, or softmax where `keeps` is true."""
 
-    def __init__(self, mixer: nn.Module | None, attention: nn.Module | None):
+    def __init__(self, mixer: nn.Module, attention: nn.Module):
         super().__init__()
         self.linear, self.softmax = mixer, attention
         self.register_buffer("keeps", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def forward(self, hidden_states, **kwargs):
-        if self.linear is None or self.softmax is None:
-            return (self.linear or self.softmax)(hidden_states, **kwargs)
         linear, softmax = self.linear(hidden_states, **kwargs)[0], self.softmax(hidden_states, **kwargs)[0]
         return torch.where(self.keeps, softmax, linear), None

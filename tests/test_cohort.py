@@ -204,34 +204,6 @@ def test_states_wait_in_memory_unless_a_candidate_is_long(aligned, tiny_tokens, 
     assert found.values == pytest.approx(whole.values, abs=1e-5) and found.history[0] != whole.history[0]
 
 
-@pytest.mark.parametrize("direction", ["add", "remove"])
-@pytest.mark.parametrize(("recording", "by_workers", "expected"), [
-    (8, False, [(0, 1), (2,)]), (8, True, [(0, 1, 2)]), (4, True, [(0,), (1,), (2,)]), (9, False, [(0, 1, 2)])])
-def test_long_candidates_share_a_step_with_few_others(aligned, tiny_tokens, recorded, monkeypatch, direction, recording,
-                                                      by_workers, expected):
-    student, teacher = aligned
-    job = dataclasses.replace(job_of(student, teacher, tiny_tokens), direction=direction)  # of four steps
-    kept = {l: (l,) if direction == "add" else tuple(m for m in range(3) if m != l) for l in range(3)}
-    made, whole = [], candidates.Switched
-    monkeypatch.setattr(candidates, "Switched", lambda *args: made.append(args[3]) or whole(*args))
-    monkeypatch.setattr(candidates, "STEPS_RECORDED", recording)
-    if by_workers:
-        job = dataclasses.replace(job, inputs=SimpleNamespace(load=lambda inputs=job.inputs: inputs))
-    found = {l: candidates.measure_candidates(job, [l], 512)[l] for l in range(3)}
-    assert made == [[kept[l] for l in turns] for turns in expected]
-    for module in (candidates, scoring):
-        monkeypatch.setattr(module, "shares_step", lambda job: False)
-    alone = {l: candidates.measure_candidates(job, [l], 512)[l] for l in range(3)}
-    assert together(found) == pytest.approx(together(alone), abs=1e-5)
-    assert len(set(together(alone))) == 3 and len(recorded) == 3
-
-
-def test_a_model_refuses_a_candidate_that_has_no_place_in_it(aligned, tiny_tokens):
-    model = Switched(*aligned, tiny_tokens, [(0,), (1,)], 512, MATCH)
-    with pytest.raises(ValueError, match=r"softmax=\[2\] is none of the sets"):
-        model.take((2,))
-
-
 def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligned, tiny_tokens, recorded):
     student, teacher = aligned
     broken, kept = hl.restore(student, teacher, []), Kept()
