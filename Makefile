@@ -57,8 +57,8 @@ lint: $(INSTALLED)
 clean:
 	rm -rf book/_build book/_generated book/notebooks
 
-# glibc gives the memory of large tensors back whenever they are freed, and then waits for it again, page by page: on a
-# CPU a tenth or more of the time of stage 2. Let it keep what it has.
+# glibc gives the memory of large tensors back whenever they are freed, and then waits for it again, page by page. Let it
+# keep what it has.
 KEEP      := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
 # A notebook runs under another name first: an interrupted run leaves no executed copy behind.

@@ -321,7 +321,6 @@ def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
     model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
     turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
-
     opened_loss = matching_loss(model, teacher, settings)
 
     def step_loss(share, rows):

@@ -79,7 +79,6 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
     for layer in model.model.layers:
         layer.self_attn = EitherAttention(layer.self_attn.linear, layer.self_attn.softmax)
     draw, everything = random.Random(seed), range(student.config.num_hidden_layers)
-
     placed_loss = matching_loss(model, teacher, settings)
 
     def step_loss(share, rows):
