@@ -84,9 +84,10 @@ def kernel_words(tables: Mapping[str, pd.DataFrame]) -> str:
     counted, lines = {_key(*found): found[-1] for found in _launches(tables["counters"])}, []
     for row, number, one in _launches(tables["kernels"]):
         if number == 1:
-            graph = f", {_short(1e6 * row['gpu_seconds'])} as a CUDA graph" if pd.notna(row["gpu_seconds"]) else ""
+            graph = ("" if pd.isna(row["gpu_seconds"]) else
+                     f"; {_short(1e6 * row['gpu_seconds'])} as a CUDA graph of the call")
             lines.append(f"- {_operator(row)}, {_shape(row)}, {row['dtype']}, forward and backward{_code(row)}: "
-                         f"{_short(1e6 * row['kernel_seconds'])} in {len(row['kernels'])} kernels{graph}.")
+                         f"{_short(1e6 * row['kernel_seconds'])} in {len(row['kernels'])} kernels, one by one{graph}.")
         share = _percent(one["seconds"] / row["kernel_seconds"])
         lines.append(f"  - {_label(one)}: **{_short(_micro(one))}** ({share}); "
                      + _said(row, one, counted.get(_key(row, number, one))))
@@ -119,7 +120,8 @@ def bound_words(tables: Mapping[str, pd.DataFrame], operator: str, shape: Sequen
     whole = sum(one["seconds"] for _, one, _ in found)
     said = [f"`{_label(one)}` {_percent(one['seconds'] / whole)} of the time, {_bound(count)}"
             for _, one, count in sorted(found, key=lambda each: -each[1]["seconds"])]
-    return f"What bounds it, by the GPU's counters{_code(found[0][0])}: {'; '.join(said)}."
+    part = " in a call with gradients" if direction == "forward" else ""
+    return f"What bounds it, by the GPU's counters{part}{_code(found[0][0])}: {'; '.join(said)}."
 
 
 def _code(row):

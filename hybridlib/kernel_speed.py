@@ -11,11 +11,14 @@ function            what it finds
 `count_kernels`     the GPU's own counters, where ``ncu`` is installed and may read them: see `counters`
 ==================  ================================================================================================
 
-A kernel's name is that of its launch ("delta_rule.scan"). Times are in seconds, memory in bytes.
+A kernel's name is that of its launch ("delta_rule.scan"). Each is measured by itself, though in a call some start while
+the one before them runs (`kernels.fused.follow`): their times add up to more than the call's. Times are in seconds,
+memory in bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -155,7 +158,8 @@ def count_kernels(ledger: Ledger, operator: str, shape: Iterable[int], *, dtype:
         reason = _why_not(device) or why_no_counters()
         if reason is not None:
             return {"reason": reason}
-        launches = _watched(operator, _calls(operator, shape, parameters["dtype"], device, True)[0])
+        with _one_by_one():
+            launches = _watched(operator, _calls(operator, shape, parameters["dtype"], device, True)[0])
         symbols = [one["symbol"] for one in launches]
         torch.cuda.empty_cache()
         rows = read_counters(_PROGRAM, json.dumps([operator, shape, parameters["dtype"], str(device)]), symbols)
@@ -239,16 +243,27 @@ def _call(operator, tensors, backward):
     return call
 
 
+@contextlib.contextmanager
+def _one_by_one():
+    """Within it no kernel starts before the one before it has ended, so that each has the GPU to itself."""
+    before, launch.override_follows = launch.override_follows, False
+    try:
+        yield
+    finally:
+        launch.override_follows = before
+
+
 def _profiled(operator, calls, device, repeats):
     """The launches of a call with their times, and the seconds of what else a call has on the GPU."""
-    for call in calls:  # compiles
-        call()
-    launches, limits = _watched(operator, calls[0]), limits_of(device)
-    wait(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for i in range(repeats):
-            calls[i % len(calls)]()
+    with _one_by_one():
+        for call in calls:  # compiles
+            call()
+        launches, limits = _watched(operator, calls[0]), limits_of(device)
         wait(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for i in range(repeats):
+                calls[i % len(calls)]()
+            wait(device)
     events = sorted((event.time_range.start, event.name, 1e-6 * event.time_range.elapsed_us())
                     for event in profiler.events() if event.device_type == DeviceType.CUDA)
     symbols = [one.pop("symbol") for one in launches]
@@ -272,8 +287,9 @@ def _product_speed(dtype, device):
 def _counted(operator, shape, dtype, device):
     """What a process does under ``ncu``: a call to compile, and one that is counted."""
     call = _call(operator, operator_inputs(operator, shape, dtype, device), True)
-    for start, stop in ((lambda: None,) * 2, (torch.cuda.profiler.start, torch.cuda.profiler.stop)):
-        start()
-        call()
-        wait(device)
-        stop()
+    with _one_by_one():
+        for start, stop in ((lambda: None,) * 2, (torch.cuda.profiler.start, torch.cuda.profiler.stop)):
+            start()
+            call()
+            wait(device)
+            stop()

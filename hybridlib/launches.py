@@ -71,8 +71,9 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
     C tokens, keys of K and values of V dims, V / W programs for the columns of a state, and f products for one with the
     inverse (3 where what rounding cut off is multiplied as well, else 1), the multiply-adds a chunk and head are
 
-    - delta rule: invert 10 16^2 K + 40 16^3, scans (either way) 3 C K V + (f + 1) C^2 V + C^2 K V / W,
-      gradients 4 C K V + 2 C^2 V + 6 C^2 K, maps (K + V) (2 C K + f C^2);
+    - delta rule: invert 10 16^2 K + 40 16^3, scans (either way) 3 C K V + (f + 1) C^2 V + C^2 K V / W, without outputs
+      2 C K V + C^2 V, outputs C K V + C^2 V + C^2 K, gradients 3 C K V + 2 C^2 V + 6 C^2 K, maps
+      (K + V) (2 C K + f C^2);
     - linear attention: scans (either way) C K V + 2 C^2 K V / W, outputs and gradients of the values alone C K V +
       C^2 V + 3 C^2 K, gradients 3 C K V + 2 C^2 V + (5 + s) C^2 K, with s = 4, or 2 in float32, and without those of
       the values, by p programs, 2 C K V + p C^2 V + (4 + s) C^2 K; all in chunks that need no levels.
@@ -91,13 +92,16 @@ def product_flops(name: str, arguments: Mapping) -> int | None:
         "delta_rule.invert": 10 * 16**2 * k + 40 * 16**3,
         "delta_rule.scan": 3 * c * k * v + (fine + 1) * c * c * v + c * c * k * tiles,
         "delta_rule.scan_back": 3 * c * k * v + (fine + 1) * c * c * v + c * c * k * tiles,
-        "delta_rule.gradients": 4 * c * k * v + 2 * c * c * v + 6 * c * c * k,
+        "delta_rule.outputs": c * k * v + c * c * v + c * c * k,
+        "delta_rule.gradients": 3 * c * k * v + 2 * c * c * v + 6 * c * c * k,
         "delta_rule.maps": (k + v) * (2 * c * k + fine * c * c),
         "linear_attention.scan": c * k * v + 2 * c * c * k * tiles,
         "linear_attention.outputs": c * k * v + c * c * v + 3 * c * c * k,
         "linear_attention.gradients": 3 * c * k * v + 2 * c * c * v + (5 + summed) * c * c * k,
         "linear_attention.value_gradients": c * k * v + c * c * v + 3 * c * c * k,
     }[name]
+    if name == "delta_rule.scan" and arguments.get("o") is None:
+        adds = 2 * c * k * v + c * c * v
     if name == "linear_attention.gradients" and arguments.get("dv") is None:
         adds = 2 * c * k * v + k // arguments["ROWS"] * c * c * v + (4 + summed) * c * c * k
     return 2 * adds * arguments["sequences"] * -(-arguments["time"] // c) * arguments["heads"]

@@ -335,6 +335,44 @@ def test_results_are_the_same_in_every_run(operator, dtype, time):
 
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
+@pytest.mark.parametrize("batch, time, heads, dim, segments", [
+    (16, 1024, 9, 64, None), (1, 1, 1, 64, None), (3, 100, 2, 64, None), (4, 1000, 3, 128, None),
+    (40, 300, 8, 32, None), (2, 700, 3, 64, 5), (1, 9000, 2, 64, None)])
+def test_kernels_that_follow_a_scan_change_no_bit(monkeypatch, operator, dtype, batch, time, heads, dim, segments):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(launch, "override_segments", segments)
+    inputs, state = make_inputs(operator, time, dim, dim, dtype, batch=batch, heads=heads, device="cuda")
+    monkeypatch.setattr(launch, "override_follows", False)
+    alone = run(operator, inputs, state, "fused")
+    monkeypatch.setattr(launch, "override_follows", True)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(alone, run(operator, inputs, state, "fused")))
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_can_be_had_twice_and_in_a_cuda_graph(operator):
+    inputs, _ = make_inputs(operator, 1000, 64, 64, torch.bfloat16, batch=4, device="cuda")
+    inputs = [x.requires_grad_() for x in inputs]
+    operate, weight = getattr(kernels, OPERATORS[operator]), torch.randn_like(inputs[2])
+    o = operate(*inputs, backend="fused")[0]
+    first, second = (torch.autograd.grad(o, inputs, weight, retain_graph=True) for _ in range(2))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        side.wait_stream(torch.cuda.default_stream())
+        torch.autograd.grad(operate(*inputs, backend="fused")[0], inputs, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(operate(*inputs, backend="fused")[0], inputs, weight)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, captured))
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
 @pytest.mark.parametrize("time, heads, dim, decay", [(4097, 2, 64, "near none"), (8192, 9, 64, "mild"),
                                                      (8000, 1, 64, "mixed"), (6000, 2, 128, "mild")])
 def test_segments(operator, dtype, time, heads, dim, decay):

@@ -93,15 +93,15 @@ def test_bytes_and_flops_are_those_that_the_interpreter_touches_and_multiplies()
     assert done.returncode == 0, done.stderr[-2000:]
     found = [tuple(one) for one in json.loads(done.stdout)]
     cut = [("delta_rule.invert", 4), ("delta_rule.maps", 8), ("delta_rule.join", 4), ("delta_rule.scan", 4),
-           ("delta_rule.scan_back", 4), ("delta_rule.join", 4), ("delta_rule.scan_back", 4),
+           ("delta_rule.outputs", 4), ("delta_rule.scan_back", 4), ("delta_rule.join", 4), ("delta_rule.scan_back", 4),
            ("delta_rule.gradients", 4)]
-    assert found[:8] == cut
-    assert found[8:12] == [("delta_rule.invert", 2), ("delta_rule.scan", 2), ("delta_rule.scan_back", 2),
-                           ("delta_rule.gradients", 2)]
-    assert found[12:14] == [("delta_rule.invert", 1), ("delta_rule.scan", 4)]
-    assert [name for name, _ in found[14:18]] == [f"linear_attention.{name}"
+    assert found[:9] == cut
+    assert found[9:14] == [("delta_rule.invert", 2), ("delta_rule.scan", 2), ("delta_rule.outputs", 2),
+                           ("delta_rule.scan_back", 2), ("delta_rule.gradients", 2)]
+    assert found[14:16] == [("delta_rule.invert", 1), ("delta_rule.scan", 4)]
+    assert [name for name, _ in found[16:20]] == [f"linear_attention.{name}"
                                                   for name in ("scan", "outputs", "scan", "gradients")]
-    assert len(found) == 31 and {name for name, _ in found} >= {"linear_attention.join"}
+    assert len(found) == 33 and {name for name, _ in found} >= {"linear_attention.join"}
     assert found[-2:] == [("linear_attention.gradients", 2), ("linear_attention.value_gradients", 1)]
 
 
@@ -379,8 +379,8 @@ def tables():
 def test_words_say_where_time_goes_and_what_bounds_it():
     lines = kernel_report.kernel_words(tables()).splitlines()
     assert lines[:3] == [
-        "- gated delta rule, (16, 1024, 9, 64), bfloat16, forward and backward: 200 µs in 2 kernels, 205 µs as a CUDA "
-        "graph.",
+        "- gated delta rule, (16, 1024, 9, 64), bfloat16, forward and backward: 200 µs in 2 kernels, one by one; "
+        "205 µs as a CUDA graph of the call.",
         "  - scan: **80 µs** (40%); moving its bytes would take 25% of that, its products 10%; 144 programs of 4 warps "
         "are 0.55 waves; counted: issue slots 11%, tensor cores 7.5%, DRAM 12%, 1.02 warps a scheduler, 0.12 of them "
         "ready, most wait for long scoreboard 4.75; bound by latency.",
@@ -396,8 +396,8 @@ def test_a_call_is_bound_by_what_its_kernels_counters_are_near():
     frames, asked = tables(), ("gated_delta_rule", (16, 1024, 9, 64))
     assert kernel_report.bound_words(frames, *asked) == ""  # the other kernel was not counted
     assert kernel_report.bound_words(frames, *asked, "forward") == (
-        "What bounds it, by the GPU's counters: `scan` 100% of the time, bound by latency (0.12 of 1.02 warps a "
-        "scheduler are ready; DRAM 12%, tensor cores 7.5% of their peaks).")
+        "What bounds it, by the GPU's counters in a call with gradients: `scan` 100% of the time, bound by latency "
+        "(0.12 of 1.02 warps a scheduler are ready; DRAM 12%, tensor cores 7.5% of their peaks).")
     scan, gradients = frames["counters"]["kernels"].iloc[1]
     gradients |= scan | {"name": "delta_rule.gradients", "pass": "backward", "dram": 0.8}
     assert "`gradients` 60% of the time, bound by bandwidth (80% of the peak); `scan` 40%" in (

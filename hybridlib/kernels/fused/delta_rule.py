@@ -1,10 +1,11 @@
-"""The gated delta rule in four kernels, in the symbols of `hybridlib.kernels.chunked`.
+"""The gated delta rule in five kernels, in the symbols of `hybridlib.kernels.chunked`.
 
 =================  =======================  ============================================================
 kernel             one program for each     computes
 =================  =======================  ============================================================
-_invert            chunk and head           T = (I + A)^-1
-_scan              segment and head         O and the states, chunk after chunk, the state on chip
+inverse.invert     chunk and head           T = (I + A)^-1
+_scan              segment and head         O or, for gradients, S and N: chunk after chunk, S on chip
+_outputs           chunk and head           O from S and N
 _scan_back         segment and head         the states' gradients dS and dR, last chunk first
 _gradients         chunk and head           all other gradients
 =================  =======================  ============================================================
@@ -14,15 +15,17 @@ S' = in_C S + (out k)^T N. If gradients are wanted, T, the states and N (`writte
 the dtype of the inputs, and what rounding cut off T (`rest`), for dR = T^T dN cancels where keys repeat; R and P are
 computed again. Sums of log_decay from the chunk's start (`sums`) and beta (`strengths`) are kept by chunk, in float32.
 A segment is a sequence or, where these are few, a part of one; `segments` has the two kernels that this takes besides.
+`_outputs` and `_gradients` start while the scans before them run (`follow`).
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from . import segments
+from .follow import finish, in_turn, open_counts, publish, wait_for
+from .inverse import invert
 from .launch import SIZE, Place, precision, stride
 from .tiles import (
     block,
@@ -39,132 +42,32 @@ from .tiles import (
 )
 
 
-@triton.jit
-def _inverse_of_16(a, PRECISION: tl.constexpr):
-    """(I + a)^-1 for a strictly lower (16, 16): inverses of 1, 2, 4, 8 tokens, two joined into one.
-
-    [[I + A1, 0], [B, I + A2]]^-1 = X - X [[0, 0], [B, 0]] X, where X = [[(I + A1)^-1, 0], [0, (I + A2)^-1]].
-    """
-    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    x = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, a, 0.0)
-    for level in tl.static_range(1, 4):
-        joins = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) != j // (1 << level))
-        x -= product(product(x, tl.where(joins, a, 0.0), PRECISION), x, PRECISION)
-    return x
-
-
-@triton.jit
-def _keys_and_gates(k, log_decay, beta, start, end, k_stride, gate_stride, beta_stride, head, KEY_DIM: tl.constexpr):
-    """Of 16 tokens: k (16, KEY_DIM), sums of log_decay from the first (16,), their total, beta (16,)."""
-    t = start + tl.arange(0, 16)
-    at = t.to(tl.int64)
-    decay = tl.load(log_decay + at * gate_stride + head, t < end, 0.0).to(tl.float32)
-    strength = tl.load(beta + at * beta_stride + head, t < end, 0.0).to(tl.float32)
-    keys = load_rows(k, start, end, k_stride, head * KEY_DIM, 16, KEY_DIM)
-    return keys, tl.cumsum(decay, 0), tl.sum(decay, 0), strength
-
-
-@triton.jit
-def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.constexpr):
-    """Block of A: beta_i (k_i . k_j) D_ij where `keep`."""
-    decay = pairwise_decay(sums_i, sums_j, keep)
-    return product(keys_i, tl.trans(keys_j), PRECISION) * decay * strength_i[:, None]
-
-
-@triton.jit
-def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33, ZEROS: tl.constexpr):
-    kind = x.dtype.element_ty
-    if ZEROS:
-        zero = tl.zeros((16, 16), kind)
-        tl.store(block(x, at, 0, 16, 64, 64, 16, 16), zero)
-        tl.store(block(x, at, 0, 32, 64, 64, 16, 16), zero)
-        tl.store(block(x, at, 0, 48, 64, 64, 16, 16), zero)
-        tl.store(block(x, at, 16, 32, 64, 64, 16, 16), zero)
-        tl.store(block(x, at, 16, 48, 64, 64, 16, 16), zero)
-        tl.store(block(x, at, 32, 48, 64, 64, 16, 16), zero)
-    tl.store(block(x, at, 0, 0, 64, 64, 16, 16), t00.to(kind))
-    tl.store(block(x, at, 16, 0, 64, 64, 16, 16), t10.to(kind))
-    tl.store(block(x, at, 16, 16, 64, 64, 16, 16), t11.to(kind))
-    tl.store(block(x, at, 32, 0, 64, 64, 16, 16), t20.to(kind))
-    tl.store(block(x, at, 32, 16, 64, 64, 16, 16), t21.to(kind))
-    tl.store(block(x, at, 32, 32, 64, 64, 16, 16), t22.to(kind))
-    tl.store(block(x, at, 48, 0, 64, 64, 16, 16), t30.to(kind))
-    tl.store(block(x, at, 48, 16, 64, 64, 16, 16), t31.to(kind))
-    tl.store(block(x, at, 48, 32, 64, 64, 16, 16), t32.to(kind))
-    tl.store(block(x, at, 48, 48, 64, 64, 16, 16), t33.to(kind))
-
-
 @kernel
-def _invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
-            k_stride, gate_stride, beta_stride,
-            KEY_DIM: tl.constexpr, MANY: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
-            FINE: tl.constexpr):
-    """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
-
-    By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
-    T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n). Above it, zeros are stored only if ZEROS.
-    """
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end = tokens_of(cu_seqlens, chunk, time, sequences, 64, MANY)
-    strides = k_stride, gate_stride, beta_stride
-    k0, c0, total, b0 = _keys_and_gates(k, log_decay, beta, start, end, *strides, head, KEY_DIM)
-    k1, c1, next, b1 = _keys_and_gates(k, log_decay, beta, start + 16, end, *strides, head, KEY_DIM)
-    c1, total = c1 + total, total + next
-    k2, c2, next, b2 = _keys_and_gates(k, log_decay, beta, start + 32, end, *strides, head, KEY_DIM)
-    c2, total = c2 + total, total + next
-    k3, c3, next, b3 = _keys_and_gates(k, log_decay, beta, start + 48, end, *strides, head, KEY_DIM)
-    c3 = c3 + total
-
-    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    t00 = _inverse_of_16(_scores(k0, k0, c0, c0, b0, i > j, PRECISION), FINE)
-    t11 = _inverse_of_16(_scores(k1, k1, c1, c1, b1, i > j, PRECISION), FINE)
-    t22 = _inverse_of_16(_scores(k2, k2, c2, c2, b2, i > j, PRECISION), FINE)
-    t33 = _inverse_of_16(_scores(k3, k3, c3, c3, b3, i > j, PRECISION), FINE)
-    a10, a21 = _scores(k1, k0, c1, c0, b1, i >= 0, PRECISION), _scores(k2, k1, c2, c1, b2, i >= 0, PRECISION)
-    a20, a32 = _scores(k2, k0, c2, c0, b2, i >= 0, PRECISION), _scores(k3, k2, c3, c2, b3, i >= 0, PRECISION)
-    a31, a30 = _scores(k3, k1, c3, c1, b3, i >= 0, PRECISION), _scores(k3, k0, c3, c0, b3, i >= 0, PRECISION)
-    t10 = -product(t11, product(a10, t00, FINE), FINE)
-    t21 = -product(t22, product(a21, t11, FINE), FINE)
-    t32 = -product(t33, product(a32, t22, FINE), FINE)
-    t20 = -product(t22, product(a20, t00, FINE) + product(a21, t10, FINE), FINE)
-    t31 = -product(t33, product(a31, t11, FINE) + product(a32, t21, FINE), FINE)
-    t30 = -product(t33, product(a30, t00, FINE) + product(a31, t10, FINE) + product(a32, t20, FINE), FINE)
-
-    at = chunk * heads + head
-    _store_inverse(inverse, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33, ZEROS)
-    if rest is not None:
-        kind = inverse.dtype.element_ty
-        _store_inverse(rest, at, t00 - t00.to(kind), t10 - t10.to(kind), t11 - t11.to(kind), t20 - t20.to(kind),
-                       t21 - t21.to(kind), t22 - t22.to(kind), t30 - t30.to(kind), t31 - t31.to(kind),
-                       t32 - t32.to(kind), t33 - t33.to(kind), ZEROS)
-    t = at.to(tl.int64) * 64 + tl.arange(0, 16)
-    tl.store(sums + t, c0), tl.store(strengths + t, b0)
-    tl.store(sums + t + 16, c1), tl.store(strengths + t + 16, b1)
-    tl.store(sums + t + 32, c2), tl.store(strengths + t + 32, b2)
-    tl.store(sums + t + 48, c3), tl.store(strengths + t + 48, b3)
-
-
-@kernel
-def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
+def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written, ready,
           cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
 
-    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. `states` and
-    `written`, if not None, get the state before each chunk and N. LOWER: of T the lower blocks alone are read.
+    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. Without `o`, and
+    then without q, `states` and `written` get the state before each chunk and N, for `_outputs`, and `ready`, if not
+    None, counts chunks that are through. LOWER: of T the lower blocks alone are read.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    kind = q.dtype.element_ty
+    kind = k.dtype.element_ty
+    count, tile, tiles = tl.cdiv(end - start, SIZE), tl.program_id(0), tl.num_programs(0)
+    if ready is not None:
+        open_counts(ready, chunk, count, head, heads, tile, tiles)
     if initial is None:
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
     else:
         state = tl.load(block(initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)).to(tl.float32)
-    for step in range(tl.cdiv(end - start, SIZE)):
+    for step in range(count):
         token, at = start + step * SIZE, (chunk + step) * heads + head
-        q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+        if o is not None:
+            q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
         k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
         v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
         inverse_c = load_square(inverse, at, SIZE, LOWER)
@@ -174,39 +77,81 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
         decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
         before = state.to(kind)
+        if ready is not None:  # of the chunk before, whose stores have arrived by now
+            some = tl.minimum(step, 1)
+            publish(ready + (at - some * heads) * tiles + tile, some)
         if states is not None:
             tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
         right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
         new = product(inverse_c, right.to(kind), PRECISION)
         if written is not None:
             store_rows(written, new, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
-        scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
-        read = decay_in[:, None] * product(q_c, before, PRECISION)
-        read += product(scores.to(kind), new.to(kind), PRECISION)
+        if o is not None:
+            scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
+            read = decay_in[:, None] * product(q_c, before, PRECISION)
+            read += product(scores.to(kind), new.to(kind), PRECISION)
+            store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
         state = exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
-        store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+    if ready is not None:
+        publish(ready + ((chunk + count - 1) * heads + head) * tiles + tile, tl.minimum(count, 1))
     if final is not None:
         tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
 
 
 @kernel
-def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial,
+def _outputs(q, k, sums, states, written, o, ready, cu_seqlens, time, sequences, heads, segments, scale,
+             q_stride, k_stride,
+             KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+             MANY: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr):
+    """O = scale (in q) S + P N of one chunk, beside the scan that makes S and N if `ready` is not None."""
+    head, chunk = tl.program_id(0), tl.program_id(1)
+    at = chunk * heads + head
+    if ready is None:
+        start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
+    else:
+        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, False)
+        if start == end:
+            return
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    kind = q.dtype.element_ty
+    q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+    k_c = load_rows(k, start, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+    sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+    decay_in = exp(sum_c)
+    scores = (product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)).to(kind)
+    if ready is not None:
+        wait_for(ready, at, TILES, WARPS)
+    for column in range(0, VALUE_DIM, WIDTH):
+        here = head * VALUE_DIM + column
+        before = tl.load(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        read = decay_in[:, None] * product(q_c, before, PRECISION) + product(scores, new, PRECISION)
+        store_rows(o, scale * read, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+    if ready is not None:
+        finish()
+
+
+@kernel
+def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_states, d_initial, ready,
                cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
 
-    dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR.
+    dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR; `ready`, if not
+    None, counts chunks that are through.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
+    count, tile, tiles = tl.cdiv(end - start, SIZE), tl.program_id(0), tl.num_programs(0)
+    if ready is not None:
+        open_counts(ready, chunk, count, head, heads, tile, tiles)
     if d_final is None:
         d_state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
     else:
         d_state = tl.load(block(d_final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH))
-    count = tl.cdiv(end - start, SIZE)
     for step in range(count):
         token = start + (count - 1 - step) * SIZE
         at = (chunk + count - 1 - step) * heads + head
@@ -221,6 +166,9 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
         after = d_state.to(kind)
+        if ready is not None:  # of the chunk before, whose stores have arrived by now
+            some = tl.minimum(step, 1)
+            publish(ready + (at + some * heads) * tiles + tile, some)
         if d_states is not None:
             tl.store(block(d_states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), after)
         decay = tl.where(i >= j, exp(sum_c[None, :] - sum_c[:, None]), 0.0)
@@ -235,15 +183,17 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
         d_state -= product(tl.trans(k_c), d_right_in, PRECISION)
         if d_right is not None:
             store_rows(d_right, d_right_c, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+    if ready is not None:
+        publish(ready + (chunk * heads + head) * tiles + tile, tl.minimum(count, 1))
     if d_initial is not None:
         tl.store(block(d_initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), d_state)
 
 
 @kernel
 def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, o_stride,
+               ready, cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-               MANY: tl.constexpr, PRECISION: tl.constexpr):
+               MANY: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk from N, dO, dR (in `dv`, which dv replaces) and dS', where R = beta e, e = v - in k S.
 
     dv = beta dR, dP = dO N^T and dA = -dR N^T in the lower triangle (A's without the diagonal), and
@@ -252,13 +202,19 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
         dk    = out N dS'^T - beta in dR S^T + scale (dP D)^T q + (M + M^T) k,     M = beta dA D
         dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij,    sum_v dR e = sum_v dR v - in sum_k k (dR S^T)
 
-    One after another: dA, dP, dq, dk, each with its own pass over the columns of v. That takes fewer registers than all
-    at once, and the later passes find what they read in a cache. The gradient of log_decay of token t is a sum over
+    One after another: dP, dq, dA, dk, each with its own pass over the columns of v. That takes fewer registers than all
+    at once, and the later passes find what they read in a cache. The first two need nothing of the scan backwards, and
+    come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum over
     what it decays: pairs with j < t <= i (those of P and A), in_i for t <= i, out_j for j < t, and in_C.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
-    start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
     at = chunk * heads + head
+    if ready is None:
+        start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
+    else:
+        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, True)
+        if start == end:
+            return
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
@@ -268,21 +224,6 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
     total = tl.min(sum_c, 0)
     decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
-    da, d_strength = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE,), tl.float32)
-    for column in range(0, VALUE_DIM, WIDTH):
-        here = head * VALUE_DIM + column
-        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)             # N
-        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
-        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
-        da -= product(d_right, tl.trans(new), PRECISION)
-        d_strength += tl.sum(d_right.to(tl.float32) * v_c.to(tl.float32), 1)
-    da *= pairwise_decay(sum_c, sum_c, i > j)
-    pairs = da * product(k_c, tl.trans(k_c), PRECISION)
-    d_in = tl.sum(pairs, 1)
-    d_strength += d_in
-    d_in = strength * d_in - tl.sum(strength[:, None] * pairs, 0)
-    da_c = (strength[:, None] * da).to(kind)                                                  # M
-
     dp = tl.zeros((SIZE, SIZE), tl.float32)
     for column in range(0, VALUE_DIM, WIDTH):
         here = head * VALUE_DIM + column
@@ -291,7 +232,7 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
         dp += product(do_c, tl.trans(new), PRECISION)
     dp *= scale * pairwise_decay(sum_c, sum_c, i >= j)
     pairs = tl.where(i > j, dp * product(q_c, tl.trans(k_c), PRECISION), 0.0)
-    d_in += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    d_in = tl.sum(pairs, 1) - tl.sum(pairs, 0)
     dp_c = dp.to(kind)
 
     dq_c = tl.zeros((SIZE, KEY_DIM), tl.float32)
@@ -303,6 +244,23 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
     d_in += tl.sum(dq_c * q_c.to(tl.float32), 1)
     dq_c += product(dp_c, k_c, PRECISION)
     store_rows(dq, dq_c, start, end, heads * KEY_DIM, head * KEY_DIM, SIZE, KEY_DIM)
+
+    if ready is not None:
+        wait_for(ready, at, TILES, WARPS)
+    da, d_strength = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE,), tl.float32)
+    for column in range(0, VALUE_DIM, WIDTH):
+        here = head * VALUE_DIM + column
+        new = load_rows(written, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)             # N
+        d_right = load_rows(dv, start, end, heads * VALUE_DIM, here, SIZE, WIDTH)
+        v_c = load_rows(v, start, end, v_stride, here, SIZE, WIDTH)
+        da -= product(d_right, tl.trans(new), PRECISION)
+        d_strength += tl.sum(d_right.to(tl.float32) * v_c.to(tl.float32), 1)
+    da *= pairwise_decay(sum_c, sum_c, i > j)
+    pairs = da * product(k_c, tl.trans(k_c), PRECISION)
+    by_pair = tl.sum(pairs, 1)
+    d_strength += by_pair
+    d_in += strength * by_pair - tl.sum(strength[:, None] * pairs, 0)
+    da_c = (strength[:, None] * da).to(kind)                                                  # M
 
     dk_in, dk_out = tl.zeros((SIZE, KEY_DIM), tl.float32), tl.zeros((SIZE, KEY_DIM), tl.float32)
     d_total = 0.0
@@ -332,6 +290,8 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
     t_at = t.to(tl.int64) * heads + head
     tl.store(d_decay + t_at, d_sums.to(d_decay.dtype.element_ty), t < end)
     tl.store(d_beta + t_at, d_strength.to(d_beta.dtype.element_ty), t < end)
+    if ready is not None:
+        finish()
 
 
 def kept(q, v, count, keep, sequences):
@@ -352,18 +312,26 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
-    at.launch(_invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
+    at.launch(invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
               k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
               strides[1], stride(log_decay), stride(beta), at.key_dim, many, keep or not at.by_lower, dots, dots)
     starts, ends = initial, final
     if maps is not None:
         starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
         segments.join(at, maps, starts, initial, final, False)
-    use = at.how("delta_rule.scan")
-    at.launch(_scan, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
-              q, k, v, inverse, sums, strengths, starts, o, ends, states, written,
+    use = at.how("delta_rule.states" if keep else "delta_rule.scan")
+    tiles, warps = at.value_dim // use.width, use.warps
+    ready = at.counts(tiles) if keep else None
+    at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
+              None if keep else q, k, v, inverse, sums, strengths, starts, None if keep else o, ends, states, written,
+              ready,
               cu_seqlens, *shape, at.segments, scale, *strides,
               at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots)
+    if keep:
+        use = at.follower("delta_rule.outputs")
+        at.launch(_outputs, use, (at.heads, at.turns, 1),
+                  q, k, sums, states, written, o, ready, cu_seqlens, *shape, at.segments, scale, *strides[:2],
+                  at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
     return o, final, (inverse, rest, sums, strengths, states, written, maps)
 
 
@@ -377,22 +345,24 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     d_states = torch.empty_like(states)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
     use = at.how("delta_rule.scan_back")
+    tiles, warps = at.value_dim // use.width, use.warps
+    ready = at.counts(tiles)
 
     def scan_back(*ends_and_found, part=0):
-        at.launch(_scan_back, use, (at.value_dim // use.width, at.heads, at.sequences * at.segments),
+        at.launch(_scan_back, use, (tiles, at.heads, at.sequences * at.segments),
                   q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
                   stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=part)
 
     if maps is None:
-        scan_back(d_final, dv, d_states, d_initial)
+        scan_back(d_final, dv, d_states, d_initial, ready)
     else:
         d_ends = segments.ends(at, q.device)
-        scan_back(None, None, None, d_ends, part=1)
+        scan_back(None, None, None, d_ends, None, part=1)
         segments.join(at, maps, d_ends, d_final, d_initial, True)
-        scan_back(d_ends, dv, d_states, None)
-    use = at.how("delta_rule.gradients")
-    at.launch(_gradients, use, (at.heads, at.chunks, 1),
-              q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta,
-              cu_seqlens, *shape, scale, stride(q), stride(k), stride(v), stride(d_o),
-              at.key_dim, at.value_dim, use.width, SIZE, many, dots)
+        scan_back(d_ends, dv, d_states, None, ready)
+    use = at.follower("delta_rule.gradients")
+    at.launch(_gradients, use, (at.heads, at.turns, 1),
+              q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta, ready,
+              cu_seqlens, *shape, at.segments, scale, stride(q), stride(k), stride(v), stride(d_o),
+              at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
     return dq, dk, dv, d_decay, d_beta, d_initial

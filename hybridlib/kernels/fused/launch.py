@@ -25,22 +25,26 @@ LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel, how many columns of the state its tiles have (0: does not apply), and how
-    many registers a thread may have (0: as many as there are)."""
+    """Warps and pipeline stages of a kernel, how many columns of the state its tiles have (0: does not apply), how many
+    registers a thread may have (0: as many as there are), and whether it starts while the one before it runs."""
 
     warps: int
     stages: int
     width: int = 0
     registers: int = 0
+    follows: bool = False
 
 
 override: dict[str, Launch] = {}
 override_segments: int | None = None  # the same in a forward pass and its backward pass
+override_follows: bool | None = None  # the same in a forward pass and its backward pass
 watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 3, 32)),
+    "delta_rule.states": (Launch(4, 3, 64), Launch(4, 3, 32)),
+    "delta_rule.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "delta_rule.maps": (Launch(4, 2, 64), Launch(4, 2, 32)),
@@ -54,6 +58,8 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
 _FLOAT32 = {  # gated linear attention: 64 dims at most
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.states": (Launch(4, 1, 32), Launch(8, 1, 32)),
+    "delta_rule.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
     "delta_rule.scan_back": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),
     "delta_rule.maps": (Launch(4, 1, 32), Launch(8, 1, 32)),
@@ -83,8 +89,11 @@ class Place:
     Calls of equal `key` run the same compiled kernels. There is none where a tensor is not aligned to 16 bytes.
     """
 
-    def __init__(self, tokens, states, cu_seqlens, keep=None):
-        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
+    def __init__(self, tokens, states, cu_seqlens, keep=None, follow=True):
+        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None.
+
+        follow: whether a kernel may start while a scan runs (see `follow`); packed sequences have no order for that.
+        """
         q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
@@ -96,8 +105,12 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
+        self.follows = follow and cu_seqlens is None and follows(q.device)
+        self.turns, self.device = self.chunks, q.device  # turns: programs of a head, one for each chunk
+        if self.follows:  # as many for each segment, though the last of a sequence may be shorter
+            self.turns = self.batch * self.segments * -(-self.chunks // self.batch // self.segments)
         self.by_lower = max(self.key_dim, self.value_dim) <= 64  # scans forward read T by its lower half
-        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
+        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1, self.follows], 0
         for x in tokens:
             key += x.dtype, x.stride(1)
             aligned |= x.data_ptr()
@@ -109,6 +122,16 @@ class Place:
     def how(self, kernel: str) -> Launch:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         return how(kernel, self.dtype, self.key_dim, self.value_dim)
+
+    def follower(self, kernel: str) -> Launch:
+        """How to launch this kernel, which comes after a scan."""
+        return self.how(kernel)._replace(follows=self.follows)
+
+    def counts(self, tiles):
+        """Room for what a scan of so many tiles counts (see `follow`); None where no kernel follows it."""
+        if not self.follows:
+            return None
+        return torch.empty(self.chunks * self.heads * tiles, dtype=torch.int32, device=self.device)
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
@@ -128,7 +151,8 @@ def run(kernel, use, grid, arguments, key):
         compiled[grid](*arguments)
     else:
         compiled = kernel[grid](*arguments, num_warps=use.warps, num_stages=use.stages,
-                                **({"maxnreg": use.registers} if use.registers else {}))
+                                **({"maxnreg": use.registers} if use.registers else {}),
+                                **({"launch_pdl": True} if use.follows else {}))
         if key is not None and compiled is not None:  # None from Triton's interpreter
             _compiled[key] = kernel, compiled
     return compiled
@@ -153,6 +177,18 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
         room *= 2
     segments = min(room, chunks // LEAST, MOST)
     return segments if segments >= 3 else 1
+
+
+def follows(device: torch.device) -> bool:
+    """Whether kernels start while the scan before them runs: on GPUs of compute capability 9.0 or later."""
+    if override_follows is not None:
+        return override_follows
+    return device.type == "cuda" and _capability(device) >= (9, 0)
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

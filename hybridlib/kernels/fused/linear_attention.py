@@ -11,7 +11,7 @@ _value_gradients   chunk and head                      dv, where a dim is 128
 
 The states are kept for the backward pass, in the dtype of the inputs; sums of log_decay from the chunk's start (C in
 what follows, `sums`), decays and P are computed again. A segment is a sequence or, where these are few, a part of one
-(`segments`).
+(`segments`). `_outputs` starts while the scan before it runs, and so does `_gradients` where no dim is 128 (`follow`).
 
 Decays of a pair of tokens, D_ijd = exp(C_id - C_jd), factor over i and j about half of the chunk's whole decay, H_d,
 
@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from . import segments
+from .follow import finish, in_turn, open_counts, publish, wait_for
 from .launch import SIZE, Place, how, precision, stride
 from .tiles import (
     block,
@@ -80,8 +81,8 @@ def _is_strong(lowest, at, BOUND: tl.constexpr, TILES: tl.constexpr):
 
 
 @kernel
-def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, time, sequences, heads, segments, scale,
-          x_stride, y_stride, decay_stride,
+def _scan(x, y, log_decay, initial, final, states, lowest, totals, ready, cu_seqlens, time, sequences, heads, segments,
+          scale, x_stride, y_stride, decay_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
@@ -95,11 +96,13 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, t
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     s, t = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = x.dtype.element_ty
+    count, tiles = tl.cdiv(end - start, SIZE), tl.num_programs(0)
+    if ready is not None:
+        open_counts(ready, chunk, count, head, heads, tile, tiles)
     if initial is None:
         state = tl.zeros((HEIGHT, WIDTH), tl.float32)
     else:
         state = tl.load(block(initial, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH)).to(tl.float32)
-    count = tl.cdiv(end - start, SIZE)
     passed = tl.zeros((HEIGHT,), tl.float32)
     for step in range(count):
         c = count - 1 - step if BACK else step
@@ -108,6 +111,9 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, t
         sum_c = sums_over_columns(
             load_columns(log_decay, token, end, decay_stride, head * KEY_DIM + row, SIZE, HEIGHT), s <= t)
         y_c = load_rows(y, token, end, y_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+        if ready is not None:  # of the chunk before, whose stores have arrived by now
+            some = tl.minimum(step, 1)
+            publish(ready + ((chunk + c + (some if BACK else -some)) * heads + head) * tiles + tile, some)
         if states is not None:
             tl.store(block(states, (chunk + c) * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH),
                      state.to(states.dtype.element_ty))
@@ -119,6 +125,9 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, cu_seqlens, t
         if totals is not None:
             passed += total
         state = exp(total)[:, None] * state + product(x_c.to(kind), y_c, PRECISION)
+    if ready is not None:
+        last = chunk if BACK else chunk + count - 1
+        publish(ready + (last * heads + head) * tiles + tile, tl.minimum(count, 1))
     if final is not None:
         tl.store(block(final, n * heads + head, row, column, KEY_DIM, VALUE_DIM, HEIGHT, WIDTH), state)
     if totals is not None:
@@ -161,12 +170,18 @@ def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, 
 
 
 @kernel
-def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences, heads, scale,
+def _outputs(q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, time, sequences, heads, segments, scale,
              q_stride, k_stride, v_stride, decay_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-             MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+             MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+             OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
     """Outputs of one chunk and head, by levels where its decays are strong."""
     at = tl.program_id(0)
+    if ready is not None:
+        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, False)
+        if start == end:
+            return
+        wait_for(ready, at, OF_SCAN, WARPS)
     if _is_strong(lowest, at, BOUND, TILES):
         _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
                     q_stride, k_stride, v_stride, decay_stride,
@@ -175,6 +190,8 @@ def _outputs(q, k, v, log_decay, states, lowest, o, cu_seqlens, time, sequences,
         _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
                     q_stride, k_stride, v_stride, decay_stride,
                     False, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+    if ready is not None:
+        finish()
 
 
 @triton.jit
@@ -263,13 +280,19 @@ def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, 
 
 
 @kernel
-def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay,
-               cu_seqlens, time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-               ROWS: tl.constexpr,
+def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay, ready,
+               cu_seqlens, time, sequences, heads, segments, scale,
+               q_stride, k_stride, v_stride, decay_stride, o_stride, ROWS: tl.constexpr,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-               MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr):
+               MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+               OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
     """Gradients of one chunk, head and ROWS key dims, by levels where its decays are strong; of v too, if asked for."""
     at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
+    if ready is not None:
+        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, True)
+        if start == end:
+            return
+        wait_for(ready, at, OF_SCAN, WARPS)
     if _is_strong(lowest, at, BOUND, TILES):
         _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
                       sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
@@ -278,6 +301,8 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
         _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
                       sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
                       False, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+    if ready is not None:
+        finish()
 
 
 @kernel
@@ -310,30 +335,33 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     states, lowest, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
-    use = at.how("linear_attention.outputs")
-    at.launch(_outputs, use, (at.heads * at.chunks, 1, 1),
-              q, k, v, log_decay, states, lowest, o, cu_seqlens, at.time, at.sequences, at.heads, scale,
+    ready, of_scan = _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
+    use = at.follower("linear_attention.outputs")
+    at.launch(_outputs, use, (at.heads * at.turns, 1, 1),
+              q, k, v, log_decay, states, lowest, o, ready, cu_seqlens,
+              at.time, at.sequences, at.heads, at.segments, scale,
               stride(q), stride(k), stride(v), stride(log_decay),
-              *_constants(at, use, lowest))
+              *_constants(at, use, lowest), *of_scan, part=of_scan)
     return o, final, (states, lowest, maps)
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
-    at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
+    apart = max(q.shape[-1], v.shape[-1]) > 64  # dv by itself: one program cannot hold it all in registers
+    at = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens, follow=not apart)  # beside 128 dims no gain
+    states, lowest, maps = saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale, True)
-    use = at.how("linear_attention.gradients")
-    apart = max(at.key_dim, at.value_dim) > 64  # dv by itself: one program cannot hold it all in registers
+    ready, of_scan = _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale,
+                                  True)
+    use = at.follower("linear_attention.gradients")
     rows = use.width if apart else at.key_dim
-    at.launch(_gradients, use, (at.heads * at.chunks * (at.key_dim // rows), 1, 1),
-              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, cu_seqlens,
-              at.time, at.sequences, at.heads, scale,
+    at.launch(_gradients, use, (at.heads * at.turns * (at.key_dim // rows), 1, 1),
+              q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, ready,
+              cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
               stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
-              *_constants(at, use, lowest))
+              *_constants(at, use, lowest), *of_scan, part=of_scan)
     if apart:
         use = at.how("linear_attention.value_gradients")
         at.launch(_value_gradients, use, (at.heads * at.chunks, 1, 1),
@@ -350,20 +378,24 @@ def _constants(at, use, lowest):
 
 
 def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
+    """Run a scan; its counts for who follows it (see `follow`), and how many programs and warps count a chunk."""
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
-    grid = at.key_dim // height * (at.value_dim // width), at.heads, at.sequences * at.segments
+    tiles = at.key_dim // height * (at.value_dim // width)
+    ready = at.counts(tiles)
 
     def scan(*ends_and_found, part=0):
-        at.launch(_scan, use, grid,
+        at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
                   x, y, log_decay, *ends_and_found,
                   cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
                   at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
 
     if maps is None:
-        return scan(initial, final, states, lowest, None)
-    ends = segments.ends(at, x.device)
-    scan(None, ends, None, None, None if back else maps, part=1)
-    segments.join(at, maps, ends, initial, final, back)
-    scan(ends, None, states, lowest, None)
+        scan(initial, final, states, lowest, None, ready)
+    else:
+        ends = segments.ends(at, x.device)
+        scan(None, ends, None, None, None if back else maps, None, part=1)
+        segments.join(at, maps, ends, initial, final, back)
+        scan(ends, None, states, lowest, None, ready)
+    return ready, (tiles, use.warps)
