@@ -16,7 +16,7 @@ from .selection import budget_layers
 from .style import format_number
 from .teachers import data_folder
 
-__all__ = ["AIM", "BUDGETS", "early_stop_words", "engine_table", "engine_words"]
+__all__ = ["AIM", "BUDGETS", "early_stop_words", "engine_table", "engine_words", "worker_words"]
 
 BUDGETS = (0.125, 0.25, 0.5)  # at which the chosen sets are compared
 AIM = (5.0, 0.9)  # times as fast, at this Jaccard index at every budget
@@ -131,6 +131,17 @@ def _along(engine):
     return f" Along its training, Spearman and Jaccard of the best layers with its own last measurement: {said} tokens."
 
 
+def worker_words(frames: Sequence[pd.DataFrame]) -> str:
+    """A list in Markdown: what one worker a GPU brings, for each comparison that has it beside one process."""
+    lines = []
+    for frame in frames:
+        first, said = frame.iloc[0], _worker_words(frame[frame["reason"].isna()].set_index("loop"))
+        if said:
+            lines.append(f"- **{first['aligned']['teacher']}**, {first['num_tokens']:,} tokens a candidate, each "
+                         f"worker on a GPU of its own, {first['device']}: b{said.removeprefix(' B')}")
+    return "\n".join(lines)
+
+
 def _worker_words(rows):
     """What one worker a GPU brings beside the same loop in one process."""
     alone = next((loop for loop in ("recorded", "shared") if loop in rows.index), None)
@@ -138,9 +149,11 @@ def _worker_words(rows):
         return ""
     many, one = rows.loc["workers"], rows.loc[alone]
     apart = max(abs(a - b) for a, b in zip(many["values"], one["values"], strict=True))
+    sets = {b: top_k_jaccard(many["values"], one["values"], budget_layers(b, len(one["values"]))) for b in BUDGETS}
     return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s (and {many['start_seconds']:,.1f} s to start "
             f"them and load what they need) against {one['seconds']:,.1f} s in one process{_runs(many, one)}, "
             f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats, "
+            f"Jaccard of the best layers {_jaccards({'jaccard': sets})}, "
             f"Spearman {_number(spearman(many['values'], one['values']), 3)}.")
 
 

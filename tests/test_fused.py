@@ -350,6 +350,24 @@ def test_kernels_that_follow_a_scan_change_no_bit(monkeypatch, operator, dtype, 
         assert all(torch.equal(a, b) for a, b in zip(alone, run(operator, inputs, state, "fused")))
 
 
+def test_kernels_follow_scans_that_leave_them_room(monkeypatch):
+    monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    gpu, cpu, capability = torch.device("cuda", 0), torch.device("cpu"), (9, 0)
+    assert [launch.follows(gpu, programs) for programs in (1, 144, 198, 199)] == [True, True, True, False]
+    assert not launch.follows(cpu, 1)
+    capability = (8, 0)
+    assert not launch.follows(gpu, 1)
+    monkeypatch.setattr(launch, "override_follows", True)
+    assert launch.follows(cpu, 10**6)
+    monkeypatch.setattr(launch, "override_segments", 3)
+    x = torch.empty(2, 700, 4, 32)
+    place = launch.Place((x, x, x), (), None)
+    assert (place.chunks, place.turns(None), place.turns(place.counts(2))) == (22, 22, 2 * 3 * 4)
+    assert place.counts(2).shape == (22 * 4 * 2,)
+    assert launch.Place((x[:1], x[:1], x[:1]), (), torch.tensor([0, 300, 700])).counts(2) is None  # packed
+
+
 @on_gpu
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_gradients_can_be_had_twice_and_in_a_cuda_graph(operator):

@@ -90,6 +90,10 @@ def test_two_workers_give_the_scores_of_one_process(study, compared):
     assert record.parameters["workers"] == 2 and record.metrics["tokens"] == 3 * 256
     text = scoring_report.engine_words(found.reset_index())
     assert "By 2 workers, " in text and "in one process" in text and "Spearman 1.000." in text
+    line = scoring_report.worker_words([found.reset_index(), found.drop("workers").reset_index()])
+    assert line.startswith(f"- **{study.teacher.name}**, 256 tokens a candidate, each worker on a GPU of its own, ")
+    assert line.endswith("nats, Jaccard of the best layers 1.00 at 12.5%, 1.00 at 25%, 1.00 at 50%, Spearman 1.000.")
+    assert ": by 2 workers, " in line and "\n" not in line
     assert "by workers" not in text.partition("The aim of")[2]  # what several processes save is not the engine's
 
 

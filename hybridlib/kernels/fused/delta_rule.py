@@ -326,10 +326,10 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
               None if keep else q, k, v, inverse, sums, strengths, starts, None if keep else o, ends, states, written,
               ready,
               cu_seqlens, *shape, at.segments, scale, *strides,
-              at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots)
+              at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots, part=ready is not None)
     if keep:
-        use = at.follower("delta_rule.outputs")
-        at.launch(_outputs, use, (at.heads, at.turns, 1),
+        use = at.how("delta_rule.outputs")._replace(follows=ready is not None)
+        at.launch(_outputs, use, (at.heads, at.turns(ready), 1),
                   q, k, sums, states, written, o, ready, cu_seqlens, *shape, at.segments, scale, *strides[:2],
                   at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
     return o, final, (inverse, rest, sums, strengths, states, written, maps)
@@ -351,7 +351,8 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     def scan_back(*ends_and_found, part=0):
         at.launch(_scan_back, use, (tiles, at.heads, at.sequences * at.segments),
                   q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
-                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots, part=part)
+                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots,
+                  part=(part, ready is not None))
 
     if maps is None:
         scan_back(d_final, dv, d_states, d_initial, ready)
@@ -360,8 +361,8 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
         scan_back(None, None, None, d_ends, None, part=1)
         segments.join(at, maps, d_ends, d_final, d_initial, True)
         scan_back(d_ends, dv, d_states, None, ready)
-    use = at.follower("delta_rule.gradients")
-    at.launch(_gradients, use, (at.heads, at.turns, 1),
+    use = at.how("delta_rule.gradients")._replace(follows=ready is not None)
+    at.launch(_gradients, use, (at.heads, at.turns(ready), 1),
               q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta, ready,
               cu_seqlens, *shape, at.segments, scale, stride(q), stride(k), stride(v), stride(d_o),
               at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))

@@ -6,7 +6,7 @@ H100; the others were chosen to compile without, or with few, spilled registers.
 with ptxas 12.8 makes some, of narrow tiles above all (linear attention's outputs and gradients at 128 dims with tiles
 of 32, its gradients in float32 with 8 warps and tiles of 16), that read or write where they should not. Those of the
 table are held against float64 by `hybridlib.exactness`, maps and joins at 64 dims only. `segments_of` says when scans
-are cut along time; `override_segments` goes before it.
+are cut along time, `follows` when a kernel starts beside one; `override_segments` and `override_follows` go before it.
 """
 
 from __future__ import annotations
@@ -89,11 +89,8 @@ class Place:
     Calls of equal `key` run the same compiled kernels. There is none where a tensor is not aligned to 16 bytes.
     """
 
-    def __init__(self, tokens, states, cu_seqlens, keep=None, follow=True):
-        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None.
-
-        follow: whether a kernel may start while a scan runs (see `follow`); packed sequences have no order for that.
-        """
+    def __init__(self, tokens, states, cu_seqlens, keep=None):
+        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
         q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
@@ -105,12 +102,9 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
-        self.follows = follow and cu_seqlens is None and follows(q.device)
-        self.turns, self.device = self.chunks, q.device  # turns: programs of a head, one for each chunk
-        if self.follows:  # as many for each segment, though the last of a sequence may be shorter
-            self.turns = self.batch * self.segments * -(-self.chunks // self.batch // self.segments)
+        self.packed, self.device = cu_seqlens is not None, q.device
         self.by_lower = max(self.key_dim, self.value_dim) <= 64  # scans forward read T by its lower half
-        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1, self.follows], 0
+        key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
         for x in tokens:
             key += x.dtype, x.stride(1)
             aligned |= x.data_ptr()
@@ -123,15 +117,21 @@ class Place:
         """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         return how(kernel, self.dtype, self.key_dim, self.value_dim)
 
-    def follower(self, kernel: str) -> Launch:
-        """How to launch this kernel, which comes after a scan."""
-        return self.how(kernel)._replace(follows=self.follows)
-
     def counts(self, tiles):
-        """Room for what a scan of so many tiles counts (see `follow`); None where no kernel follows it."""
-        if not self.follows:
+        """Room for what a scan of so many tiles counts (see `follow`), or None if no kernel is to start beside it.
+
+        Of packed sequences none does, for their chunks have no order that all scans keep to.
+        """
+        if self.packed or not follows(self.device, tiles * self.heads * self.sequences * self.segments):
             return None
         return torch.empty(self.chunks * self.heads * tiles, dtype=torch.int32, device=self.device)
+
+    def turns(self, ready):
+        """Programs of a head in a kernel with one for each chunk, which starts beside a scan if `ready` is not None."""
+        if ready is None:
+            return self.chunks
+        count = self.chunks // self.batch
+        return self.batch * self.segments * -(-count // self.segments)  # the last segments may have fewer chunks
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
@@ -179,11 +179,16 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
     return segments if segments >= 3 else 1
 
 
-def follows(device: torch.device) -> bool:
-    """Whether kernels start while the scan before them runs: on GPUs of compute capability 9.0 or later."""
+def follows(device: torch.device, programs: int) -> bool:
+    """Whether a kernel is to start while a scan of so many programs runs, on GPUs of compute capability 9.0 or later.
+
+    Not if the programs leave it little room: on one H100 of 132 multiprocessors it paid beside 36 to 144, and beside
+    252 it did not.
+    """
     if override_follows is not None:
         return override_follows
-    return device.type == "cuda" and _capability(device) >= (9, 0)
+    return (device.type == "cuda" and _capability(device) >= (9, 0)
+            and programs <= 1.5 * _multiprocessors(device))
 
 
 @functools.cache

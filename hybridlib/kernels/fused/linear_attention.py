@@ -336,8 +336,8 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ready, of_scan = _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
-    use = at.follower("linear_attention.outputs")
-    at.launch(_outputs, use, (at.heads * at.turns, 1, 1),
+    use = at.how("linear_attention.outputs")._replace(follows=ready is not None)
+    at.launch(_outputs, use, (at.heads * at.turns(ready), 1, 1),
               q, k, v, log_decay, states, lowest, o, ready, cu_seqlens,
               at.time, at.sequences, at.heads, at.segments, scale,
               stride(q), stride(k), stride(v), stride(log_decay),
@@ -348,16 +348,15 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
     """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
     apart = max(q.shape[-1], v.shape[-1]) > 64  # dv by itself: one program cannot hold it all in registers
-    at = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens, follow=not apart)  # beside 128 dims no gain
-    states, lowest, maps = saved
+    at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
     ready, of_scan = _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale,
-                                  True)
-    use = at.follower("linear_attention.gradients")
+                                  True, not apart)
+    use = at.how("linear_attention.gradients")._replace(follows=ready is not None)
     rows = use.width if apart else at.key_dim
-    at.launch(_gradients, use, (at.heads * at.turns * (at.key_dim // rows), 1, 1),
+    at.launch(_gradients, use, (at.heads * at.turns(ready) * (at.key_dim // rows), 1, 1),
               q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, ready,
               cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
               stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
@@ -377,19 +376,24 @@ def _constants(at, use, lowest):
             precision(at.dtype))
 
 
-def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
-    """Run a scan; its counts for who follows it (see `follow`), and how many programs and warps count a chunk."""
+def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back,
+                 followed=True):
+    """Run a scan; its counts for who starts beside it (`follow`), and how many programs and warps count a chunk.
+
+    followed: whether that may pay; it does not for gradients where a dim is 128.
+    """
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     tiles = at.key_dim // height * (at.value_dim // width)
-    ready = at.counts(tiles)
+    ready = at.counts(tiles) if followed else None
 
     def scan(*ends_and_found, part=0):
         at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
                   x, y, log_decay, *ends_and_found,
                   cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
-                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype), part=part)
+                  at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype),
+                  part=(part, ready is not None))
 
     if maps is None:
         scan(initial, final, states, lowest, None, ready)
