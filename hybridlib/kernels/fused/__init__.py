@@ -16,9 +16,9 @@ module               what it has
 Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
 summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
 
-Gated linear attention with a dim of 32 runs with 64, the rest zeros: at 32 beside another dim results on a GPU were
-found to be wrong. In float32 a dim of 128 runs as two of 64, for key dims add up and value dims do not meet: with 128 a
-launch on a GPU was found to fail.
+A dim of 32 beside another one runs as 64, the rest zeros, and so do two of 32 in gated linear attention, whose results
+on a GPU were found to be wrong there. In float32 it runs a dim of 128 as two of 64, for key dims add up and value dims
+do not meet: with 128 a launch on a GPU was found to fail.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def _interpreted():
 
 def _run(name, inputs, scale, initial_state, cu_seqlens):
     key_dim, value_dim, dtype = inputs[0].shape[-1], inputs[2].shape[-1], inputs[2].dtype
-    if name == "gated_linear_attention" and 32 in (key_dim, value_dim):
+    if 32 in (key_dim, value_dim) and (name == "gated_linear_attention" or key_dim != value_dim):
         more = (0, max(64 - key_dim, 0)), (0, max(64 - value_dim, 0))
-        inputs = [pad(x, more[1] if i == 2 else more[0]) for i, x in enumerate(inputs)]
+        inputs = [pad(x, more[1] if i == 2 else more[0]) if x.dim() == 4 else x for i, x in enumerate(inputs)]
         initial_state = None if initial_state is None else pad(initial_state, more[1] + more[0])
         o, state = _run(name, inputs, scale, initial_state, cu_seqlens)
         return o[..., :value_dim], state[..., :key_dim, :value_dim]
