@@ -21,6 +21,7 @@ A segment is a sequence or, where these are few, a part of one; `segments` has t
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from . import segments
@@ -98,20 +99,29 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
         tl.store(block(final, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), state)
 
 
+@triton.jit
+def _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE: tl.constexpr, MANY: tl.constexpr,
+               BACK: tl.constexpr):
+    """Where the chunk and head of this program are kept, and its tokens: none, for some programs beside a scan."""
+    head, chunk = tl.program_id(0), tl.program_id(1)
+    at = chunk * heads + head
+    if ready is None:
+        start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
+    else:
+        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, BACK)
+    return at, start, end
+
+
 @kernel
 def _outputs(q, k, sums, states, written, o, ready, cu_seqlens, time, sequences, heads, segments, scale,
              q_stride, k_stride,
              KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
              MANY: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr):
     """O = scale (in q) S + P N of one chunk, beside the scan that makes S and N if `ready` is not None."""
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    at = chunk * heads + head
-    if ready is None:
-        start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
-    else:
-        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, False)
-        if start == end:
-            return
+    head = tl.program_id(0)
+    at, start, end = _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE, MANY, False)
+    if start == end:
+        return
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
@@ -204,17 +214,13 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
 
     One after another: dP, dq, dA, dk, each with its own pass over the columns of v. That takes fewer registers than all
     at once, and the later passes find what they read in a cache. The first two need nothing of the scan backwards, and
-    come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum over
-    what it decays: pairs with j < t <= i (those of P and A), in_i for t <= i, out_j for j < t, and in_C.
+    come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum over what it
+    decays: pairs with j < t <= i (those of P and A), in_i for t <= i, out_j for j < t, and in_C.
     """
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    at = chunk * heads + head
-    if ready is None:
-        start, end = tokens_of(cu_seqlens, chunk, time, sequences, SIZE, MANY)
-    else:
-        at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, True)
-        if start == end:
-            return
+    head = tl.program_id(0)
+    at, start, end = _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE, MANY, True)
+    if start == end:
+        return
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     kind = q.dtype.element_ty
     q_c = load_rows(q, start, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)

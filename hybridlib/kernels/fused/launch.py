@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "by_token", "how", "override", "override_segments", "precision", "run",
-           "segments_of", "stride", "watch"]
+__all__ = ["SIZE", "Launch", "Place", "by_token", "follows", "how", "override", "override_follows", "override_segments",
+           "precision", "run", "segments_of", "stride", "watch"]
 
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
@@ -182,8 +182,8 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
 def follows(device: torch.device, programs: int) -> bool:
     """Whether a kernel is to start while a scan of so many programs runs, on GPUs of compute capability 9.0 or later.
 
-    Not if the programs leave it little room: on one H100 of 132 multiprocessors it paid beside 36 to 144, and beside
-    252 it did not.
+    Not if the programs leave it little room: on one H100 of 132 multiprocessors it paid beside 72 to 144, and beside
+    252 it did not (records of `operator_speed` at commit a778ce4).
     """
     if override_follows is not None:
         return override_follows

@@ -352,8 +352,8 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    ready, of_scan = _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale,
-                                  True, not apart)
+    found = d_final, d_initial, d_states, None
+    ready, of_scan = _launch_scan(at, q, d_o, log_decay, *found, maps, cu_seqlens, scale, True)
     use = at.how("linear_attention.gradients")._replace(follows=ready is not None)
     rows = use.width if apart else at.key_dim
     at.launch(_gradients, use, (at.heads * at.turns(ready) * (at.key_dim // rows), 1, 1),
@@ -376,16 +376,12 @@ def _constants(at, use, lowest):
             precision(at.dtype))
 
 
-def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back,
-                 followed=True):
-    """Run a scan; its counts for who starts beside it (`follow`), and how many programs and warps count a chunk.
-
-    followed: whether that may pay; it does not for gradients where a dim is 128.
-    """
+def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
+    """Run a scan; its counts for who starts beside it (`follow`), and how many programs and warps count a chunk."""
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     tiles = at.key_dim // height * (at.value_dim // width)
-    ready = at.counts(tiles) if followed else None
+    ready = None if back and max(at.key_dim, at.value_dim) > 64 else at.counts(tiles)  # beside it, gradients are slower
 
     def scan(*ends_and_found, part=0):
         at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
