@@ -338,9 +338,8 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     ready, of_scan = _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")._replace(follows=ready is not None)
     at.launch(_outputs, use, (at.heads * at.turns(ready), 1, 1),
-              q, k, v, log_decay, states, lowest, o, ready, cu_seqlens,
-              at.time, at.sequences, at.heads, at.segments, scale,
-              stride(q), stride(k), stride(v), stride(log_decay),
+              q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, at.time, at.sequences, at.heads, at.segments,
+              scale, stride(q), stride(k), stride(v), stride(log_decay),
               *_constants(at, use, lowest), *of_scan, part=of_scan)
     return o, final, (states, lowest, maps)
 
