@@ -376,6 +376,7 @@ def test_gradients_can_be_had_twice_and_in_a_cuda_graph(operator):
     operate, weight = getattr(kernels, OPERATORS[operator]), torch.randn_like(inputs[2])
     o = operate(*inputs, backend="fused")[0]
     first, second = (torch.autograd.grad(o, inputs, weight, retain_graph=True) for _ in range(2))
+    del o  # with its graph, which torch would go on with on this stream
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         side.wait_stream(torch.cuda.default_stream())

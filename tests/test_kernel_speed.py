@@ -456,7 +456,8 @@ def test_records_are_found_again_by_the_names_of_their_tables(ledger, monkeypatc
 def test_the_kernels_of_a_call_take_what_the_call_takes(tmp_path, operator):
     row = kernel_speed.time_kernels(hl.Ledger(tmp_path / "records"), operator, (4, 512, 40, 64), repeats=10)
     assert row["reason"] is None and 0.5 * row["gpu_seconds"] < row["kernel_seconds"] < 1.3 * row["gpu_seconds"]
-    assert [one["pass"] for one in row["kernels"]] == ["forward"] * 2 + ["backward"] * 2
+    forward = 3 if operator == "gated_delta_rule" else 2
+    assert [one["pass"] for one in row["kernels"]] == ["forward"] * forward + ["backward"] * 2
     assert row["other_seconds"] < 0.2 * row["kernel_seconds"]
     for one in row["kernels"]:
         assert one["low"] <= one["seconds"] <= one["high"] and one["resident"] >= 1 and one["registers"] >= 16
@@ -479,7 +480,8 @@ def test_the_counters_of_a_call_are_read(tmp_path):
     row = kernel_speed.count_kernels(hl.Ledger(tmp_path / "records"), "gated_delta_rule", (2, 256, 4, 64))
     if row["reason"] is not None:
         pytest.skip(row["reason"])
-    assert [one["name"].split(".")[1] for one in row["kernels"]] == ["invert", "scan", "scan_back", "gradients"]
+    assert ([one["name"].split(".")[1] for one in row["kernels"]]
+            == ["invert", "scan", "outputs", "scan_back", "gradients"])
     assert all(one["seconds"] > 0 and 0 < one["issue"] < 1 and one["stalls"] for one in row["kernels"])
 
 

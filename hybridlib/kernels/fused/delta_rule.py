@@ -42,17 +42,20 @@ from .tiles import (
     tokens_of,
 )
 
+ALL = 1 << 30  # chunks, more than there are
+
 
 @kernel
 def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written, ready,
-          cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
+          turn, cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, v_stride,
           KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
           LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
 
     S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. Without `o`, and
     then without q, `states` and `written` get the state before each chunk and N, for `_outputs`, and `ready`, if not
-    None, counts chunks that are through. LOWER: of T the lower blocks alone are read.
+    None, counts chunks that are through. LOWER: of T the lower blocks alone are read. There is one `turn` of more
+    chunks than there are: in two loops the compiler orders a chunk's work better.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -65,34 +68,35 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
     else:
         state = tl.load(block(initial, n * heads + head, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH)).to(tl.float32)
-    for step in range(count):
-        token, at = start + step * SIZE, (chunk + step) * heads + head
-        if o is not None:
-            q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
-        k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
-        v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
-        inverse_c = load_square(inverse, at, SIZE, LOWER)
-        sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
-        strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
-        total = tl.min(sum_c, 0)
-        decay_in, decay_out = exp(sum_c), exp(total - sum_c)
+    for first in range(0, count, turn):
+        for step in range(first, tl.minimum(first + turn, count)):
+            token, at = start + step * SIZE, (chunk + step) * heads + head
+            if o is not None:
+                q_c = load_rows(q, token, end, q_stride, head * KEY_DIM, SIZE, KEY_DIM)
+            k_c = load_rows(k, token, end, k_stride, head * KEY_DIM, SIZE, KEY_DIM)
+            v_c = load_rows(v, token, end, v_stride, head * VALUE_DIM + column, SIZE, WIDTH)
+            inverse_c = load_square(inverse, at, SIZE, LOWER)
+            sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+            strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
+            total = tl.min(sum_c, 0)
+            decay_in, decay_out = exp(sum_c), exp(total - sum_c)
 
-        before = state.to(kind)
-        if ready is not None:  # of the chunk before, whose stores have arrived by now
-            some = tl.minimum(step, 1)
-            publish(ready + (at - some * heads) * tiles + tile, some)
-        if states is not None:
-            tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
-        right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
-        new = product(inverse_c, right.to(kind), PRECISION)
-        if written is not None:
-            store_rows(written, new, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
-        if o is not None:
-            scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
-            read = decay_in[:, None] * product(q_c, before, PRECISION)
-            read += product(scores.to(kind), new.to(kind), PRECISION)
-            store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
-        state = exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
+            before = state.to(kind)
+            if ready is not None:  # of the chunk before, whose stores have arrived by now
+                some = tl.minimum(step, 1)
+                publish(ready + (at - some * heads) * tiles + tile, some)
+            if states is not None:
+                tl.store(block(states, at, 0, column, KEY_DIM, VALUE_DIM, KEY_DIM, WIDTH), before)
+            right = strength[:, None] * (v_c.to(tl.float32) - decay_in[:, None] * product(k_c, before, PRECISION))
+            new = product(inverse_c, right.to(kind), PRECISION)
+            if written is not None:
+                store_rows(written, new, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+            if o is not None:
+                scores = product(q_c, tl.trans(k_c), PRECISION) * pairwise_decay(sum_c, sum_c, i >= j)
+                read = decay_in[:, None] * product(q_c, before, PRECISION)
+                read += product(scores.to(kind), new.to(kind), PRECISION)
+                store_rows(o, scale * read, token, end, heads * VALUE_DIM, head * VALUE_DIM + column, SIZE, WIDTH)
+            state = exp(total) * state + product(tl.trans(k_c), (decay_out[:, None] * new).to(kind), PRECISION)
     if ready is not None:
         publish(ready + ((chunk + count - 1) * heads + head) * tiles + tile, tl.minimum(count, 1))
     if final is not None:
@@ -325,13 +329,12 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     if maps is not None:
         starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
         segments.join(at, maps, starts, initial, final, False)
-    use = at.how("delta_rule.states" if keep else "delta_rule.scan")
+    use = at.how("delta_rule.scan")
     tiles, warps = at.value_dim // use.width, use.warps
     ready = at.counts(tiles) if keep else None
     at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
               None if keep else q, k, v, inverse, sums, strengths, starts, None if keep else o, ends, states, written,
-              ready,
-              cu_seqlens, *shape, at.segments, scale, *strides,
+              ready, ALL, cu_seqlens, *shape, at.segments, scale, *strides,
               at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots, part=ready is not None)
     if keep:
         use = at.how("delta_rule.outputs")._replace(follows=ready is not None)

@@ -42,8 +42,7 @@ watch: Callable | None = None  # called after each launch with (kernel, how, gri
 
 _HALF = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
-    "delta_rule.scan": (Launch(4, 2, 64), Launch(4, 3, 32)),
-    "delta_rule.states": (Launch(4, 3, 64), Launch(4, 3, 32)),
+    "delta_rule.scan": (Launch(4, 3, 64), Launch(4, 3, 32)),
     "delta_rule.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
     "delta_rule.scan_back": (Launch(4, 2, 64), Launch(4, 2, 32)),
     "delta_rule.gradients": (Launch(4, 1, 64), Launch(4, 1, 64)),
@@ -58,7 +57,6 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
 _FLOAT32 = {  # gated linear attention: 64 dims at most
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
-    "delta_rule.states": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
     "delta_rule.scan_back": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.gradients": (Launch(8, 1, 32), Launch(8, 1, 32)),

@@ -38,20 +38,8 @@ import triton.language as tl
 from . import segments
 from .follow import finish, in_turn, open_counts, publish, wait_for
 from .launch import SIZE, Place, how, precision, stride
-from .tiles import (
-    block,
-    exp,
-    kernel,
-    load_columns,
-    load_rows,
-    product,
-    segment,
-    store_rows,
-    sums_of_gradients,
-    sums_over_columns,
-    sums_over_rows,
-    tokens_of,
-)
+from .tiles import (block, exp, kernel, load_columns, load_rows, product, segment, store_rows, sums_of_gradients,
+                    sums_over_columns, sums_over_rows, tokens_of)
 
 LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # sum of log_decay of a chunk taken whole
 
@@ -195,11 +183,11 @@ def _outputs(q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, time, seq
 
 
 @triton.jit
-def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
+def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, ready, cu_seqlens, time,
                   sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
                   BY_LEVELS: tl.constexpr, OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr, ROWS: tl.constexpr,
                   KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-                  MANY: tl.constexpr, PRECISION: tl.constexpr):
+                  MANY: tl.constexpr, PRECISION: tl.constexpr, OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
     """Gradients of one chunk and head from dO and dS', HEIGHT of ROWS key dims at a time. With dP = scale dO v^T,
 
         dq = scale in dO S^T + (through P),  dk = out v dS'^T + (through P),  dv = P^T dO + (out k) dS'
@@ -219,6 +207,8 @@ def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, 
         d_pairs = scale * product(do_c, tl.trans(v_c), PRECISION)
         diagonal = tl.sum(tl.where(i == j, d_pairs, 0.0), 1)[:, None]
         below = tl.where(i > j, d_pairs, 0.0).to(kind)
+        if ready is not None:
+            wait_for(ready, at, OF_SCAN, WARPS)
     pairs, dv_c = tl.zeros((SIZE, SIZE), tl.float32), tl.zeros((SIZE, VALUE_DIM), tl.float32)
     for step in range(0, ROWS, HEIGHT):
         row = first + step
@@ -292,15 +282,16 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
         at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, True)
         if start == end:
             return
-        wait_for(ready, at, OF_SCAN, WARPS)
     if _is_strong(lowest, at, BOUND, TILES):
-        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
-                      sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-                      True, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, ready, cu_seqlens,
+                      time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      True, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION,
+                      OF_SCAN, WARPS)
     else:
-        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, cu_seqlens, time,
-                      sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
-                      False, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, dv, d_decay, ready, cu_seqlens,
+                      time, sequences, heads, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+                      False, True, dv is not None, ROWS, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION,
+                      OF_SCAN, WARPS)
     if ready is not None:
         finish()
 
@@ -313,13 +304,13 @@ def _value_gradients(q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, tim
     """dv of one chunk and head, by levels where the chunk's decays are strong."""
     at = tl.program_id(0)
     if _is_strong(lowest, at, BOUND, TILES):
-        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, cu_seqlens, time,
-                      sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
-                      True, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, None, cu_seqlens,
+                      time, sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
+                      True, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION, 0, 0)
     else:
-        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, cu_seqlens, time,
-                      sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
-                      False, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION)
+        _gradients_of(at, 0, q, k, None, log_decay, None, d_o, d_states, None, None, dv, None, None, cu_seqlens,
+                      time, sequences, heads, scale, q_stride, k_stride, 0, decay_stride, o_stride,
+                      False, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION, 0, 0)
 
 
 def kept(q, v, count, keep, sequences):

@@ -18,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-128.0)  # exp of it is 0 in float32
 
 # Kernels are not compiled anew for sizes that differ from call to call.
-kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "gate_stride", "beta_stride"])
+kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments", "turn", "gate_stride", "beta_stride"])
 
 
 @triton.jit
