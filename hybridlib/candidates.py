@@ -6,6 +6,7 @@ if there are several, train together in one stacked model; their state between t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -23,8 +24,9 @@ from .cost import Meter, held_beside, heldout_size
 from .distill import DistillationDiverged, MatchSettings, match
 from .evaluate import heldout_kl
 from .hybrid import load_hybrid, restore
+from .kernels import fused
 from .ledger import describe_device
-from .passes import TeacherStates
+from .passes import TeacherStates, repeatable
 from .switched import Switched
 from .teachers import load_teacher, sha256_of
 
@@ -158,7 +160,8 @@ def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since
     (it may not fit the GPU's memory), its candidates are measured in turn.
 
     Layers that train alone take turns in one recorded step, as `Switched`, where `shares_step` says so. Without
-    checkpoints their states are kept in memory; what is lost there is trained again.
+    checkpoints their states are kept in memory; what is lost there is trained again. So measured, a candidate has the
+    same scores in every process, to the last bit, where the fused kernels run.
     """
     if len(layers) > 1 and until:
         inputs = None
@@ -194,7 +197,8 @@ def _measure_recorded(job, layer, until, since):
     if not until or not shares_step(job) or inputs.alive.get("without") == key:
         return None
     try:
-        return _measure_in_turn(job, key, layer, until, since)
+        with repeatable() if fused.why_not() is None else contextlib.nullcontext():
+            return _measure_in_turn(job, key, layer, until, since)
     except DistillationDiverged:
         raise
     except Exception:

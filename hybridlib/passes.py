@@ -6,6 +6,7 @@ kind of layer becomes a few kernels, once for all layers of the kind. `TeacherSt
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from .checks import check_int
 from .objectives import alignment_loss
 
-__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "mixer_loss", "token_step"]
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "mixer_loss", "repeatable",
+           "token_step"]
 
 _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal where no mask is given
 
@@ -137,14 +139,33 @@ def mixer_loss(mixer: nn.Module, given: torch.Tensor, returned: torch.Tensor, no
     return alignment_loss(mixer(given)[0], returned, normalize=normalize)
 
 
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it, a GPU sums in the same order in every process, so that all get the same bits from the same work.
+
+    Ours and what torch.compile makes do so anyway. Here torch is bound to it as well: its attention has a backward pass
+    that does, and raises RuntimeError for an operator that cannot (``cumsum`` of the backend ``"chunked"`` is one).
+    """
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard that would fill every new tensor
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
 def compiled_if(compiled: bool, function: Callable) -> Callable:
-    """`function`, or its compiled form."""
+    """`function`, or its compiled form, whose sums torch.compile does not order by what was fastest in this process."""
     return _compile(function) if compiled else function
 
 
 @functools.cache
 def _compile(function):
-    return torch.compile(function, dynamic=False)
+    fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
+    return torch.compile(function, dynamic=False, options=fixed)
 
 
 def _begin(model, input_ids):

@@ -150,11 +150,12 @@ def _worker_words(rows):
     many, one = rows.loc["workers"], rows.loc[alone]
     apart = max(abs(a - b) for a, b in zip(many["values"], one["values"], strict=True))
     sets = {b: top_k_jaccard(many["values"], one["values"], budget_layers(b, len(one["values"]))) for b in BUDGETS}
+    agree = (f"; scores differ by at most {apart:.1g} nats, Jaccard of the best layers {_jaccards({'jaccard': sets})}, "
+             f"Spearman {_number(spearman(many['values'], one['values']), 3)}." if apart else
+             ", with the same scores to the last bit.")
     return (f" By {many['workers']:.0f} workers, {many['seconds']:,.1f} s (and {many['start_seconds']:,.1f} s to start "
             f"them and load what they need) against {one['seconds']:,.1f} s in one process{_runs(many, one)}, "
-            f"{one['seconds'] / many['seconds']:.2f} times as fast; scores differ by at most {apart:.1g} nats, "
-            f"Jaccard of the best layers {_jaccards({'jaccard': sets})}, "
-            f"Spearman {_number(spearman(many['values'], one['values']), 3)}.")
+            f"{one['seconds'] / many['seconds']:.2f} times as fast{agree}")
 
 
 def _runs(a, b):

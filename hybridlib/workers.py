@@ -15,8 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from .candidates import ScoringJob, measure_candidates
+from .candidates import LoadedInputs, ScoringJob, measure_candidates
 from .checks import check_int
+from .passes import TeacherStates
 
 __all__ = ["count_workers", "pool_of_workers"]
 
@@ -79,10 +80,11 @@ def _load(job, warm_up):
     """Load the inputs and wait for the others, so that each process takes one such task; returns what went wrong."""
     why = None
     try:
-        job.inputs.load()
-        if warm_up:
-            eager = replace(job.settings, compile=False, cuda_graph=False)  # what is compiled is part of the scoring
-            first = replace(job, num_tokens=warm_up, heldout_tokens=job.inputs.context, settings=eager,
+        inputs = job.inputs.load()
+        if warm_up:  # not on the scoring's own states of the teacher, which a compiled pass rounds otherwise
+            eager = replace(job.settings, compile=False, cuda_graph=False)  # compiling is part of the scoring
+            apart = LoadedInputs(inputs.student, inputs.teacher, inputs.tokens, TeacherStates(inputs.teacher))
+            first = replace(job, inputs=apart, num_tokens=warm_up, heldout_tokens=inputs.context, settings=eager,
                             checkpoints=None)
             found = measure_candidates(first, (0,), warm_up)[0]
             why = found if isinstance(found, str) else None

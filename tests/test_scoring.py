@@ -16,12 +16,13 @@ import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib import candidates, ledger, passes, scoring
+from hybridlib import candidates, ledger, passes, scoring, workers
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -309,6 +310,36 @@ def test_one_worker_a_gpu_gives_the_same_scores(settings, tmp_path):
         found = study.scores("gdn", 0)
     print(f"{here:.1f} s in one process, {time.perf_counter() - begun:.1f} s by two workers, their start included")
     assert found.values == pytest.approx(expected.values, rel=1e-2) and len(study.ledger.find("candidate")) == 3
+
+
+def test_what_a_worker_warms_up_on_is_not_what_it_scores_with(settings, monkeypatch):
+    study = hl.Study(settings)
+    study.aligned("gdn", 0)
+    job = candidates.ScoringJob(study.scoring_inputs("gdn", 0, study.tokens(0, 512, "score")), "add", 512, None, MATCH)
+    candidates._load.cache_clear()
+    monkeypatch.setattr(workers, "_ready", SimpleNamespace(wait=lambda seconds: None), raising=False)
+    assert workers._load(job, 64) is None
+    inputs = job.inputs.load()
+    assert inputs.states.computed == 0 and not inputs.states.used
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_gives_a_candidate_the_same_bits_again(tiny_teacher, tiny_tokens):
+    teacher = tiny_teacher("llama").to("cuda")
+    student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True, compile=True)
+    once, again = (hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, group=1)
+                   for _ in range(2))
+    assert once.values == again.values
+
+
+def test_torch_is_bound_to_one_order_of_sums_for_a_while():
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with pytest.raises(KeyError), passes.repeatable():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        raise KeyError
+    assert before == (torch.are_deterministic_algorithms_enabled(),
+                      torch.utils.deterministic.fill_uninitialized_memory)
 
 
 def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
