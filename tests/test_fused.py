@@ -663,5 +663,6 @@ def test_in_the_interpreter(what):
     root = Path(__file__).resolve().parent.parent
     code = f"import torch; torch.set_num_threads(1); from tests import test_fused as t; t.interpreted_checks{what}()"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, timeout=300)
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+                               "PYTHONPATH": str(root)}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -89,7 +89,8 @@ def test_bytes_and_flops_are_those_that_the_interpreter_touches_and_multiplies()
     code = ("import torch; torch.set_num_threads(1); from tests import test_kernel_speed; "
             "test_kernel_speed.interpreted_launches()")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}, timeout=300)
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+                               "PYTHONPATH": str(root)}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [tuple(one) for one in json.loads(done.stdout)]
     cut = [("delta_rule.invert", 4), ("delta_rule.maps", 8), ("delta_rule.join", 4), ("delta_rule.scan", 4),

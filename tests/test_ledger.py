@@ -66,7 +66,7 @@ def test_time_and_surroundings_are_recorded(ledger, monkeypatch):
     started = datetime.fromisoformat(record.started)
     assert started.utcoffset().total_seconds() == 0 and abs((started - before).total_seconds()) < 60
     assert record.seconds == 12.5 and record.seed is None and record.tokens is None
-    assert set(record.versions) == {"python", "torch", "transformers", "numpy", "hybridlib"}
+    assert set(record.versions) - {"triton"} == {"python", "torch", "transformers", "numpy", "hybridlib"}
     assert record.versions["numpy"] == np.__version__
     assert record.device == describe_device()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+
 import pandas as pd
 import pytest
 import torch
@@ -118,6 +122,19 @@ def test_a_cpu_is_compared_with_others_forms_of_the_same_run():
                          "seconds": 0.016}, base | {"backend": "naive", "seconds": 0.009}])
     ours, naive = speed_targets.cpu_verdicts(frame)
     assert (ours.verdict, ours.found, naive.verdict) == ("met", pytest.approx(1.6), "missed")
+
+
+def test_the_peer_is_the_pytorch_form_where_transformers_would_run_kernels(monkeypatch):
+    module = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+
+    @functools.wraps(inspect.unwrap(module.torch_chunk_gated_delta_rule))
+    def not_plain(*args, **kwargs):
+        raise AssertionError("not the PyTorch form")
+
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", not_plain)
+    inputs = benchmarks.operator_inputs("gated_delta_rule", (1, 70, 2, 16))
+    ours = kernels.gated_delta_rule(**inputs, backend="reference")[0]
+    torch.testing.assert_close(eager.run("transformers", "gated_delta_rule", **inputs)[0], ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("peer", eager.PEERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from pathlib import Path
 
 __all__ = ["PEERS", "run", "why_not"]
@@ -38,7 +39,8 @@ def run(peer: str, operator: str, q, k, v, log_decay, beta=None):
     if peer == "transformers":
         from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
-        return torch_chunk_gated_delta_rule(q, k, v, log_decay, beta, output_final_state=True)
+        plain = inspect.unwrap(torch_chunk_gated_delta_rule)  # around it, what runs kernels where fla can be imported
+        return plain(q, k, v, log_decay, beta, output_final_state=True)
     if beta is None:
         return _naive(operator)(q, k, v, log_decay, output_final_state=True)
     return _naive(operator)(q, k, v, log_decay, beta, output_final_state=True)
