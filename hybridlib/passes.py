@@ -143,8 +143,8 @@ def mixer_loss(mixer: nn.Module, given: torch.Tensor, returned: torch.Tensor, no
 def repeatable() -> Iterator[None]:
     """Within it, a GPU sums in the same order in every process, so that all get the same bits from the same work.
 
-    Ours and what torch.compile makes do so anyway. Here torch is bound to it as well: its attention has a backward pass
-    that does, and raises RuntimeError for an operator that cannot (``cumsum`` of the backend ``"chunked"`` is one).
+    Our kernels and what torch.compile makes do so anyway. Here torch is bound to it as well: attention takes a backward
+    pass that does, and an operator that has none raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
     """
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -158,7 +158,7 @@ def repeatable() -> Iterator[None]:
 
 
 def compiled_if(compiled: bool, function: Callable) -> Callable:
-    """`function`, or its compiled form, whose sums torch.compile does not order by what was fastest in this process."""
+    """`function`, or its compiled form; how that sums is not chosen by speed, if torch.compile has an option for it."""
     return _compile(function) if compiled else function
 
 
