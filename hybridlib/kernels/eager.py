@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import warnings
 from pathlib import Path
 
 __all__ = ["PEERS", "run", "why_not"]
@@ -37,8 +38,9 @@ def why_not(peer: str, operator: str) -> str | None:
 def run(peer: str, operator: str, q, k, v, log_decay, beta=None):
     """Output and final state of an operator by a peer; arguments as `hybridlib.kernels` takes them, with its scale."""
     if peer == "transformers":
-        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of flash-linear-attention, which is imported where Triton is: no GPU
+            from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
         plain = inspect.unwrap(torch_chunk_gated_delta_rule)  # around it, what runs kernels where fla can be imported
         return plain(q, k, v, log_decay, beta, output_final_state=True)
     if beta is None:
