@@ -23,7 +23,7 @@ from .corpus import Tokens, load_tokens
 from .cost import Meter, held_beside, heldout_size
 from .distill import DistillationDiverged, MatchSettings, match
 from .evaluate import heldout_kl
-from .hybrid import load_hybrid, restore
+from .hybrid import linear_layers, load_hybrid, restore
 from .kernels import fused
 from .ledger import describe_device
 from .passes import TeacherStates, repeatable
@@ -161,7 +161,7 @@ def measure_candidates(job: ScoringJob, layers: Sequence[int], until: int, since
 
     Layers that train alone take turns in one recorded step, as `Switched`, where `shares_step` says so. Without
     checkpoints their states are kept in memory; what is lost there is trained again. So measured, a candidate has the
-    same scores in every process, to the last bit, where the fused kernels run.
+    same scores in every process, to the last bit, where its mixers run the fused kernels.
     """
     if len(layers) > 1 and until:
         inputs = None
@@ -197,7 +197,7 @@ def _measure_recorded(job, layer, until, since):
     if not until or not shares_step(job) or inputs.alive.get("without") == key:
         return None
     try:
-        with repeatable() if fused.why_not() is None else contextlib.nullcontext():
+        with repeatable() if _sums_in_order(inputs.student) else contextlib.nullcontext():
             return _measure_in_turn(job, key, layer, until, since)
     except DistillationDiverged:
         raise
@@ -206,6 +206,13 @@ def _measure_recorded(job, layer, until, since):
         inputs.forget()
         inputs.alive["without"] = key
         return None
+
+
+def _sums_in_order(student):
+    """Whether a step of it has no operator that `repeatable` refuses: its mixers run the fused kernels."""
+    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
+    return fused.why_not() is None and all(mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS
+                                           for mixer in mixers)
 
 
 def _measure_in_turn(job, key, layer, until, since):

@@ -324,12 +324,28 @@ def test_what_a_worker_warms_up_on_is_not_what_it_scores_with(settings, monkeypa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_step_gives_a_candidate_the_same_bits_again(tiny_teacher, tiny_tokens):
-    teacher = tiny_teacher("llama").to("cuda")
+def test_a_recorded_step_gives_a_candidate_the_same_bits_again(tiny_teacher, tiny_tokens, caplog):
+    teacher = tiny_teacher("llama", head_dim=32).to("cuda")  # a dim that the fused kernels take
     student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True, compile=True)
     once, again = (hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, group=1)
                    for _ in range(2))
-    assert once.values == again.values
+    assert once.values == again.values and "now by itself" not in caplog.text
+
+
+def test_steps_are_bound_to_one_order_of_sums_where_all_mixers_run_the_fused_kernels(tiny_teacher, monkeypatch):
+    student = hl.linearize(tiny_teacher("llama"))
+    dim = student.model.layers[0].self_attn.head_dim
+    monkeypatch.setattr(candidates.fused, "why_not", lambda: None)
+    monkeypatch.setattr(candidates.fused, "DIMS", (dim,))
+    assert candidates._sums_in_order(student)
+    monkeypatch.setattr(candidates.fused, "DIMS", (dim + 1,))
+    assert not candidates._sums_in_order(student)
+    monkeypatch.setattr(candidates.fused, "DIMS", (dim,))
+    student.model.layers[-1].self_attn.backend = "chunked"
+    assert not candidates._sums_in_order(student)
+    student.model.layers[-1].self_attn.backend = "fused"
+    monkeypatch.setattr(candidates.fused, "why_not", lambda: "there is no GPU")
+    assert not candidates._sums_in_order(student)
 
 
 def test_torch_is_bound_to_one_order_of_sums_for_a_while():
