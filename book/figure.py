@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import hybridlib as hl
-from hybridlib import contest, oracle, oracle_report, selector_plots
+from hybridlib.report import oracle as oracle_report, selector_plots
+from hybridlib.study import contest, oracle
+from hybridlib.report import contest as contest_report
 
 SHOWN = ("ga-s2", "gate-gradient", "ga-s1", "uniform", "first")
 
@@ -26,7 +28,7 @@ def main():
     folder.mkdir(exist_ok=True)
     oracle_report.landscape(oracle.oracle_table(records), judged, selectors=tuple(titles.values())).savefig(
         folder / "oracle.png")
-    selector_plots.quality_and_cost(found.chosen, "kl", "flops", contest.front(found, "kl"), log=True,
+    selector_plots.quality_and_cost(found.chosen, "kl", "flops", contest_report.front(found, "kl"), log=True,
                                     ylabel="held-out KL (nats a token)",
                                     xlabel="FLOPs of choosing (estimated)").savefig(folder / "cost.png")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from hybridlib.ledger import Ledger
+from hybridlib.records.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "cpu", "gpu", "paper")

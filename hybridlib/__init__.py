@@ -1,33 +1,39 @@
 """Distil a softmax Transformer into a hybrid of softmax and linear layers, and choose which layers stay softmax."""
 
-from .ablation import ablate, score_associative_recall, score_halo, score_perplexity
-from .agreement import (bootstrap_interval, chance_jaccard, contiguity, interval, jaccard, kendall,
-                        paired_difference, spearman, top_k_jaccard)
-from .batched import match_sets
-from .candidates import ScoringInputs
-from .corpus import Tokens, load_tokens
-from .cost import Cost, Meter, forward_flops, one_run_a_layer_flops, training_flops
-from .distill import AlignSettings, DistillationDiverged, History, MatchSettings, align, match
-from .evaluate import Evaluation, evaluate, heldout_kl
-from .gates import (GateSettings, LearnedGates, gate_gradient, gate_gradient_flops, gated_model, learned_gates,
-                    set_gates)
-from .hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
-from .importance import LayerScores, score_layers
-from .ledger import Ledger, Record
-from .mixers import GatedDeltaNet, GatedLinearAttention
-from .objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
-from .passes import TeacherStates
-from .postnas import PostNAS, search_once_for_all, train_once_for_all
-from .recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
-from .search import (SearchResult, beam, distilled_kl, exhaustive, greedy_backward, greedy_forward, interactions,
-                     rank_of, regret)
-from .scoring import EarlyStop, ScoringFailed
-from .selecting import Selection
-from .selection import budget_layers, select
-from .selectors import SELECTORS, Selector, find_selector
-from .speculative import SkipSearch, score_acceptance, search_skips
-from .study import Study, StudySettings, notebook_settings, results_folder
-from .teachers import Teacher, load_teacher
+from hybridlib.distill.corpus import Tokens, load_tokens
+from hybridlib.distill.evaluate import Evaluation, evaluate, heldout_kl
+from hybridlib.distill.objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
+from hybridlib.distill.recall import RecallExample, RecallScore, RecallTask, generate_recall, load_recall, score_recall
+from hybridlib.distill.settings import AlignSettings, DistillationDiverged, History, MatchSettings
+from hybridlib.distill.stages import align, match
+from hybridlib.models.branches import gated_model, set_gates
+from hybridlib.models.hybrid import cache_memory, linear_layers, linearize, load_hybrid, restore, softmax_layers
+from hybridlib.models.mixers import GatedDeltaNet, GatedLinearAttention
+from hybridlib.models.passes import TeacherStates
+from hybridlib.models.teachers import Teacher, load_teacher
+from hybridlib.records.folders import results_folder
+from hybridlib.records.ledger import Ledger, Record
+from hybridlib.selection.agreement import (bootstrap_interval, chance_jaccard, contiguity, interval, jaccard, kendall,
+                                           paired_difference, spearman, top_k_jaccard)
+from hybridlib.selection.cost import Cost, Meter, forward_flops, one_run_a_layer_flops, training_flops
+from hybridlib.selection.engine.inputs import ScoringInputs
+from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.engine.rounds import EarlyStop, ScoringFailed
+from hybridlib.selection.engine.sets import match_sets
+from hybridlib.selection.rules import budget_layers, select
+from hybridlib.selection.scorers.ablation import ablate, score_associative_recall, score_halo, score_perplexity
+from hybridlib.selection.scorers.gates import (GateSettings, LearnedGates, gate_gradient, gate_gradient_flops,
+                                               learned_gates)
+from hybridlib.selection.scorers.importance import score_layers
+from hybridlib.selection.scorers.postnas import PostNAS, search_once_for_all, train_once_for_all
+from hybridlib.selection.scorers.speculative import SkipSearch, score_acceptance, search_skips
+from hybridlib.selection.scores import LayerScores
+from hybridlib.selection.search import (SearchResult, beam, exhaustive, greedy_backward, greedy_forward, interactions,
+                                        rank_of, regret)
+from hybridlib.study.catalogue import SELECTORS, Selector, find_selector
+from hybridlib.study.settings import StudySettings, notebook_settings
+from hybridlib.study.steps import Selection
+from hybridlib.study.study import Study
 
 __all__ = [
     "AlignSettings", "Cost", "DistillationDiverged", "EarlyStop", "Evaluation", "GateSettings", "GatedDeltaNet",

@@ -98,7 +98,7 @@ def tiny_tokens():
     """Rows of 16 tokens with a pattern to learn (each token follows from the one before), and held-out ones."""
     import torch
 
-    from hybridlib.corpus import Tokens
+    from hybridlib.distill.corpus import Tokens
 
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(0, 64, (72, 1), generator=generator)
@@ -137,7 +137,7 @@ def tiny_files(tiny_teacher, tmp_path_factory):
 
 
 def contest_row(title, needs, seed, layers, kl, recall, flops, values=None):
-    """A row of `hybridlib.contest.Contest`."""
+    """A row of `hybridlib.study.contest.Contest`."""
     return {"selector": title, "name": title, "needs": needs, "seed": seed, "layers": layers, "note": "",
             "values": values, "kl": kl, "recall_exact": recall, "forward_tokens": flops, "training_tokens": 0.0,
             "passes": 1.0, "flops": flops, "seconds": flops / 1e3, "peak_memory": float("nan")}
@@ -146,8 +146,8 @@ def contest_row(title, needs, seed, layers, kl, recall, flops, values=None):
 @pytest.fixture
 def known():
     """Four layers, two kept: `free` is bad; `cheap` is as good as GA-S2 at a tenth; `dear` is the best in recall."""
-    from hybridlib.contest import Contest
-    from hybridlib.reading import FLOOR
+    from hybridlib.study.contest import Contest
+    from hybridlib.study.contest import FLOOR
 
     ga = [(4.0, 3.0, 2.0, 1.0), (4.0, 3.0, 1.0, 2.0)]
     rows = []

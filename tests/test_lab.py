@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import hybridlib as hl
-from hybridlib.recall import encode_recall
+from hybridlib.distill.recall import encode_recall
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "teacher"
 

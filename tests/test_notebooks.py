@@ -12,14 +12,14 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
+from tests.conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
-from hybridlib.contest import SelectorSettings
-from hybridlib.oracle import OracleSettings
-from hybridlib.published import PublishedSettings
-from hybridlib.scoring_speed import CostSettings
-from hybridlib.speed import SpeedSettings
+from hybridlib.study.contest import SelectorSettings
+from hybridlib.study.oracle import OracleSettings
+from hybridlib.report.published import PublishedSettings
+from hybridlib.bench.scoring import CostSettings
+from hybridlib.bench.speed import SpeedSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)

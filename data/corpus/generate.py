@@ -4,7 +4,7 @@
 
 Text is sampled from the teacher, many documents at a time, each from a capitalised word on that is drawn evenly: from
 the end-of-text token on, the lab teacher would mostly write recall tasks, as it was trained to. Recall documents come
-from `hybridlib.recall`; those of the held-out split hold only pairs that no training document holds. Writes
+from `hybridlib.distill.recall`; those of the held-out split hold only pairs that no training document holds. Writes
 lab.parquet (columns text, split, kind) and manifest.json (what made it). A run that was cut short goes on where it
 stopped when it is called again with the same settings.
 """
@@ -28,8 +28,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hybridlib.checks import check_device
-from hybridlib.recall import RecallTask, encode_recall, generate_recall
-from hybridlib.teachers import load_teacher, sha256_of
+from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
+from hybridlib.models.teachers import load_teacher
+from hybridlib.records.folders import sha256_of
 
 HELDOUT_SHARE = 20  # one document in so many is held out
 RECALL_TOKENS = 512  # a recall document is no longer

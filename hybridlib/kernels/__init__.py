@@ -28,8 +28,8 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from ..checks import check_choice, check_number
-from . import chunked, fla, fused, reference
+from hybridlib.checks import check_choice, check_number
+from hybridlib.kernels import chunked, fla, fused, reference
 
 __all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated_linear_attention"]
 

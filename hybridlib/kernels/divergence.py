@@ -23,7 +23,7 @@ def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor
     teacher_logits, student_logits : (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The
         student's are overwritten by the gradient of the row's divergence by logits / temperature; where the stride is
         larger than vocab, what lies between is read and overwritten too, and does not matter.
-    kind, alpha, beta, temperature : as in `hybridlib.objectives.divergence`, checked there.
+    kind, alpha, beta, temperature : as in `hybridlib.distill.objectives.divergence`, checked there.
     block : columns at a time, a power of 2. warps : of 32 threads each, a program.
 
     Returns (rows,), float32.

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import check_choice
-from . import _BACKENDS, fused
+from hybridlib.checks import check_choice
+from hybridlib.kernels import _BACKENDS, fused
 
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
 

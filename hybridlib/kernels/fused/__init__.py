@@ -31,8 +31,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from . import ops
-from .launch import by_token
+from hybridlib.kernels.fused import ops
+from hybridlib.kernels.fused.launch import by_token
 
 __all__ = ["delta_rule_inputs", "gated_delta_rule", "gated_linear_attention", "gated_norm", "takes_step", "token",
            "why_not", "why_not_for"]

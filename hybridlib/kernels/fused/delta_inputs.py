@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import by_token
-from .tiles import exp
+from hybridlib.kernels.fused.launch import by_token
+from hybridlib.kernels.fused.tiles import exp
 
 __all__ = ["backward", "forward"]
 

@@ -24,23 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import segments
-from .follow import finish, in_turn, open_counts, publish, wait_for
-from .inverse import invert
-from .launch import SIZE, Place, precision, stride
-from .tiles import (
-    block,
-    exp,
-    kernel,
-    load_rows,
-    load_square,
-    pairwise_decay,
-    fine_product,
-    product,
-    segment,
-    store_rows,
-    tokens_of,
-)
+from hybridlib.kernels.fused import segments
+from hybridlib.kernels.fused.follow import finish, in_turn, open_counts, publish, wait_for
+from hybridlib.kernels.fused.inverse import invert
+from hybridlib.kernels.fused.launch import Place, SIZE, precision, stride
+from hybridlib.kernels.fused.tiles import (block, exp, fine_product, kernel, load_rows, load_square, pairwise_decay,
+                                           product, segment, store_rows, tokens_of)
 
 ALL = 1 << 30  # chunks, more than there are
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import block, kernel, load_rows, pairwise_decay, product, tokens_of
+from hybridlib.kernels.fused.tiles import block, kernel, load_rows, pairwise_decay, product, tokens_of
 
 __all__ = ["invert"]
 

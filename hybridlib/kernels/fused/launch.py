@@ -5,8 +5,9 @@ launches, those of gated linear attention at 64 dims, and its gradients at 128 a
 H100; the others were chosen to compile without, or with few, spilled registers. Other launches may be wrong: Triton 3.6
 with ptxas 12.8 makes some, of narrow tiles above all (linear attention's outputs and gradients at 128 dims with tiles
 of 32, its gradients in float32 with 8 warps and tiles of 16), that read or write where they should not. Those of the
-table are held against float64 by `hybridlib.exactness`, maps and joins at 64 dims only. `segments_of` says when scans
-are cut along time, `follows` when a kernel starts beside one; `override_segments` and `override_follows` go before it.
+table are held against float64 by `hybridlib.bench.exactness`, maps and joins at 64 dims only. `segments_of` says when
+scans are cut along time, `follows` when a kernel starts beside one; `override_segments` and `override_follows` go
+before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["SIZE", "Launch", "Place", "by_token", "follows", "how", "override", "override_follows", "override_segments",
+__all__ = ["Launch", "Place", "SIZE", "by_token", "follows", "how", "override", "override_follows", "override_segments",
            "precision", "run", "segments_of", "stride", "watch"]
 
 SIZE = 64  # tokens in a chunk

@@ -35,11 +35,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import segments
-from .follow import finish, in_turn, open_counts, publish, wait_for
-from .launch import SIZE, Place, how, precision, stride
-from .tiles import (block, exp, kernel, load_columns, load_rows, product, segment, store_rows, sums_of_gradients,
-                    sums_over_columns, sums_over_rows, tokens_of)
+from hybridlib.kernels.fused import segments
+from hybridlib.kernels.fused.follow import finish, in_turn, open_counts, publish, wait_for
+from hybridlib.kernels.fused.launch import Place, SIZE, how, precision, stride
+from hybridlib.kernels.fused.tiles import (block, exp, kernel, load_columns, load_rows, product, segment, store_rows,
+                                           sums_of_gradients, sums_over_columns, sums_over_rows, tokens_of)
 
 LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # sum of log_decay of a chunk taken whole
 

@@ -8,7 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from .launch import SIZE, by_token
+from hybridlib.kernels.fused.launch import SIZE, by_token
 
 __all__ = ["OPERATORS", "delta_rule_inputs", "module"]
 

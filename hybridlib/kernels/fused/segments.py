@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from .launch import SIZE, precision, segments_of, stride
-from .tiles import block, fine_product, kernel, load_rows, load_square, product, segment
+from hybridlib.kernels.fused.launch import SIZE, precision, segments_of, stride
+from hybridlib.kernels.fused.tiles import block, fine_product, kernel, load_rows, load_square, product, segment
 
 
 @kernel

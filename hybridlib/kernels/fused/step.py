@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, run
-from .tiles import exp
+from hybridlib.kernels.fused.launch import Launch, run
+from hybridlib.kernels.fused.tiles import exp
 
 __all__ = ["gated_norm", "token"]
 

@@ -1,0 +1,134 @@
+"""Decoding with a cache, timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from hybridlib.bench.timing import measured, peak_memory, sentence, time_graph
+from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.models.hybrid import cache_memory, linearize, restore
+from hybridlib.models.mixers import MIXERS
+from hybridlib.models.teachers import Teacher
+from hybridlib.records.ledger import Ledger
+from hybridlib.selection.rules import select
+
+__all__ = ["time_decoding", "token_step"]
+
+
+def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
+    """A call that decodes one token: logits (batch, 1, vocab) of a teacher or a hybrid after `token` (batch, 1).
+
+    Parameters
+    ----------
+    cache : what the model left of the text before, without padding. It is not written to.
+
+    Keys and values go to a place that was kept for them, as in a cache of fixed size, and linear layers begin at the
+    state that they were given last; nothing waits for the device, so that the call can be recorded as a CUDA graph. It
+    is for measurements: called again, it decodes another token at the same position, which softmax layers see in place
+    of the one before.
+    """
+    positions = torch.full((1, 1), cache.get_seq_length(), device=token.device)
+    held = copy.copy(cache)
+    held.layers = [_OneMore(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
+                   for layer in cache.layers]
+
+    @torch.no_grad()
+    def step():
+        x = model.model.embed_tokens(token)
+        context = {"attention_mask": None, "position_ids": positions, "past_key_values": held, "use_cache": True,
+                   "position_embeddings": model.model.rotary_emb(x, positions)}
+        for layer in model.model.layers:
+            x = layer(x, **context)
+        return model.lm_head(model.model.norm(x))
+
+    return step
+
+
+class _OneMore(DynamicLayer):
+    """Keys and values of `layer` with room for those of one token more, which every update writes there."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.keys, self.values = (torch.cat([x, x[:, :, -1:]], 2) for x in (layer.keys, layer.values))
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+
+def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",
+                  batch: int = 1, new_tokens: int = 32, recompute: bool = False) -> dict:
+    """Time `generate`, greedy, after a prompt of `context` random tokens. Record kind ``"decoding_speed"``.
+
+    Parameters
+    ----------
+    teacher : from `load_teacher`; its device and dtype are used, and its context may be exceeded: text has no meaning.
+    share : of softmax layers, evenly spaced; 1 is the teacher itself, 0 all linear. Hybrids are not trained.
+    new_tokens : to generate for each of the `batch` prompts, at least 2.
+
+    Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds`` (to the first
+    token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``; on a GPU
+    ``gpu_tokens_per_second``, without what Python takes: `batch` over the time of a CUDA graph of one `token_step` at
+    the end of the text, between ``gpu_low`` and ``gpu_high`` in half of the samples (None on a CPU; ``graph_reason``
+    says why it could not be captured).
+
+    Raises ValueError for a bad argument.
+    """
+    check_number("share", share, 0, 1)
+    for name, value, low in (("context", context, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 2)):
+        check_int(name, value, low)
+    check_choice("mixer", mixer, tuple(MIXERS))
+    source, num_layers = teacher.model, teacher.model.config.num_hidden_layers
+    layers = select("uniform", float(share), num_layers=num_layers) if share else ()
+    parameters = {"teacher": teacher.name, "revision": teacher.revision, "mixer": mixer if share < 1 else None,
+                  "share": float(share), "layers": list(layers), "context": context, "batch": batch,
+                  "new_tokens": new_tokens, "dtype": str(source.dtype).removeprefix("torch.")}
+
+    def compute():
+        model = source if share == 1 else linearize(source, mixer)
+        model = (restore(model, source, layers) if 0 < share < 1 else model).eval()
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(source.device)
+
+        def generate(count):
+            stamps = _Stamps()
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
+                                 max_new_tokens=count, min_new_tokens=count, pad_token_id=0, streamer=stamps,
+                                 return_dict_in_generate=True)
+            return [b - a for a, b in zip(stamps.times, stamps.times[1:])], out.past_key_values
+
+        generate(2)
+        ((prefill, *between), cache), peak = peak_memory(lambda: generate(new_tokens), source.device)
+        metrics = {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
+                   **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers, "gpu_tokens_per_second": None}
+        if source.device.type == "cuda":
+            try:
+                graph = time_graph([token_step(model, prompt[:, -1:], cache)])
+                metrics |= {"gpu_tokens_per_second": batch / graph["seconds"], "gpu_low": batch / graph["high"],
+                            "gpu_high": batch / graph["low"]}
+            except RuntimeError as error:
+                metrics["graph_reason"] = sentence(error)
+        return metrics
+
+    return measured(ledger, "decoding_speed", parameters, source.device, compute, recompute)
+
+
+class _Stamps:
+    """A streamer that notes when each token has come, the prompt first."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, token_ids):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass

@@ -1,0 +1,101 @@
+"""Distillation: one training loop, two stages.
+
+`align` (stage 1) trains each mixer to give the teacher's attention output for the teacher's own layer input. `match`
+(stage 2) trains all weights on the divergence of next-token distributions. Both stop with a sentence at the first
+number that is not finite, and both can be killed and resumed to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hybridlib.distill.loop import train_steps
+from hybridlib.distill.objectives import divergence_from_hidden, mixer_loss
+from hybridlib.distill.settings import AlignSettings, History, MatchSettings
+from hybridlib.models.hybrid import linear_layers
+from hybridlib.models.passes import TeacherStates, attention_io, compiled_if, last_hidden
+
+__all__ = ["align", "match"]
+
+
+def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings | None = None,
+          checkpoint: str | Path | None = None) -> History:
+    """Stage 1: train every linear mixer of `student`, in place, to give the teacher's attention output.
+
+    Parameters
+    ----------
+    student : from `hybrid.linearize`. Only its mixers are trained.
+    teacher : the model it was made from, on the same device.
+    tokens : from `corpus.load_tokens`; rows are taken in its order, from the first.
+    num_tokens : tokens to train on, at least one row.
+    checkpoint : a file to save to along the way and, if it exists, to go on from. Its run must be the same one.
+
+    Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if the loss does. Source: paper
+    section 3, stage 1.
+    """
+    settings = settings or AlignSettings()
+    layers = linear_layers(student.config)
+    mixers = {l: student.model.layers[l].self_attn for l in layers}
+    named = [(f"model.layers.{l}.self_attn.{n}", p) for l, m in mixers.items() for n, p in m.named_parameters()]
+
+    compiled = settings.compile and next(student.parameters()).is_cuda
+    loss_of = compiled_if(compiled, mixer_loss)
+
+    def step_loss(share, rows):
+        with torch.no_grad():
+            seen = list(attention_io(teacher, rows, compiled=compiled))
+        losses = {}
+        for l, mixer in mixers.items():  # layers do not depend on one another: one graph at a time
+            losses[l] = loss_of(mixer, *seen[l], settings.normalize)
+            (losses[l] * (share / len(layers))).backward()
+        return {l: loss.detach() for l, loss in losses.items()}
+
+    groups = [(named, settings.learning_rate)]
+    return train_steps("align", student, tokens, num_tokens, settings, groups, step_loss, checkpoint)
+
+
+def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
+          checkpoint: str | Path | None = None, until: int | None = None,
+          states: TeacherStates | None = None) -> History:
+    """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
+
+    Parameters
+    ----------
+    hybrid, teacher, tokens, num_tokens, settings, checkpoint : as for `align`.
+    until : stop after so many tokens of the run, as if it were killed right after a checkpoint; the same call with a
+        later `until` goes on from `checkpoint`.
+    states : the teacher's hidden states, shared with other runs over the same rows; None computes them here.
+
+    Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if the loss does. Source: paper
+    section 3, stage 2.
+    """
+    settings = settings or MatchSettings()
+    if states is not None and states.teacher is not teacher:
+        raise ValueError("states are of another teacher; make them with TeacherStates(teacher)")
+    prefixes = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(hybrid.config))
+    mixers = [(n, p) for n, p in hybrid.named_parameters() if n.startswith(prefixes)]
+    others = [(n, p) for n, p in hybrid.named_parameters() if not n.startswith(prefixes)]
+    compiled = settings.compile and next(hybrid.parameters()).is_cuda
+    groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
+    targets = None if states is None else partial(states, compiled=compiled)
+    return train_steps("match", hybrid, tokens, num_tokens, settings, groups,
+                       matching_loss(hybrid, teacher, settings, compiled), checkpoint, until, targets)
+
+
+def matching_loss(model, teacher, settings: MatchSettings, compiled: bool = False) -> Callable:
+    """The `step_loss` of stage 2, see `train_steps`; without the teacher's hidden states it computes them."""
+    def step_loss(share, rows, target=None):
+        if target is None:
+            with torch.no_grad():
+                target = last_hidden(teacher, rows, compiled=compiled)
+        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(model, rows, compiled=compiled),
+                                      model.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
+                                      beta=settings.beta, temperature=settings.temperature)
+        (loss * share).backward()
+        return {None: loss.detach()}
+
+    return step_loss

@@ -1,0 +1,1 @@
+"""Teachers, linear mixers, hybrids of both, and a pass through a model."""

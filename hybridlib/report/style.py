@@ -1,0 +1,155 @@
+"""The house style of the figures: readable in grey, no title, and the same on every machine.
+
+Colours differ in lightness from their neighbours and never stand alone: each goes with a marker and a line style.
+matplotlib's global settings are not touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+__all__ = ["COLOURS", "INK", "Limits", "MUTED", "PALE", "Plot", "dodge", "finish", "format_interval", "format_number",
+           "house_style", "layer_ticks", "log_ticks", "look", "mebibytes", "milliseconds", "new_figure"]
+
+INK, MUTED, PALE = "#1a1a1a", "#6e6e6e", "#c9c9c9"
+COLOURS = ("#0b3c6f", "#d55e00", "#5fb4ea", "#7b2d5e", "#e8a33d", "#1b7f5c", "#8a8a8a")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_LINES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.6, 1, 1.6)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
+
+_STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK,
+    "axes.labelsize": 9, "axes.labelcolor": INK, "axes.labelpad": 6, "axes.edgecolor": MUTED, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#e6e6e6", "grid.linewidth": 0.7,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.major.size": 3, "ytick.major.size": 3,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8.5, "legend.handletextpad": 0.6, "legend.columnspacing": 1.8,
+    "lines.linewidth": 1.4, "lines.markersize": 5, "hatch.linewidth": 0.6,
+    "figure.dpi": 120, "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.dpi": 200,
+    "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
+    "svg.hashsalt": "hybridlib",  # the same figure gives the same file
+}
+
+
+@contextmanager
+def house_style():
+    """Draw with the study's style inside the block; matplotlib's settings are as before after it."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
+
+
+class Plot(Figure):
+    """A matplotlib Figure that a notebook shows once, as SVG and PNG, without pyplot."""
+
+    def _repr_svg_(self) -> str:
+        return self._file("svg", {"Date": None}).decode()
+
+    def _repr_png_(self) -> bytes:
+        return self._file("png", {"Software": None})
+
+    def _file(self, kind: str, metadata: dict) -> bytes:
+        with house_style():
+            file = io.BytesIO()
+            self.savefig(file, format=kind, metadata=metadata)
+        return file.getvalue()
+
+
+class Limits:
+    """Axis limits that follow values, and give their intervals at most as much room again on each side.
+
+    Two seeds can make an interval many times longer than anything measured; it then runs off the axis.
+    """
+
+    def __init__(self, log: bool = False):
+        self._log, self._values, self._bounds = log, [], []
+
+    def add(self, values: Sequence[float], bounds: Sequence[float] = ()) -> None:
+        """Take in values and the ends of intervals; an end that the axis cannot show is left out."""
+        self._values.extend(np.ravel(values))
+        self._bounds.extend(b for b in np.ravel(bounds) if np.isfinite(b) and (b > 0 or not self._log))
+
+    def span(self) -> tuple[float, float]:
+        """Lower and upper limit, with a margin."""
+        values, ends = np.array(self._values), np.array(self._values + self._bounds)
+        if self._log:
+            values, ends = np.log(values), np.log(ends)
+        room = np.ptp(values) or 0.1 * abs(values[0]) or 1.0
+        low, high = max(ends.min(), values.min() - room), min(ends.max(), values.max() + room)
+        margin = 0.06 * ((high - low) or room)
+        span = np.array([low - margin, high + margin])
+        return tuple(float(end) for end in (np.exp(span) if self._log else span))
+
+
+def look(i: int, *, line: bool = True) -> dict:
+    """Colour, marker and line style (none unless `line`) of the i-th label, as keywords of matplotlib's `plot`."""
+    return {"color": COLOURS[i % 7], "marker": _MARKERS[i % 7], "linestyle": _LINES[i % 7] if line else ""}
+
+
+def new_figure(width: float, height: float, layout: str = "constrained") -> tuple[Figure, Axes]:
+    """A `Plot` of `width` by `height` inches and its one axes."""
+    figure = Plot(figsize=(width, height), layout=layout)
+    return figure, figure.add_subplot()
+
+
+def finish(figure: Figure, handles: Sequence = ()) -> Figure:
+    """Put the legend of `handles`, if any, above the axes, and lay the figure out while the style holds."""
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5))
+    figure.draw_without_rendering()  # matplotlib makes ticks at the first draw, with the settings of that moment
+    return figure
+
+
+def dodge(count: int, step: float) -> np.ndarray:
+    """Offsets (count,) around 0 that set labels beside each other, `step` apart or as close as 0.6 in all needs."""
+    return (np.arange(count) - (count - 1) / 2) * min(step, 0.6 / count)
+
+
+def layer_ticks(axes: Axes, count: int) -> None:
+    """Layer numbers along the x axis, every one of them where there is room."""
+    axes.set_xticks(range(0, count, 1 if count <= 32 else 2 if count <= 64 else 5))
+    axes.tick_params(axis="x", labelsize=8 if count <= 24 else 7)
+    axes.set_xlabel("layer (0 at the embedding)")
+
+
+def log_ticks(axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis from `low` to `high` as plain numbers, at least a few of them on a short axis."""
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 12 else (1, 2, 5) if high / low < 200 else (1,)
+    axis.set_major_locator(MaxNLocator(5) if high / low < 3 else LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def format_number(value: float, digits: int) -> str:
+    """`value` with `digits` decimals and a true minus sign; what rounds to zero has none."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
+
+
+def format_interval(mean: float, low: float, high: float, digits: int) -> str:
+    """``mean [low, high]``, or the mean alone if there is no interval."""
+    text = format_number(mean, digits)
+    return f"{text} [{format_number(low, digits)}, {format_number(high, digits)}]" if np.isfinite(low) else text
+
+
+def milliseconds(timing: Mapping, clock: str = "") -> str:
+    """A timing as text, ``median [low, high]``; a dash if it has none. `clock` goes before its names: ``"gpu_"``."""
+    if pd.isna(timing.get(f"{clock}seconds")):
+        return "\u2013"
+    median, low, high = (1e3 * timing[clock + name] for name in ("seconds", "low", "high"))
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def mebibytes(count: float | None) -> str:
+    """Bytes as text in whole MiB; a dash if they were not counted."""
+    return "\u2013" if pd.isna(count) else f"{count / 2**20:,.0f}"

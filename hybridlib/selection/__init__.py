@@ -1,0 +1,1 @@
+"""Which layers to keep: scores, rules that turn them into sets, searches over sets."""

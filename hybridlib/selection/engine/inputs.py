@@ -1,0 +1,107 @@
+"""Where the inputs of candidates are, in this process or on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from hybridlib.distill.corpus import Tokens, load_tokens
+from hybridlib.models.hybrid import load_hybrid
+from hybridlib.models.passes import TeacherStates
+from hybridlib.models.teachers import load_teacher
+from hybridlib.records.folders import sha256_of
+from hybridlib.selection.cost import held_beside
+
+__all__ = ["LoadedInputs", "ScoringInputs", "weights_sha256"]
+
+
+@dataclass(frozen=True)
+class LoadedInputs:
+    """A scoring's inputs as they lie in this process; `states`, of this teacher, are shared by its candidates.
+
+    `alive` has what the next task may go on with: the cohort that trained last, the step that candidates share, and
+    their states between rounds. It does not travel. `beside` is what lay on the GPU before, for a `Meter`.
+    """
+
+    student: object
+    teacher: object
+    tokens: Tokens
+    states: TeacherStates
+    alive: dict = field(default_factory=dict, compare=False, repr=False)
+    beside: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "beside", held_beside(self.teacher, self.student))
+
+    def __reduce__(self):
+        return LoadedInputs, (self.student, self.teacher, self.tokens, self.states)
+
+    @property
+    def context(self) -> int:
+        return self.tokens.context
+
+    def load(self) -> LoadedInputs:
+        return self
+
+    def forget(self) -> None:
+        """Give back what `alive` holds."""
+        for name in {"cohort", "step"} & set(self.alive):
+            self.alive[name][1].release()
+        self.alive.clear()
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """Where a scoring's inputs are, so that a worker can load them itself; it keeps what it loaded last.
+
+    Parameters
+    ----------
+    student : folder of the aligned student, one that every worker sees.
+    student_sha256 : of its weights, see `weights_sha256`; a worker refuses others.
+    teacher, corpus, context, seed : as `load_teacher` and `load_tokens` take them.
+    max_tokens, heldout_tokens : training and held-out tokens to load; of the latter `heldout_rows` (first, end) are
+        measured on.
+    fingerprint : of the tokens; a worker that reads others refuses.
+    device : to compute on, as `load_teacher` takes it: ``"cuda"`` is the first GPU that the worker sees.
+    memory : bytes for the teacher's states, see `TeacherStates`.
+    """
+
+    student: str
+    student_sha256: str
+    teacher: str
+    corpus: str
+    context: int
+    seed: int
+    max_tokens: int
+    heldout_tokens: int
+    heldout_rows: tuple[int, int]
+    fingerprint: str
+    device: str = "auto"
+    memory: int = 4 * 2**30
+
+    def load(self) -> LoadedInputs:
+        """Load everything; raises ValueError if it is not what the scoring began with."""
+        return _load(self)
+
+
+@lru_cache(maxsize=1)
+def _load(inputs):
+    if weights_sha256(inputs.student) != inputs.student_sha256:
+        raise ValueError(f"student={inputs.student!r} holds other weights than those to be scored; "
+                         "let every worker see the same folder")
+    teacher = load_teacher(inputs.teacher, device=inputs.device)
+    whole = load_tokens(inputs.corpus, teacher.tokenizer, inputs.context, inputs.seed, max_tokens=inputs.max_tokens,
+                        heldout_tokens=inputs.heldout_tokens)
+    rows = whole.heldout[slice(*inputs.heldout_rows)]
+    tokens = Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
+    if tokens.fingerprint != inputs.fingerprint:
+        raise ValueError(f"corpus={inputs.corpus!r} gives other tokens here than where the scoring began; "
+                         "let every worker see the same files")
+    student = load_hybrid(inputs.student, device=inputs.device, teacher=teacher)
+    return LoadedInputs(student, teacher.model, tokens, TeacherStates(teacher.model, inputs.memory))
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """The sha256 over the safetensors files of a saved hybrid."""
+    return sha256_of(*sorted(Path(folder).glob("*.safetensors")))

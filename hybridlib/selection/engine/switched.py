@@ -1,0 +1,146 @@
+"""A hybrid that can become any other: every layer has both branches, and a switch says which of them counts.
+
+Where a step is recorded as a CUDA graph, each set of softmax layers would have to be compiled and recorded anew. A
+switch is a number on the GPU, so that one recorded step serves all candidates: their weights are written into the one
+model, one candidate after the other. The branch that does not count costs its share of the step, and its gradient is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hybridlib.distill.evaluate import heldout_kl, row_kl
+from hybridlib.distill.graphs import Graphed
+from hybridlib.models.branches import _Switch
+from hybridlib.models.hybrid import restore
+from hybridlib.models.passes import last_hidden
+from hybridlib.selection.engine.cohort import Cohort, MOMENTS
+
+__all__ = ["Switched"]
+
+
+class Switched(Cohort):
+    """One candidate at a time, in a model, a step and a CUDA graph that all of them share.
+
+    Parameters as those of `Cohort`, without sets. Layers are compiled if ``settings.compile`` says so and there is a
+    GPU. After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
+    """
+
+    def __init__(self, student, teacher, tokens, num_tokens, settings, states=None):
+        self.compiled = settings.compile and next(student.parameters()).is_cuda
+        super().__init__(student, teacher, tokens, [()], num_tokens, settings, states)
+        self._origins = [_origin(name) for name, _, _ in self.weights]
+        self._sources = [(teacher if branch == "softmax" else student).get_parameter(own)
+                         for own, branch, _ in self._origins]
+        self._unfit = (~torch.stack([source.isfinite().all() for source in self._sources])).nonzero().flatten().tolist()
+        self._measures: dict[torch.Size, Graphed] = {}
+
+    @torch.no_grad()
+    def take(self, softmax: Sequence[int], *, checkpoint: Path | None = None, held: tuple | None = None) -> None:
+        """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it."""
+        fresh = type(self.histories[0])
+        self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [fresh("match")], {}, 0
+        for l, layer in enumerate(self.stack.model.layers):
+            layer.self_attn.keeps.fill_(l in softmax)
+        weights = [p for _, p, _ in self.weights]
+        torch._foreach_copy_(weights, self._sources)
+        for i in self._unfit:
+            _, branch, layer = self._origins[i]
+            if branch is not None and (branch == "softmax") != (layer in softmax):
+                weights[i].nan_to_num_()  # it does not count, and must not be felt
+        self._start_moments()
+        if held is not None:
+            kept, history, self.step = held
+            self.histories = [copy.deepcopy(history)]
+            torch._foreach_add_([self.optimizer.state[p]["step"] for p in weights], self.step)
+            torch._foreach_copy_(self._state(), kept, non_blocking=True)
+        elif checkpoint is not None:
+            self.resume({0: checkpoint})
+
+    def hold(self) -> tuple:
+        """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
+        state = self._state()
+        kept = _room_for(state)
+        torch._foreach_copy_(kept, state, non_blocking=True)
+        return kept, copy.deepcopy(self.histories[0]), self.step
+
+    def _state(self):
+        """The candidate's weights and their moments, once the optimizer has any."""
+        named, optimizer = self._candidate(0)
+        return [p for _, p in named] + [optimizer.state[p][key] for key in MOMENTS for _, p in named]
+
+    def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
+        """`evaluate.heldout_kl` of the candidate, of which each shape of a batch is recorded as well."""
+        return heldout_kl(self.stack, self.teacher, tokens, heldout_tokens=heldout_tokens, states=self.states,
+                          measure=self._measure)
+
+    def release(self) -> None:
+        super().release()
+        for graphed in self._measures.values():
+            graphed.release()
+        self._measures.clear()
+
+    def _measure(self, ids, theirs):
+        measure = partial(row_kl, self.stack, self.teacher, compiled=self.compiled)
+        if self._graphed is None:
+            return measure(ids, theirs)
+        if ids.shape not in self._measures:
+            self._measures[ids.shape] = Graphed(measure)
+        return self._measures[ids.shape](ids, theirs)
+
+    def _build(self, student, teacher):
+        every = range(student.config.num_hidden_layers)
+        linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
+        for own, layer in zip(linear.model.layers, model.model.layers, strict=True):
+            layer.self_attn = _Switch(own.self_attn, layer.self_attn)
+        return model.to(next(student.parameters()).device).requires_grad_()
+
+    def _weights(self):
+        return [(name, p, None) for name, p in self.stack.named_parameters()]
+
+    def _own_weights(self, c):
+        for (own, branch, layer), (_, p, _) in zip(self._origins, self.weights, strict=True):
+            if branch is None or (branch == "softmax") == (layer in self.sets[0]):
+                yield own, p, ()
+
+    def _candidates(self, ids):
+        return [(last_hidden(self.stack, ids, compiled=self.compiled), self.stack.lm_head.weight)]
+
+    def _clipped(self):
+        return torch.nn.utils.clip_grad_norm_([p for _, p, _ in self.weights], self.settings.clip)[None]
+
+    def _trained(self, c):
+        return [(name, p) for name, p, _ in self.weights]
+
+
+def _room_for(tensors):
+    """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow.
+
+    It is on the GPU if an eighth of that would still be free at the peak since the last `cost.Meter` began: where a GPU
+    is nearly full, every allocation of the next step first gives back what torch has cached.
+    """
+    device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
+    block = None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - sum(sizes)
+        with contextlib.suppress(torch.OutOfMemoryError):  # what is free may lie in pieces
+            block = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if spare > total // 8 else None
+    if block is None:
+        block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return [part[:t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(block.split(sizes), tensors, strict=True)]
+
+
+def _origin(name):
+    """(name in a hybrid, branch, layer) of a weight of a switched model; no branch outside attention."""
+    head, part, own = name.partition(".self_attn.")
+    if not part:
+        return name, None, None
+    branch, _, rest = own.partition(".")
+    return f"{head}.self_attn.{rest}", branch, int(head.split(".")[2])

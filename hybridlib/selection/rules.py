@@ -1,0 +1,167 @@
+"""From scores to the set of layers that stay softmax."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.models.hybrid import check_layers
+from hybridlib.selection.scores import LayerScores
+
+__all__ = ["RULES", "SCORES_NEEDED", "budget_layers", "select"]
+
+RULES = ("ga-s2", "ga-s2-spaced", "gr-s2", "ga-s1", "avg", "smart", "uniform", "random", "first", "last", "manual")
+SCORES_NEEDED = {"ga-s2": (("add", "kl"),), "ga-s2-spaced": (("add", "kl"),), "gr-s2": (("remove", "kl"),),
+                 "ga-s1": (("add", "mse"),), "avg": (("add", "kl"), ("remove", "kl")),
+                 "smart": (("add", "kl"),)}  # direction and metric, as `score_layers` takes them
+OFFSETS = ("centre", "start", "end")
+
+
+def budget_layers(budget: float | int, num_layers: int) -> int:
+    """K, how many layers `budget` keeps: round(share x layers), at least 1, or the count itself.
+
+    A float is a share, 0 < budget <= 1; an int is a count, 1 to `num_layers` (the float 1.0 keeps all, the int 1 keeps
+    one). Halves round to even, as Python's round does. Raises ValueError for anything else.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) "
+                         "or a whole count")
+    if isinstance(budget, int):
+        if not 1 <= budget <= num_layers:
+            raise ValueError(f"budget={budget} is not a count from 1 to {num_layers} layers; "
+                             "a share is written as a float")
+        return budget
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget={budget} is not a share of layers above 0 and at most 1")
+    return max(1, round(budget * num_layers))
+
+
+def select(name: str, budget: float | int | None = None, *, scores: LayerScores | Sequence[LayerScores] | None = None,
+           num_layers: int | None = None, layers: Sequence[int] | None = None, seed: int = 0, offset: str = "centre",
+           penalty: float = 0.25, distance: int = 1) -> tuple[int, ...]:
+    """The layers to keep softmax, ascending.
+
+    Parameters
+    ----------
+    name : which rule.
+
+        - ``"ga-s2"``, ``"gr-s2"``, ``"ga-s1"``: the K best by `scores`, which must be of that kind (paper section 4);
+        - ``"avg"``: the K best by the mean of their ranks in two `scores`, GA-S2's and GR-S2's; ties go to GA-S2;
+        - ``"ga-s2-spaced"``: layer by layer, the best by GA-S2's `scores` less a `penalty` for a neighbour;
+        - ``"smart"``: Zebra-Llama's placement on `scores` of GA-S2's kind, see below;
+        - ``"uniform"``: even spacing, by default the centres of K equal blocks of layers;
+        - ``"random"``: K of all layers, drawn with `seed`;
+        - ``"first"``, ``"last"``: the first or the last K, as controls;
+        - ``"manual"``: `layers`, checked.
+    budget : share or count, see `budget_layers`; not for ``"manual"``.
+    num_layers : of the teacher, where no `scores` tell.
+    offset : where even spacing lies: ``"centre"``; ``"start"``, every n-th layer from layer 0 with the largest n that
+        fits, (L - 1) // (K - 1); or ``"end"``, the last layers of K equal blocks.
+    penalty : what a layer loses, once, if a layer already chosen is at most `distance` from it, in units of the
+        scores' spread, largest less smallest. 0 is GA-S2; above 1 neighbours are taken only when no other layer is
+        left (if all scores are equal, they have no spread and nothing is lost). Of equals the better score wins, then
+        the lower layer.
+
+    Raises ValueError for an unknown name, a bad budget, or scores that are missing or of another kind.
+
+    Notes
+    -----
+    SMART (arXiv 2505.17272): the sensitivity of layer l is s(l) = KL(all linear) - KL(l softmax). The most sensitive
+    of the first L // K layers stays, and that of the last L // K; between these two, neighbours lie the mean gap apart,
+    rounded down or up, which leaves no placement more even; of all such placements the one with the largest sum of s is
+    taken, exactly. KL(all linear) is the same in every s(l), so the scores decide alone. It is meant for scores of
+    little or no training: selector ``"smart"`` takes those of ``score_layers(num_tokens=0)``. How near to even
+    "near-uniform" is is a choice made here, which all SMART sets published with the paper satisfy; equals go to the
+    lower layers.
+
+    The paper's uniform sets follow no rule in L and K alone: for L = 28 and K = 7 they are 0, 4 to 24 (Qwen2.5) and
+    3, 7 to 27 (Llama-3.2). ``"end"`` gives those of Llama-3.2-3B where K divides L, ``"start"`` all others.
+
+    The rules by scores assume that layers add up, each judged alone; AVG (the paper) that the errors of its two ranks
+    differ, the penalty (asked for by the paper's reviewers) that neighbours stand in for one another, and even spacing
+    (common practice) that all depths matter alike.
+
+    None of these rules trains or measures: the cost, in tokens and passes, is that of the scores.
+    """
+    check_choice("name", name, RULES)
+    given = [scores] if isinstance(scores, LayerScores) else list(scores or ())
+    if num_layers is None and given:
+        num_layers = len(given[0].values)
+    check_int("num_layers", num_layers, 1)
+    check_choice("offset", offset, OFFSETS)
+    check_number("penalty", penalty, 0)
+    check_int("distance", distance, 1)
+    if name == "manual":
+        if layers is None:
+            raise ValueError("layers=None with selector 'manual'; give the layer indices to keep")
+        return check_layers(layers, num_layers)
+    count = budget_layers(budget, num_layers)
+    if name == "uniform":
+        return _uniform(num_layers, count, offset)
+    if name == "random":
+        return tuple(sorted(random.Random(seed).sample(range(num_layers), count)))
+    if name == "first":
+        return tuple(range(count))
+    if name == "last":
+        return tuple(range(num_layers - count, num_layers))
+    found = [_of_kind(name, *kind, given) for kind in SCORES_NEEDED[name]]
+    if name == "smart":
+        return _smart(found[0].values, count)
+    if name == "ga-s2-spaced":
+        return _spaced(found[0].values, count, penalty, distance)
+    order = _mean_rank(*found) if name == "avg" else found[0].ranking
+    return tuple(sorted(order[:count]))
+
+
+def _uniform(num_layers, count, offset):
+    if offset == "start":
+        stride = (num_layers - 1) // max(1, count - 1)
+        return tuple(i * stride for i in range(count))
+    if offset == "end":
+        return tuple((i + 1) * num_layers // count - 1 for i in range(count))
+    return tuple((2 * i + 1) * num_layers // (2 * count) for i in range(count))
+
+
+def _smart(values, count):
+    num_layers, block = len(values), len(values) // count
+    first = max(range(block), key=lambda l: (values[l], -l))
+    if count == 1:
+        return (first,)
+    last = max(range(num_layers - block, num_layers), key=lambda l: (values[l], -l))
+    gap, longer = divmod(last - first, count - 1)  # `longer` of the gaps are gap + 1
+    best = {0: (-values[first], (first,))}  # by the longer gaps so far: (-sum of values, layers), least first
+    for i in range(1, count):
+        reached = {}
+        for used in range(max(0, longer - (count - 1 - i)), min(i, longer) + 1):
+            layer = first + i * gap + used
+            reached[used] = min((best[u][0] - values[layer], (*best[u][1], layer))
+                                for u in (used - 1, used) if u in best)
+        best = reached
+    return best[longer][1]
+
+
+def _spaced(values, count, penalty, distance):
+    cost = penalty * (max(values) - min(values))
+    kept: list[int] = []
+
+    def worth(l):
+        near = any(abs(l - m) <= distance for m in kept)
+        return values[l] - (cost if near else 0), values[l], -l
+
+    while len(kept) < count:
+        kept.append(max((l for l in range(len(values)) if l not in kept), key=worth))
+    return tuple(sorted(kept))
+
+
+def _of_kind(selector, direction, metric, given):
+    for scores in given:
+        if (scores.direction, scores.metric) == (direction, metric):
+            return scores
+    raise ValueError(f"selector {selector!r} needs scores of score_layers(direction={direction!r}, metric={metric!r}); "
+                     f"got {[(s.direction, s.metric) for s in given] or None}")
+
+
+def _mean_rank(first, second):
+    ranks = [{l: r for r, l in enumerate(s.ranking)} for s in (first, second)]
+    return sorted(ranks[0], key=lambda l: (ranks[0][l] + ranks[1][l], ranks[0][l]))

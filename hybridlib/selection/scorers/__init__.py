@@ -1,0 +1,1 @@
+"""Functions that score layers, one family a file."""

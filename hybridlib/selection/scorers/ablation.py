@@ -1,0 +1,288 @@
+"""Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced.
+
+Nothing here trains, so `tokens`, those of training, are 0; `cost` counts what the forward passes read. The models are
+left as they were.
+`hybridlib.selection.scorers.speculative` silences sets of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from hybridlib.checks import check_int
+from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
+from hybridlib.models.hybrid import check_layers, linear_layers, restore
+from hybridlib.models.passes import last_hidden
+from hybridlib.models.teachers import check_family
+from hybridlib.selection.cost import Meter
+from hybridlib.selection.scores import LayerScores
+
+__all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
+           "score_perplexity"]
+
+HALO_CAP = 50.0
+_EXAMPLES_A_PASS = 32
+
+
+class TaskTooHard(ValueError):
+    """A recall task is beyond the teacher, so that it can score no layer."""
+
+
+@contextmanager
+def ablate(model, layers: Iterable[int]) -> Iterator[None]:
+    """While open, the attention of `layers` adds nothing to the residual stream of `model`, a teacher or a hybrid.
+
+    The attention's output, its bias included, is zero; the rest of the layer runs. Closed, also by an error, the model
+    is as it was. Raises ValueError for a layer out of range or named twice.
+    """
+    layers = check_layers(layers, model.config.num_hidden_layers)
+
+    def silence(module, args, output):
+        return torch.zeros_like(output[0]), *output[1:]
+
+    handles = [model.model.layers[l].self_attn.register_forward_hook(silence) for l in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+    """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced.
+
+    Assumes that layers are independent, and that a layer which text needs is one that a linear mixer cannot replace.
+    Cost: L + 1 forward passes over the held-out tokens. Source: a baseline of the paper (arXiv 2512.20569).
+
+    Parameters
+    ----------
+    teacher : a causal LM of a supported family.
+    tokens : whose held-out rows are read.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    batch_tokens : tokens a forward pass.
+
+    Returns
+    -------
+    LayerScores
+        Metric ``"ppl"``. `values` and `measured` are the rise of the mean cross-entropy in nats a token, which ranks
+        as the rise of perplexity does; its standard error is over rows, each row against itself.
+    """
+    check_family(teacher.config)
+    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    with measuring(teacher):
+        intact, rises = _row_nats(teacher, batches), []
+        for l in tqdm(range(teacher.config.num_hidden_layers), desc="score (ppl)", unit="layer", leave=False):
+            with ablate(teacher, [l]):
+                rises.append(_row_nats(teacher, batches) - intact)
+    rises = torch.stack(rises)  # (layers, rows)
+    mean, stderr = rises.mean(-1).tolist(), (rises.std(-1) / rises.shape[1] ** 0.5).tolist()
+    passes = len(rises) + 1
+    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
+    cost = meter.cost()
+    return LayerScores("remove", "ppl", tuple(mean), tuple(mean), tuple(stderr), 0, cost.seconds, cost)
+
+
+def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None, *, num_examples: int = 200,
+                             seed: int = 0) -> LayerScores:
+    """AR and AR-MH: how much of its recall the teacher loses with layer l's attention silenced.
+
+    An answer is right if each of its tokens is the arg max given the true text before it; all numbers of a task have
+    as many digits, so none is the start of another. The paper's code counted any answer that contains the right one.
+
+    Assumes that the teacher recalls, and that layers are independent: of two layers that stand in for each other,
+    neither scores. Cost: L + 1 forward passes over the prompts. Source: baselines of the paper (arXiv 2512.20569).
+
+    Parameters
+    ----------
+    teacher : a causal LM of a supported family.
+    tokenizer : the teacher's.
+    task : what to recall. One hop gives AR; ``RecallTask("multi_hop", pairs=8, hops=2)`` gives AR-MH, as does any task
+        of more hops than one. None is ``RecallTask("key_value")``.
+    num_examples : prompts of it.
+    seed : that draws them.
+
+    Returns
+    -------
+    LayerScores
+        Metric ``"ar"`` or ``"ar-mh"``. `measured` is the exact match with the layer silenced, with its binomial
+        standard error. `values` is the exact match lost. Accuracies often tie, so less than half an answer is added,
+        x / (2 + 2 abs(x)) answers for a log likelihood lower by x nats an answer token: it only ever orders ties.
+
+    Raises
+    ------
+    ValueError
+        An example is longer than the teacher's context, or the teacher is at chance, so that no layer can lose
+        anything: its exact match is not above 1 / pairs, a guess among the answers that stand in the prompt, by more
+        than two standard errors of such guessing.
+    """
+    check_family(teacher.config)
+    task = task or RecallTask("key_value")
+    meter, encoded = Meter(teacher), _encode(teacher, tokenizer, task, num_examples, seed)
+    with measuring(teacher):
+        right, likelihood = _answers(teacher, encoded)
+        intact, answers = right.mean(), len(right)
+        _refuse_chance(task, intact.item(), answers)
+        values, measured = [], []
+        for l in tqdm(range(teacher.config.num_hidden_layers), desc="score (recall)", unit="layer", leave=False):
+            with ablate(teacher, [l]):
+                right, ablated = _answers(teacher, encoded)
+            lost = (likelihood - ablated).mean()
+            values.append((intact - right.mean() + lost / (2 + 2 * lost.abs()) / answers).item())
+            measured.append(right.mean().item())
+    passes, (size, context) = len(values) + 1, _prompts(encoded)
+    meter.forward(teacher, passes * size, context, head=False, passes=passes)  # the head reads the answers alone
+    cost = meter.cost()
+    return LayerScores("remove", "ar" if task.hops == 1 else "ar-mh", tuple(values), tuple(measured),
+                       _binomial_stderr(measured, answers), 0, cost.seconds, cost)
+
+
+def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_examples: int = 200, seed: int = 0,
+               heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+    """HALO: recall lost over common sense lost, where layer l of the teacher alone is replaced by its aligned mixer.
+
+    The score is (max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, with r(l) the exact match on recall, c(l)
+    the common sense and both maxima over layers. The authors take c from question sets. Here c is the share of
+    held-out tokens that the model predicts first (arg max): it needs no other data, is judged by what is true rather
+    than by the teacher, and is a share of right answers like r. If the text holds recall prompts, c holds some recall.
+
+    Assumes that a layer should stay softmax if it serves recall more than the rest, and that the ratio of two small
+    losses is known well enough: it is noisy where c(l) is near the highest c, and layers at the cap tie. Cost: L
+    forward passes over prompts and held-out tokens, one more over the prompts; the alignment of `student` comes
+    before. Source: arXiv 2601.22156.
+
+    Parameters
+    ----------
+    student : all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
+    teacher : that it was made from.
+    tokens : whose held-out rows are read and whose tokenizer encodes the recall task.
+    task, num_examples, seed : as for `score_associative_recall`.
+    heldout_tokens : held-out tokens to measure common sense on, None for all.
+    batch_tokens : tokens a forward pass.
+
+    Returns
+    -------
+    LayerScores
+        Metric ``"halo"``. `measured` is r(l) with its binomial standard error.
+
+    Raises
+    ------
+    ValueError
+        As `score_associative_recall`, the teacher being judged before any layer is replaced; or the student is not
+        all linear.
+    """
+    check_family(teacher.config)
+    num_layers = student.config.num_hidden_layers
+    if linear_layers(student.config) != tuple(range(num_layers)):
+        raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
+    task = task or RecallTask("key_value")
+    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    encoded = _encode(teacher, tokens.tokenizer, task, num_examples, seed)
+    with measuring(teacher):
+        right, _ = _answers(teacher, encoded)
+    _refuse_chance(task, right.mean().item(), len(right))
+    text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
+    meter.forward(teacher, prompts, prompt, head=False)
+    recall, sense = [], []
+    for l in tqdm(range(num_layers), desc="score (halo)", unit="layer", leave=False):
+        replaced = restore(student, teacher, [m for m in range(num_layers) if m != l])
+        with measuring(replaced):
+            recall.append(_answers(replaced, encoded)[0].mean().item())
+            sense.append(_next_token_accuracy(replaced, batches))
+        meter.forward(replaced, prompts, prompt, head=False)
+        meter.forward(replaced, text, tokens.context)
+    cost = meter.cost()
+    return LayerScores("remove", "halo", halo_values(recall, sense), tuple(recall),
+                       _binomial_stderr(recall, len(right)), 0, cost.seconds, cost)
+
+
+def halo_values(recall, sense) -> tuple[float, ...]:
+    """(max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, for each layer's recall and common sense."""
+    return tuple(min((max(recall) - r) / (max(sense) - c + 1e-10), HALO_CAP)
+                 for r, c in zip(recall, sense, strict=True))
+
+
+@contextmanager
+def measuring(model) -> Iterator[None]:
+    """While open, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def heldout_batches(model, tokens, heldout_tokens, batch_tokens) -> list[torch.Tensor]:
+    """Held-out rows as ids (rows, context) on the device of `model`, at most `batch_tokens` (or a row) at a time."""
+    check_int("batch_tokens", batch_tokens, 1)
+    count = len(tokens.heldout)
+    if heldout_tokens is not None:
+        check_int("heldout_tokens", heldout_tokens, tokens.context)
+        count = min(count, heldout_tokens // tokens.context)
+    device = next(model.parameters()).device
+    return list(tokens.heldout[:count].long().to(device).split(max(1, batch_tokens // tokens.context)))
+
+
+def _row_nats(model, batches):
+    """Mean cross-entropy of the next token in each row: (rows,), in float64."""
+    rows = []
+    for ids in batches:
+        logits = model.lm_head(last_hidden(model, ids)).float()[:, :-1]  # (rows, context - 1, vocab)
+        nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        rows.append(nats.double().mean(-1).cpu())
+    return torch.cat(rows)
+
+
+def _next_token_accuracy(model, batches):
+    right = [(model.lm_head(last_hidden(model, ids))[:, :-1].argmax(-1) == ids[:, 1:]).flatten() for ids in batches]
+    return torch.cat(right).double().mean().item()
+
+
+def _encode(teacher, tokenizer, task, num_examples, seed):
+    encoded = [encode_recall(example, tokenizer) for example in generate_recall(task, num_examples, seed)]
+    longest, limit = max(len(ids) for ids, _ in encoded), teacher.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(f"task={task} gives an example of {longest} tokens, but the teacher's context is {limit}; "
+                         "use fewer pairs or filler")
+    return encoded
+
+
+def _prompts(encoded):
+    """(tokens of all prompts, tokens in the context of a token's own prompt on average)."""
+    sizes = [len(ids) for ids, _ in encoded]
+    return sum(sizes), sum(n * n for n in sizes) / sum(sizes)
+
+
+def _answers(model, encoded):
+    """Of each answer, given the true text before it: whether every token is the arg max, and log likelihood a token."""
+    device, right, likelihood = next(model.parameters()).device, [], []
+    for i in range(0, len(encoded), _EXAMPLES_A_PASS):
+        batch = encoded[i:i + _EXAMPLES_A_PASS]
+        ids = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True).to(device)
+        hidden = last_hidden(model, ids)  # padding stands on the right, where a causal model does not look
+        for row, states, (_, spans) in zip(ids, hidden, batch, strict=True):
+            for start, end in spans:
+                logits = model.lm_head(states[start - 1:end - 1]).float()
+                right.append((logits.argmax(-1) == row[start:end]).all())
+                likelihood.append(-cross_entropy(logits, row[start:end]))
+    return torch.stack(right).double().cpu(), torch.stack(likelihood).double().cpu()
+
+
+def _refuse_chance(task, accuracy, answers):
+    chance = 1 / task.pairs
+    threshold = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
+    if accuracy <= threshold:
+        raise TaskTooHard(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
+                         f"guessing gives up to {threshold:.3f}, so no layer has recall to lose; "
+                         "give an easier task or another teacher")
+
+
+def _binomial_stderr(shares, answers):
+    return tuple((p * (1 - p) / answers) ** 0.5 for p in shares)

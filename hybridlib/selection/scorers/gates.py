@@ -1,0 +1,318 @@
+"""Selectors by gates: both branches in every layer, h_l(x) = (1 - g_l) linear_l(x) + g_l softmax_l(x).
+
+The KL of the gated model is a differentiable function of the gates that meets the KL of every hybrid at a corner of
+the cube: g = 0 is the all-linear student, g = 1 holds the teacher's attention in every layer. `gate_gradient` takes its
+slope at one of these two, or along the diagonal between them; `learned_gates` goes downhill inside the cube.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+
+import torch
+from tqdm.auto import tqdm
+
+from hybridlib.checks import check_int, check_number
+from hybridlib.distill.loop import train_steps
+from hybridlib.distill.objectives import divergence_from_hidden
+from hybridlib.distill.settings import DistillationDiverged, MatchSettings
+from hybridlib.distill.stages import matching_loss
+from hybridlib.models.branches import gated_model, set_gates
+from hybridlib.models.passes import last_hidden
+from hybridlib.selection.cost import Meter, forward_flops, training_flops
+from hybridlib.selection.rules import budget_layers
+from hybridlib.selection.scores import LayerScores
+
+__all__ = ["GateSettings", "LearnedGates", "gate_gradient", "gate_gradient_flops", "learned_gates"]
+
+
+def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, steps: int = 1,
+                  skip: int = 0, num_tokens: int | None = None, batch_tokens: int = 8192, train_tokens: int = 0,
+                  settings: MatchSettings | None = None) -> LayerScores:
+    """Score every layer by how KL(teacher || gated model) falls as its gate opens: -dKL/dg_l, all layers at once.
+
+    Parameters
+    ----------
+    student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
+    tokens : `corpus.Tokens`, whose held-out rows are used, or any integer tensor (rows, context), prompts of a recall
+        task for one. Rows are of one length, without padding.
+    at : gate of all layers, 0 <= at <= 1: 0 adds attention to the linear student, 1 removes it from the all-softmax
+        model.
+    order : 1, the slope g' = dKL/dg_l. 2, with the curvature h = d2KL/dg_l^2: what KL changes as gate l alone goes
+        from 0 to 1, to second order, g' + (1 - 2 at) h / 2.
+    steps : 1 takes the slope at `at`. More take its mean over so many midpoints of the diagonal from all 0 to all 1
+        (integrated gradient); over layers it then sums to KL(all 1) - KL(all 0), up to the error of the midpoint
+        rule. Only with order 1 and at 0.
+    skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
+    num_tokens : tokens to measure on, None for all rows.
+    batch_tokens : tokens a forward pass; the scores do not depend on it.
+    train_tokens : first train copies of the weights, all in one gated model, in a stage 2 of so many tokens in which
+        each row has the gate of one layer open, the layers taking turns; 0 for none. Only at 0 and with `tokens` a
+        `corpus.Tokens`.
+    settings : of that stage 2; it runs without CUDA graphs and ``torch.compile``.
+
+    Returns
+    -------
+    `LayerScores` of metric ``"gate"``, direction ``"remove"`` if `at` is 1 and ``"add"`` otherwise. `measured` is the
+    slope (order 1) or the change predicted (order 2) in nats a token, mean and standard error over rows; `values` is
+    its negative. `tokens` counts those that went forward and backward through the gated model, in training too.
+
+    Raises ValueError for arguments outside these, or a student as `gated_model` refuses it.
+
+    Cost: for each token measured on, one forward pass of the teacher, and of the gated model (both branches in every
+    layer, weights frozen) `steps` passes forward and backward. Order 2 takes 1 + 2 L of them, with L layers: the
+    curvature is the central difference of the slope at gates eps^(1/3) to either side, eps of the weights' dtype
+    (0.005 in float32), in that dtype, with an error of second order in that distance. (An exact second backward pass
+    would also be one for each layer, and the kernels of attention and mixers offer none.) That is more than the L
+    forward passes of ``score_layers(num_tokens=0)``, which measures what order 2 predicts: use it to see why slopes
+    err. Training costs a pass of the teacher, and of the gated model forward and backward with its weights, for each of
+    its tokens; it is one for all layers, where GA-S2 has one a layer.
+
+    Assumptions: the slope at a corner stands for the whole way to the next one, and layers do not interact. Neither
+    is sure: the norm of a mixer's output (at the first token it sees only the sign of q.k) can make KL bend within a
+    gate of 0.01, and then order 2 may err more than order 1. Where student and teacher share all weights but
+    attention, KL is least, 0, at gates of 1: the slope there is 0 but for rounding, and only order 2 ranks layers for
+    removal. GA-S2 itself ranks layers anew on other text, if its stage 2 is short; selector ``"ga-s2-again"`` says how
+    far, and so what agreement with it means. Source: ours; the diagonal is that of integrated gradients (arXiv
+    1703.01365).
+    """
+    check_number("at", at, 0, 1)
+    check_int("order", order, 1, 2)
+    check_int("steps", steps, 1)
+    check_int("train_tokens", train_tokens, 0)
+    if train_tokens and (at != 0 or not hasattr(tokens, "rows")):
+        raise ValueError(f"train_tokens={train_tokens} with at={at} and tokens a {type(tokens).__name__}; training "
+                         "before the slope takes at=0 and Tokens")
+    if steps > 1 and (order != 1 or at != 0):
+        raise ValueError(f"steps={steps} with order={order} and at={at}; steps above 1 take order=1 and at=0")
+    rows = _rows(tokens, num_tokens)
+    check_int("batch_tokens", batch_tokens, rows.shape[1])
+    check_int("skip", skip, 0, rows.shape[1] - 1)
+    meter, model = Meter(teacher, student), gated_model(student, teacher)
+    if train_tokens:
+        model = _open_in_turn(student, teacher, tokens, train_tokens, settings, meter)
+    num_layers, device = len(model.model.layers), next(student.parameters()).device
+    slope_at = partial(_slope, model, teacher, skip)
+    corner = torch.full((num_layers,), float(at), dtype=torch.float64)
+    points = [corner] if steps == 1 else [torch.full_like(corner, (i + 0.5) / steps) for i in range(steps)]
+    nudge = torch.finfo(next(student.parameters()).dtype).eps ** (1 / 3)  # where truncation meets rounding
+    table = []  # (layers, rows of the batch)
+    batches = rows.split(batch_tokens // rows.shape[1])
+    for ids in tqdm(batches, desc="gate gradient", unit="batch", leave=False):
+        ids = ids.to(device).long()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and order == 1):
+            target = _hidden(teacher, ids)
+            slope = sum(slope_at(target, ids, gates) for gates in points) / len(points)
+            if order == 2:
+                rise = [slope_at(target, ids, corner + step)[l] - slope_at(target, ids, corner - step)[l]
+                        for l, step in enumerate(nudge * torch.eye(num_layers, dtype=torch.float64))]
+                curvature = torch.stack(rise) / (2 * nudge)
+                slope = slope + (1 - 2 * at) * curvature / 2
+        table.append(slope)
+    slopes = torch.cat(table, 1)
+    measured, stderr = slopes.mean(1), slopes.std(1) / slopes.shape[1] ** 0.5  # nan for a single row
+    passes = _passes(num_layers, order, steps)
+    meter.forward(teacher, rows.numel(), rows.shape[1])
+    meter.train(model, passes * rows.numel(), rows.shape[1], frozen=True, passes=passes)
+    cost = meter.cost()
+    return LayerScores("remove" if at == 1 else "add", "gate", tuple((-measured).tolist()), tuple(measured.tolist()),
+                       tuple(stderr.tolist()), cost.training_tokens, cost.seconds, cost)
+
+
+def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: int = 1, *,
+                        frozen: bool = True) -> float:
+    """Estimated FLOPs of `gate_gradient`, a token measured on (or, not `frozen`, a token trained on with order and
+    steps 1), in rows of `context` tokens; nothing is computed."""
+    passes = _passes(student.config.num_hidden_layers, order, steps)
+    return (forward_flops(teacher, context)
+            + passes * training_flops(gated_model(student, teacher), context, frozen=frozen))
+
+
+def _passes(num_layers, order, steps):
+    """Passes of the gated model, forward and backward."""
+    return steps if order == 1 else 1 + 2 * num_layers
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """Settings of `learned_gates`.
+
+    Parameters
+    ----------
+    batch_tokens : tokens a step; rounded down to whole rows, at least one.
+    learning_rate : of Adam, on the gates' logits; constant.
+    penalty : weight of ((sum of gates - K) / L)^2, in nats.
+    start : gate that every layer starts from, 0 < start < 1; None for K / L (at most 0.9), where the penalty is 0.
+    """
+
+    batch_tokens: int = 16_384
+    learning_rate: float = 0.05
+    penalty: float = 10.0
+    start: float | None = None
+
+    def __post_init__(self):
+        check_int("batch_tokens", self.batch_tokens, 1)
+        check_number("learning_rate", self.learning_rate, 0, open_low=True)
+        check_number("penalty", self.penalty, 0)
+        if self.start is not None:
+            check_number("start", self.start, 0, 1, open_low=True)
+            if self.start == 1:
+                raise ValueError("start=1 is not a number above 0 and below 1; a gate of 1 cannot be trained")
+
+
+@dataclass(frozen=True)
+class LearnedGates:
+    """What `learned_gates` found: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
+
+    After `history_tokens[i]` tokens, the step's KL was `kl[i]` nats a token and the gates it ran with summed to
+    `total[i]`. `scores.tokens` and `scores.seconds` are what training cost; the standard errors are nan, for there is
+    one training.
+    """
+
+    scores: LayerScores
+    layers: tuple[int, ...]
+    history_tokens: tuple[int, ...]
+    kl: tuple[float, ...]
+    total: tuple[float, ...]
+
+
+def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: int, skip: int = 0,
+                  settings: GateSettings | None = None) -> LearnedGates:
+    """Train one gate a layer, all weights frozen, under a budget; the layers of the K largest gates stay softmax.
+
+    With g = sigmoid(a), Adam on a lowers KL(teacher || gated model) + penalty ((sum g - K) / L)^2.
+
+    Parameters
+    ----------
+    student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
+    tokens : `corpus.Tokens`, whose training rows are taken in their order, or any integer tensor (rows, context), over
+        and over in its order. Rows are of one length, without padding.
+    budget : share or count of softmax layers, see `selection.budget_layers`; it gives K.
+    num_tokens : tokens to train on, at least one row; whole steps of `settings.batch_tokens`, at least one.
+    skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
+
+    Returns
+    -------
+    `LearnedGates`; its scores are of direction ``"add"`` and metric ``"learned_gate"``.
+
+    Raises ValueError for arguments outside these or a student as `gated_model` refuses it, `DistillationDiverged` at
+    the first loss that is not finite. There is no randomness beyond the order of `tokens`.
+
+    Cost: for each training token, one forward pass of the teacher and one pass forward and backward of the gated
+    model (both branches in every layer); the optimizer holds L numbers.
+
+    Source: FlashMorph (arXiv 2606.30562): one gate a layer, all weights frozen, trained together on synthetic
+    long-context retrieval with a regularizer towards linear, then cut to the budget. Chosen here, its code not being
+    public: the sigmoid, the start at K / L, KL to the teacher as the loss, the squared penalty that holds the sum at K
+    from both sides, and ties to the lower layer. To follow its data, give recall prompts as `tokens` and their length
+    as `skip`. Assumption: gates between 0 and 1 order the layers as whole ones would.
+    """
+    settings = settings or GateSettings()
+    num_layers = student.config.num_hidden_layers
+    count = budget_layers(budget, num_layers)
+    take = _training_rows(tokens)
+    context = take(0, 1).shape[1]
+    check_int("num_tokens", num_tokens, context)
+    check_int("skip", skip, 0, context - 1)
+    meter, model = Meter(teacher, student), gated_model(student, teacher)
+    device = next(student.parameters()).device
+    rows = max(1, settings.batch_tokens // context)
+    start = min(0.9, count / num_layers) if settings.start is None else settings.start
+    a = torch.full((num_layers,), math.log(start / (1 - start)), device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([a], lr=settings.learning_rate)
+    seen, kl, total = [], [], []
+    with tqdm(range(max(1, num_tokens // (rows * context))), desc="gates", unit="step", leave=False) as bar:
+        for step in bar:
+            ids, g = take(step * rows, rows).to(device), a.sigmoid()
+            set_gates(model, g)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                divergence = _divergence(model, teacher, skip, _hidden(teacher, ids), ids)
+            loss = divergence + settings.penalty * ((g.sum() - count) / num_layers) ** 2
+            if not bool(loss.isfinite()):
+                raise DistillationDiverged(f"learned_gates met a loss that is not finite at step {step}; "
+                                           "try a lower learning rate or look for such numbers in the student")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append((step + 1) * rows * context)
+            kl.append(divergence.item())
+            total.append(g.sum().item())
+            bar.set_postfix(kl=f"{kl[-1]:.4f}", total=f"{total[-1]:.2f}")
+    gates = tuple(a.detach().sigmoid().tolist())
+    meter.forward(teacher, seen[-1], context)
+    meter.train(model, seen[-1], context, frozen=True)
+    cost = meter.cost()
+    scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, cost.training_tokens,
+                         cost.seconds, cost)
+    return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(seen), tuple(kl), tuple(total))
+
+
+def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
+    """A gated model of weights of its own, after a stage 2 in which row i has the gate of layer i mod L open."""
+    settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
+    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
+    turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
+    opened_loss = matching_loss(model, teacher, settings)
+
+    def step_loss(share, rows):
+        set_gates(model, torch.stack([next(turns) for _ in rows], 1))
+        return opened_loss(share, rows)
+
+    named = list(model.named_parameters())
+    groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)
+              for linear, rate in ((True, settings.mixer_learning_rate), (False, settings.learning_rate))]
+    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
+    meter.forward(teacher, spent, tokens.context)
+    meter.train(model, spent, tokens.context)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _hidden(model, ids):
+    return last_hidden(model, ids)
+
+
+def _divergence(model, teacher, skip, target, ids):
+    """KL(teacher || gated model), mean over tokens from `skip` on; `target` is the teacher's last hidden states."""
+    return divergence_from_hidden(target[:, skip:], teacher.lm_head.weight, last_hidden(model, ids)[:, skip:],
+                                  model.lm_head.weight)
+
+
+@torch.enable_grad()
+def _slope(model, teacher, skip, target, ids, gates):
+    """dKL/dg of each layer and row at `gates` (layers,): (layers, rows), float64. One pass forward and backward.
+
+    Each row is given gates of its own, so that one backward pass tells rows apart.
+    """
+    own = gates.to(ids.device)[:, None].repeat(1, len(ids)).requires_grad_()
+    set_gates(model, own)
+    slope, = torch.autograd.grad(_divergence(model, teacher, skip, target, ids), own)
+    return slope.cpu() * len(ids)  # the mean over rows holds 1 / rows of each
+
+
+def _rows(tokens, num_tokens):
+    """The rows to measure on, (rows, context), an integer tensor."""
+    rows = _check_rows(tokens.heldout if hasattr(tokens, "heldout") else tokens)
+    if num_tokens is None:
+        return rows
+    check_int("num_tokens", num_tokens, rows.shape[1])
+    return rows[:num_tokens // rows.shape[1]]
+
+
+def _training_rows(tokens):
+    """take(position, count): rows of the endless training order, (count, context), int64."""
+    if hasattr(tokens, "rows"):
+        return tokens.rows
+    rows = _check_rows(tokens)
+    return lambda position, count: rows[torch.arange(position, position + count) % len(rows)].long()
+
+
+def _check_rows(rows):
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or rows.is_floating_point() or rows.numel() == 0:
+        given = f"of shape {tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise ValueError(f"tokens is {given}; give Tokens, or an integer tensor (rows, context) with a row")
+    return rows

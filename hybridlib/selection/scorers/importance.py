@@ -1,0 +1,118 @@
+"""Scores for layers: how much each one is worth keeping softmax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hybridlib.checks import check_choice, check_executor, check_int
+from hybridlib.distill.objectives import alignment_loss
+from hybridlib.distill.settings import MatchSettings
+from hybridlib.models.hybrid import linear_layers
+from hybridlib.models.passes import TeacherStates, attention_io
+from hybridlib.selection.cost import Cost, Meter, heldout_size
+from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs
+from hybridlib.selection.engine.measure import ScoringJob
+from hybridlib.selection.engine.rounds import CandidateRecords, EarlyStop, score_candidates, task_size
+from hybridlib.selection.scores import LayerScores
+
+__all__ = ["score_layers"]
+
+
+def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
+                 heldout_tokens: int | None = None, settings: MatchSettings | None = None, normalize: bool = True,
+                 early_stop: EarlyStop | None = None, executor=None, inputs: ScoringInputs | None = None,
+                 records: CandidateRecords | None = None, checkpoints: str | Path | None = None,
+                 memory: int = 4 * 2**30, group: int | None = None) -> LayerScores:
+    """Score every layer of an aligned all-linear student.
+
+    Parameters
+    ----------
+    student : from `hybrid.linearize` and `distill.align`; it is left as it was.
+    direction : ``"add"`` restores layer l alone in the linear student, I(l) = -KL (GA-S2); ``"remove"`` linearizes
+        layer l alone in the teacher, I(l) = KL (GR-S2).
+    metric : ``"kl"``, held-out KL after a stage 2 of `num_tokens` a layer; or ``"mse"``, the stage-1 error left at
+        layer l on held-out text (GA-S1), which trains nothing and knows only direction ``"add"``.
+    num_tokens : tokens of stage 2 for each layer's candidate; 0 measures the candidates untrained.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    settings : of stage 2. Every candidate sees the same rows in the same order.
+    normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
+    early_stop : this and what follows is for ``"kl"``. Measure candidates along their training and stop once the top-K
+        set has settled.
+    executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
+        or one of submitit. None runs them here, one after the other.
+    inputs : where workers find what is scored, which must be `student`, `teacher` and `tokens`. Without them a task
+        carries both models with it.
+    records : keeps candidates, so that a killed scoring goes on.
+    checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
+        for the time of the call. A candidate needs three times its weights in it. Where `num_tokens` is at most
+        ``settings.checkpoint_every`` it is used with `early_stop` alone, and not there if states stay in memory, see
+        `scoring.score_candidates`.
+    memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
+    group : candidates that train together, in one stacked model; the scores do not depend on it, but for rounding. None
+        is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
+        `scoring.task_size`.
+
+    A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
+
+    Cost of ``"kl"``, with L layers: L times `num_tokens` of training, less if stopped early; L times the held-out
+    tokens, forward, at every measurement, of which there is one, or with `early_stop` one after every `measure_every`
+    tokens; and one pass of the teacher over the rows of both, as far as `memory` holds them. Of ``"mse"``: one pass of
+    the teacher, without its output head, and of each mixer, over the held-out tokens.
+
+    Assumes that layers can be scored one at a time, though they are kept together; that a short stage 2 ranks them as
+    a long one would; and that what lowers the KL on held-out text (for ``"mse"``, what a layer's own output lost) is
+    what the hybrid is to be good at. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    """
+    check_choice("direction", direction, ("add", "remove"))
+    check_choice("metric", metric, ("kl", "mse"))
+    check_int("num_tokens", num_tokens, 0 if num_tokens == 0 else tokens.context)
+    check_executor(executor)
+    num_layers = student.config.num_hidden_layers
+    if linear_layers(student.config) != tuple(range(num_layers)):
+        raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
+    if metric == "mse":
+        if direction != "add":
+            raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")
+        meter, read = Meter(teacher, student), heldout_size(tokens, heldout_tokens)
+        measured, stderr = _alignment_errors(student, teacher, tokens, heldout_tokens, normalize)
+        meter.forward(teacher, read, tokens.context, head=False)
+        meter.parts([layer.self_attn for layer in student.model.layers], read, tokens.context)
+        cost = meter.cost()
+        return LayerScores(direction, metric, tuple(measured), tuple(measured), tuple(stderr), 0, cost.seconds, cost)
+    if early_stop is not None:
+        early_stop.count(num_layers)
+    settings = settings or MatchSettings()
+    group = task_size(student, tokens, settings, group, executor)
+    in_parts = early_stop is not None or num_tokens > settings.checkpoint_every
+    inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher, memory))
+    job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings,
+                     str(Path(checkpoints).resolve()) if checkpoints and in_parts else None)
+    rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records,
+                              group=group)
+    sign, found = -1 if direction == "add" else 1, list(rounds.values())
+    history = tuple(tuple(sign * c["kl"] for c in one) for one in found)
+    every = [c for one in found for c in one]
+    known = all("cost" in c for c in every)  # candidates recorded before costs were have none
+    return LayerScores(direction, metric, history[-1], tuple(c["kl"] for c in found[-1]),
+                       tuple(c["kl_stderr"] for c in found[-1]), sum(c["tokens"] for c in found[-1]),
+                       sum(c["seconds"] for c in every),
+                       Cost.total(Cost.from_dict(c["cost"]) for c in every) if known else None, history,
+                       tuple(one[0]["tokens"] for one in found))
+
+
+@torch.no_grad()
+def _alignment_errors(student, teacher, tokens, heldout_tokens, normalize):
+    """(mean, standard error over rows) of each layer's alignment error on held-out rows."""
+    count = len(tokens.heldout) if heldout_tokens is None else max(1, heldout_tokens // tokens.context)
+    device, layers = next(student.parameters()).device, linear_layers(student.config)
+    errors = {l: [] for l in layers}
+    for ids in tokens.heldout[:count].split(8):
+        for l, (x, y) in enumerate(attention_io(teacher, ids.to(device).long())):
+            outputs = student.model.layers[l].self_attn(x)[0]
+            rows = [alignment_loss(o, t, normalize=normalize) for o, t in zip(outputs, y, strict=True)]
+            errors[l] += torch.stack(rows).tolist()
+    table = torch.tensor([errors[l] for l in layers], dtype=torch.float64)  # (layers, rows)
+    stderr = table.std(-1) / table.shape[1] ** 0.5
+    return table.mean(-1).tolist(), stderr.tolist()

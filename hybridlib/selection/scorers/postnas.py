@@ -1,0 +1,105 @@
+"""PostNAS-style selection: one student that holds both branches in every layer is trained under random placements, and
+then searched without further training.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, replace
+
+from hybridlib.checks import check_int
+from hybridlib.distill.evaluate import heldout_kl
+from hybridlib.distill.loop import train_steps
+from hybridlib.distill.settings import MatchSettings
+from hybridlib.distill.stages import matching_loss
+from hybridlib.models.branches import EitherAttention, gated_model, place
+from hybridlib.models.hybrid import restore
+from hybridlib.selection.cost import Cost, Meter, heldout_size
+from hybridlib.selection.rules import budget_layers
+from hybridlib.selection.search import SearchResult, beam
+
+__all__ = ["PostNAS", "search_once_for_all", "train_once_for_all"]
+
+
+@dataclass(frozen=True)
+class PostNAS:
+    """What `search_once_for_all` found: `layers`, what the `search` measured, and the training's loss.
+
+    After `history_tokens[i]` tokens the step's KL, of the placement that it drew, was `losses[i]` nats a token.
+    """
+
+    layers: tuple[int, ...]
+    search: SearchResult
+    history_tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+    cost: Cost
+
+
+def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens: int, *,
+                       settings: MatchSettings | None = None, seed: int = 0):
+    """Train a student with both branches in every layer, each step under a random placement of the budget's size.
+
+    Parameters
+    ----------
+    student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
+    budget : share or count of softmax layers; it gives K, see `selection.budget_layers`.
+    num_tokens : tokens to train on, in the order of `tokens`.
+    settings : of stage 2; `mixer_learning_rate` for the mixers, `learning_rate` for the softmax branches. It runs
+        without CUDA graphs and ``torch.compile``, for a placement changes what is run.
+    seed : draws the placements.
+
+    Returns (model, `distill.History`). All weights but those of the two branches are frozen.
+    """
+    count = budget_layers(budget, student.config.num_hidden_layers)
+    settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
+    check_int("seed", seed, 0)
+    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
+    for layer in model.model.layers:
+        layer.self_attn = EitherAttention(layer.self_attn.linear, layer.self_attn.softmax)
+    draw, everything = random.Random(seed), range(student.config.num_hidden_layers)
+    placed_loss = matching_loss(model, teacher, settings)
+
+    def step_loss(share, rows):
+        place(model, draw.sample(everything, count))
+        return placed_loss(share, rows)
+
+    named = {branch: [(n, p) for n, p in model.named_parameters() if f".self_attn.{branch}." in n]
+             for branch in ("linear", "softmax")}
+    groups = [(named["linear"], settings.mixer_learning_rate), (named["softmax"], settings.learning_rate)]
+    history = train_steps("once for all", model, tokens, num_tokens, settings, groups, step_loss, None)
+    return model, history
+
+
+def search_once_for_all(student, teacher, tokens, budget: float | int, num_tokens: int, *, width: int = 4,
+                        settings: MatchSettings | None = None, seed: int = 0) -> PostNAS:
+    """PostNAS: `train_once_for_all`, then a beam search for the K layers of the lowest held-out KL, untrained.
+
+    `width` is of the search, see `search.beam`; the other parameters are as for `train_once_for_all`.
+
+    Cost: `num_tokens` forward through the teacher, forward and backward through the student; at most
+    L + width (K - 1)(2L - K) / 2 times the held-out rows through both.
+
+    Assumes that weights shared by all placements rank them as weights trained for each would; and, as smaller sets are
+    measured on the way to K although training saw sets of K alone, that these still rank.
+
+    Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code not being public: KL to the teacher as the
+    loss, in training and in the search (theirs searches by a task's score); sets of the budget's size, drawn evenly;
+    all weights but attention and mixers frozen.
+    """
+    check_int("width", width, 1)
+    num_layers, context = student.config.num_hidden_layers, tokens.context
+    count, meter = budget_layers(budget, num_layers), Meter(teacher, student)
+    model, history = train_once_for_all(student, teacher, tokens, budget, num_tokens, settings=settings, seed=seed)
+
+    def measure(layers):
+        place(model, layers)
+        return heldout_kl(model, teacher, tokens)[0]
+
+    found = beam(measure, num_layers, count, width)
+    hybrid, read = restore(student, teacher, range(count)), heldout_size(tokens, None)  # of the size of all placements
+    meter.forward(teacher, history.tokens[-1], context)
+    meter.train(hybrid, history.tokens[-1], context)
+    meter.forward(teacher, found.evaluations * read, context, passes=found.evaluations)
+    meter.forward(hybrid, found.evaluations * read, context, passes=found.evaluations)
+    return PostNAS(found.layers, found, tuple(history.tokens), tuple(history.losses), meter.cost())

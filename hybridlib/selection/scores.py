@@ -1,0 +1,50 @@
+"""One score a layer, as every scorer returns it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from hybridlib.selection.cost import Cost
+
+__all__ = ["LayerScores"]
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One score a layer; a higher `values[l]` means that layer l is more worth keeping softmax.
+
+    `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
+    nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
+    are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
+    `cost` says all that it cost, None in records that are older than it. `history` has the values of every measurement
+    along training, the last one's among them, and `history_tokens` how far each candidate then was; those before the
+    last may be of fewer held-out tokens, see `EarlyStop`.
+    """
+
+    direction: str
+    metric: str
+    values: tuple[float, ...]
+    measured: tuple[float, ...]
+    stderr: tuple[float, ...]
+    tokens: int
+    seconds: float
+    cost: Cost | None = None
+    history: tuple[tuple[float, ...], ...] = ()
+    history_tokens: tuple[int, ...] = ()
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """Layers, the one most worth keeping first; ties go to the lower index."""
+        return tuple(sorted(range(len(self.values)), key=lambda l: (-self.values[l], l)))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> LayerScores:
+        cost = fields.get("cost")
+        return cls(**{k: _tuples(v) for k, v in fields.items()} | {"cost": cost and Cost.from_dict(cost)})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

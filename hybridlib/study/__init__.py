@@ -1,0 +1,1 @@
+"""An experiment's settings and steps, each step a record."""

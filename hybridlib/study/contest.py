@@ -1,0 +1,168 @@
+"""All selectors on one teacher: what each chose, what its hybrid came to after equal distillation, what it cost.
+
+What the notebooks of selectors call. A contest is one record, made of the records of scores and hybrids, so that a
+second notebook, or a reader without the GPU, draws from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+
+import pandas as pd
+
+from hybridlib.records.ledger import Ledger
+from hybridlib.selection.cost import Cost
+from hybridlib.selection.scorers.ablation import TaskTooHard
+from hybridlib.study.catalogue import SELECTORS, find_selector
+from hybridlib.study.settings import StudySettings
+from hybridlib.study.study import Study
+
+__all__ = ["CHEAP", "Contest", "FLOOR", "SelectorSettings", "recorded_contest", "recorded_contests", "run_contest"]
+
+#: selectors that train nothing, or read scores that other notebooks record as well
+CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
+         "gr-s2", "avg")
+_METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
+_COLUMNS = ["selector", "name", "needs", "note", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
+_COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
+          "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
+
+
+@dataclass(frozen=True)
+class SelectorSettings(StudySettings):
+    """`StudySettings`, and `selectors`: names of `selectors.SELECTORS`, in the order of figures and tables."""
+
+    selectors: list[str] = CHEAP
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.selectors, (list, tuple)) or not self.selectors:
+            raise ValueError(f"selectors={self.selectors!r} is not a list of names; give at least one")
+        for name in self.selectors:
+            find_selector(name)
+            if list(self.selectors).count(name) > 1:
+                raise ValueError(f"selectors names {name!r} twice; each may be named once")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What came out.
+
+    `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
+    ``values`` (a number a layer, or None), ``note`` (words of its `Selection`), the metrics of its hybrid, and the
+    fields of its `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `reading.FLOOR`, with the
+    name ``"none"``. `refused` has the selectors that the teacher does not allow, title -> why. `teacher` is the
+    teacher's own metrics.
+    """
+
+    rows: pd.DataFrame
+    refused: dict[str, str]
+    teacher: dict
+    num_layers: int
+    settings: dict
+    device: str
+
+    @property
+    def chosen(self) -> pd.DataFrame:
+        """`rows` without the hybrid that keeps no layer."""
+        return self.rows[self.rows["name"] != "none"]
+
+    @property
+    def usable(self) -> pd.DataFrame:
+        """`chosen` without the selectors that are there to compare with, see `Selector`'s ``control``."""
+        return self.chosen[[name not in SELECTORS or not SELECTORS[name].control for name in self.chosen["name"]]]
+
+    @property
+    def sets(self) -> dict[str, list[tuple[int, ...]]]:
+        """Title -> what the selector chose, seed by seed."""
+        return {title: list(rows["layers"]) for title, rows in self.chosen.groupby("selector", sort=False)}
+
+    @property
+    def titles(self) -> list[str]:
+        """The selectors' titles, in their order."""
+        return list(dict.fromkeys(self.chosen["selector"]))
+
+
+def run_contest(study: Study) -> Contest:
+    """Let every selector of the study's `SelectorSettings` choose with every seed, and distil what each chose alike.
+
+    Record kind ``"contest"``. Sets that several selectors choose are distilled once. A selector by a recall task that
+    is beyond the teacher is left out and named in `Contest.refused`. Cost: that of the selectors and of a stage 2 for
+    each set.
+    """
+    s = study.settings
+    names = {f.name for f in fields(SelectorSettings)} - {"device", "results", "recompute"}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
+
+    def compute():
+        rows, refused = [], {}
+        for name in s.selectors:
+            title = SELECTORS[name].title
+            try:
+                rows += [_row(name, seed, study.selection(name, seed=seed)) for seed in study.seeds]
+            except TaskTooHard as error:
+                refused[title] = str(error)
+        rows += [{"selector": FLOOR, "name": "none", "needs": "nothing", "note": "", "seed": seed, "layers": [],
+                  "values": None, **Cost().to_dict()} for seed in study.seeds]
+        for row in rows:
+            measured = study.hybrid(row["layers"], seed=row["seed"]).metrics
+            row |= {k: v for k, v in measured.items() if k in _METRICS}
+        return {"rows": rows, "refused": refused, "teacher": study.teacher_record().metrics,
+                "num_layers": study.num_layers}
+
+    return _contest(study.remember(plain, compute, s.mixer, kind="contest"))
+
+
+def recorded_contests(ledger: Ledger) -> list[Contest]:
+    """The contests in `ledger`, one for all those whose settings differ in nothing but the selectors.
+
+    Of a selector that several of them ran, the latest run counts. The deepest teacher is first, then the contests
+    under the budget and with the mixer that `StudySettings` starts from, then those of most lines (selectors times
+    seeds).
+    """
+    groups: dict[str, list[Contest]] = {}
+    for record in sorted(ledger.find("contest"), key=lambda r: r.started):
+        common = {k: v for k, v in record.parameters.items() if k != "selectors"}
+        groups.setdefault(json.dumps(common, sort_keys=True), []).append(_contest(record))
+    usual = StudySettings.budget, StudySettings.mixer
+    return sorted(map(_merged, groups.values()), key=lambda c: (
+        -c.num_layers, (c.settings["budget"], c.settings["mixer"]) != usual, -len(c.rows)))
+
+
+def _merged(contests):
+    """One contest from several of the same settings, the earliest first; selectors in the order of `SELECTORS`."""
+    rows = pd.concat([c.rows for c in contests], ignore_index=True).drop_duplicates(["name", "seed"], keep="last")
+    order = {name: i for i, name in enumerate((*SELECTORS, "none"))}
+    rows = rows.sort_values(["name", "seed"], key=lambda c: c.map(order) if c.name == "name" else c, kind="stable")
+    refused = {title: why for c in contests for title, why in c.refused.items() if title not in set(rows["selector"])}
+    names = [name for name in dict.fromkeys(rows["name"]) if name != "none"]
+    return replace(contests[-1], rows=rows.reset_index(drop=True), refused=refused,
+                   settings=contests[-1].settings | {"selectors": names})
+
+
+def recorded_contest(ledger: Ledger) -> Contest | None:
+    """The first of `recorded_contests`; None if there is none."""
+    return next(iter(recorded_contests(ledger)), None)
+
+
+def _row(name, seed, found):
+    cost = found.cost.to_dict() if found.cost else dict.fromkeys(Cost().to_dict())
+    return {"selector": SELECTORS[name].title, "name": name, "needs": SELECTORS[name].needs, "seed": seed,
+            "layers": list(found.layers), "note": found.note,
+            "values": None if found.values is None else list(found.values), **cost}
+
+
+def _contest(record):
+    m = record.metrics
+    rows = pd.DataFrame([{"note": "", **row} for row in m["rows"]])[_COLUMNS]  # older records have no notes
+    rows["layers"] = [tuple(layers) for layers in rows["layers"]]
+    rows["values"] = [tuple(values) if isinstance(values, list) else None for values in rows["values"]]
+    ga = dict(rows.loc[rows["name"] == "ga-s2", ["seed", "values"]].itertuples(index=False))
+    rows["values"] = [values if name == "ga-s2" or values != ga.get(seed) else None  # older records lend GA-S2's
+                      for name, seed, values in zip(rows["name"], rows["seed"], rows["values"], strict=True)]
+    rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
+    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
+
+
+FLOOR = "none (all linear)"  # what notebooks call the hybrid that keeps no layer

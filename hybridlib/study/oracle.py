@@ -1,0 +1,385 @@
+"""The oracle: every layer set of a small teacher distilled and measured, and selectors judged by it.
+
+`oracle_record` measures sets in pieces, each a record of its own, so that a killed run goes on. The functions below it
+read such records: whether the ranking of sets has settled, how far a selector's set is from the best, and how much
+layers depend on one another. Each record is of one seed; intervals are over records.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.distill.corpus import Tokens
+from hybridlib.models.hybrid import check_layers
+from hybridlib.records.ledger import Ledger, Record
+from hybridlib.selection.agreement import spearman
+from hybridlib.selection.engine.sets import match_sets
+from hybridlib.selection.scorers.ablation import TaskTooHard
+from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, rank_of, regret
+from hybridlib.study.catalogue import SELECTORS
+from hybridlib.study.settings import StudySettings
+from hybridlib.study.study import Study
+
+__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "any_set", "choices",
+           "interaction_maps", "judge", "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling",
+           "values"]
+
+METRICS = ("kl", "recall_exact")
+OTHER_SEEDS = "best KL of other seeds"  # the set that the other seeds' records call best
+SEARCHES = {"oracle-greedy": greedy_forward, "oracle-backward": greedy_backward, "oracle-beam": partial(beam, width=4)}
+_FIGURES = ("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")
+
+
+@dataclass(frozen=True)
+class OracleSettings(StudySettings):
+    """The parameters of a study, and what is enumerated.
+
+    Parameters
+    ----------
+    sizes : how many layers the sets have that are distilled; empty for all, from none to every layer.
+    oracle_tokens : tokens of stage 2 for each set.
+    oracle_points : shares of `oracle_tokens`, 0 to 1, after which every set is measured on the way to the end.
+    oracle_heldout_tokens : test tokens to measure on, at most `heldout_tokens`.
+    recall_examples : prompts of the recall task for each measurement.
+    piece : sets to a record: what a killed run can lose.
+    selectors : what is judged: names that `Study.select` takes, and the searches of `SEARCHES`.
+    """
+
+    sizes: Sequence[int] = (0, 1, 2)
+    oracle_tokens: int = 4_096
+    oracle_points: Sequence[float] = (0.5,)
+    oracle_heldout_tokens: int = 2_048
+    recall_examples: int = 8
+    piece: int = 8
+    selectors: Sequence[str] = ("ga-s2", "gr-s2", "gate-gradient", "ga-s1", "smart", "uniform", "first", "last",
+                                "oracle-greedy")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("sizes", "oracle_points", "selectors"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for size in self.sizes:
+            check_int("sizes", size, 0)
+        for point in self.oracle_points:
+            check_number("oracle_points", point, 0, 1)
+        for selector in self.selectors:
+            check_choice("selectors", selector, (*(s for s in SELECTORS if s != "manual"), *SEARCHES))
+        check_int("oracle_tokens", self.oracle_tokens, self.context)
+        check_int("oracle_heldout_tokens", self.oracle_heldout_tokens, self.context, self.heldout_tokens)
+        check_int("recall_examples", self.recall_examples, 1)
+        check_int("piece", self.piece, 1)
+
+    @property
+    def measure_at(self) -> tuple[int, ...]:
+        """Tokens after which sets are measured: those of `oracle_points`, and the end."""
+        return tuple(sorted({*(round(share * self.oracle_tokens) for share in self.oracle_points), self.oracle_tokens}))
+
+
+def sets_of_sizes(num_layers: int, sizes: Iterable[int] = ()) -> list[tuple[int, ...]]:
+    """All sets of layers that have these sizes, smaller ones first; all 2 ** num_layers of them if `sizes` is empty."""
+    check_int("num_layers", num_layers, 1)
+    sizes = sorted(set(sizes)) or range(num_layers + 1)
+    for size in sizes:
+        check_int("sizes", size, 0, num_layers)
+    return [layers for size in sizes for layers in combinations(range(num_layers), size)]
+
+
+def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: Iterable[Iterable[int]] | None = None,
+                  tokens: int, measure_at: Sequence[int] = (), heldout_tokens: int | None = None,
+                  recall_examples: int = 200, piece: int = 16, group: int | None = None,
+                  measure: Callable[..., list[dict]] | None = None) -> Record:
+    """Distil and measure every set of `sizes` (or those in `sets`) for one seed. Record kind ``"oracle"``.
+
+    Parameters
+    ----------
+    study : gives the aligned student, the settings of stage 2, and the test rows and recall task to measure on.
+    sizes : sizes of the sets, all if empty; `sets` : the sets themselves, instead.
+    tokens : of stage 2 for each set, on the same rows in the same order.
+    measure_at : tokens after which each set is measured on the way; the record's ``curve``.
+    heldout_tokens : test tokens to measure on, None for all.
+    recall_examples : prompts of the recall task for each measurement.
+    piece : sets to a record of kind ``"oracle_piece"``. A set that a record of either kind has, measured alike, is not
+        measured again, unless the study recomputes.
+    group : candidates trained at once, None for what memory holds.
+    measure : what trains and measures sets; `batched.match_sets`, or a function that takes and gives the same.
+
+    The record's ``sets`` has for each set: layers, kl (nats a token), kl_stderr, perplexity, top1_agreement,
+    recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None.
+
+    Cost: `tokens` for each set, and the measurements, each of which is a pass over the test rows and the prompts.
+    """
+    num_layers = study.num_layers
+    check_int("seed", seed, 0)
+    check_int("tokens", tokens, study.settings.context)
+    check_int("piece", piece, 1)
+    measured = study.settings.heldout_tokens if heldout_tokens is None else heldout_tokens
+    check_int("heldout_tokens", measured, study.settings.context)
+    wanted = sets_of_sizes(num_layers, sizes) if sets is None else [check_layers(s, num_layers) for s in sets]
+    if not wanted:
+        raise ValueError("sets is empty; give at least one set of layers")
+    s, settings = study.settings, replace(study.match_settings, compile=False)
+    task = study.recall_task
+    common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
+              "num_tokens": tokens, "measure_at": list(measure_at), "settings": settings.numbers(),
+              "heldout_tokens": s.heldout_tokens, "measured_tokens": measured, "recall": asdict(task),
+              "recall_examples": recall_examples}
+
+    def compute(part):
+        rows = (measure or match_sets)(
+            study.aligned(s.mixer, seed), study.teacher.model, _rows(study, seed, tokens, measured), part, tokens,
+            settings=settings, group=group, recall=task, recall_examples=recall_examples, measure_at=tuple(measure_at))
+        return {"sets": [_kept(row) for row in rows], "tokens": sum(row["tokens"] for row in rows)}
+
+    def compute_all():
+        known = {} if s.recompute else _known(study.ledger, common)
+        missing = [layers for layers in wanted if layers not in known]
+        for begin in range(0, len(missing), piece):
+            part = missing[begin:begin + piece]
+            found = study.record("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
+            known |= {tuple(row["layers"]): row for row in found.metrics["sets"]}
+        return {"sets": [known[layers] for layers in wanted], "tokens": tokens * len(wanted)}
+
+    return study.record("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
+
+
+def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
+    """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained."""
+    return pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
+                          **{name: row[name] for name in _FIGURES}}
+                         for record in records for row in record.metrics["sets"] if "error" not in row])
+
+
+def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dict[tuple[int, ...], float]:
+    """{layers: value}, lower for better, as the functions of `search` take it: the KL, or the share of recall missed.
+
+    `tokens` takes the value of the curve there instead of that of the end. Sets without a number are left out.
+    """
+    check_choice("metric", metric, METRICS)
+    found = {}
+    for row in record.metrics["sets"]:
+        point = row if tokens is None else next((p for p in row["curve"] if p["tokens"] == tokens), {})
+        if point.get(metric) is not None and np.isfinite(point[metric]):
+            found[tuple(row["layers"])] = point[metric] if metric == "kl" else 1 - point[metric]
+    return found
+
+
+def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
+    """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
+
+    Columns: ``tokens``; ``spearman_next``, of the sets' values there and at the next point, and ``spearman_end``, with
+    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here; and of the
+    values at the end, how many sets share the best one, ``tied``, and how many ``distinct`` ones there are. Sizes of
+    fewer than three sets rank nothing and are left out.
+    """
+    rows = []
+    for record in records:
+        end = max(row["tokens"] for row in record.metrics["sets"])
+        points = sorted({p["tokens"] for row in record.metrics["sets"] for p in row["curve"] if p["tokens"] < end})
+        found = [*(values(record, metric, point) for point in points), values(record, metric)]
+        for size in sorted({len(layers) for layers in values(record, metric)}):
+            sets = [layers for layers in found[-1] if len(layers) == size and all(layers in f for f in found)]
+            if len(sets) < 3:
+                continue
+            ranked = [[f[layers] for layers in sets] for f in found]
+            for i, point in enumerate(points):
+                early = sets[int(np.argmin(ranked[i]))]
+                rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
+                             "spearman_next": spearman(ranked[i], ranked[i + 1]),
+                             "spearman_end": spearman(ranked[i], ranked[-1]),
+                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets}),
+                             "tied": ranked[-1].count(min(ranked[-1])), "distinct": len(set(ranked[-1]))})
+    return pd.DataFrame(rows, columns=["seed", "size", "sets", "tokens", "spearman_next", "spearman_end",
+                                       "early_regret", "tied", "distinct"])
+
+
+def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
+    """The set that each selector keeps at every size that `record` has in full. Record kind ``"choices"``.
+
+    A name of `SEARCHES` searches the record's own KL, which costs it as many distilled sets as it asks for; it is left
+    out at sizes for which a set that it asks for was not measured. Others are `Study.select`'s; those whose task is
+    beyond the teacher are left out.
+    """
+    p, table = record.parameters, values(record)
+    num_layers, selectors = study.num_layers, list(selectors)
+    sizes = [k for k in range(1, num_layers) if len([s for s in table if len(s) == k]) == len(
+        sets_of_sizes(num_layers, [k]))]
+    s = study.settings
+    parameters = {"oracle": record.key, "aligned": p["aligned"], "mixer": p["mixer"], "seed": p["seed"],
+                  "selectors": selectors, "sizes": sizes, "score_tokens": s.score_tokens,
+                  "heldout_tokens": s.heldout_tokens, "settings": study.match_settings.numbers()}
+
+    def compute():
+        found = []
+        for size in sizes:
+            at_size = copy.copy(study)  # shares teacher, tokens and records
+            at_size.settings = replace(s, budget=size)
+            for selector in selectors:
+                if selector in SEARCHES:
+                    try:
+                        result = SEARCHES[selector](table.__getitem__, num_layers, size)
+                    except KeyError:
+                        continue
+                    layers, cost = result.layers, {"evaluations": result.evaluations}
+                else:
+                    try:
+                        layers, cost = at_size.select(selector, p["mixer"], p["seed"]), {}
+                    except TaskTooHard:
+                        continue
+                found.append({"selector": selector, "size": size, "layers": list(layers), **cost})
+        return {"choices": found}
+
+    return study.record("choices", parameters, compute)
+
+
+def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
+    """Every chosen set against all sets of its size: a row a selector, seed and size.
+
+    Parameters
+    ----------
+    records : of `oracle_record`, one a seed.
+    chosen : records of `choices`, or mappings with ``seed`` and ``choices``, {selector, layers} each.
+
+    Columns: ``layers``; ``sets``, how many of the size were measured; and for each metric that was measured its value,
+    ``{metric}_regret`` (0 for the best; of recall, the best share less its own) and ``{metric}_rank`` (1 is best).
+    With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The
+    best of many measured values is a lucky one, so even the set that is best in truth has some regret.
+
+    Raises ValueError for a set that was not measured.
+    """
+    rows, by_seed = [], {record.seed: record for record in records}
+    for choice in chosen:
+        seed, found = (choice.seed, choice.metrics) if isinstance(choice, Record) else (choice["seed"], choice)
+        rows += [_judged(by_seed[seed], c["selector"], tuple(c["layers"])) for c in found["choices"] if seed in by_seed]
+    for seed, record in by_seed.items() if len(by_seed) > 1 else ():
+        others = [values(r) for s, r in by_seed.items() if s != seed]
+        shared = [layers for layers in values(record) if all(layers in other for other in others)]
+        for size in sorted({len(layers) for layers in shared} & {row["size"] for row in rows}):
+            best = min((s for s in shared if len(s) == size), key=lambda s: (sum(o[s] for o in others), s))
+            rows.append(_judged(record, OTHER_SEEDS, best))
+    return pd.DataFrame(rows, columns=None if rows else ["selector", "seed", "size", "layers", "sets"])
+
+
+def any_set(records: Sequence[Record], size: int, metric: str = "kl") -> float:
+    """Mean regret of all sets of `size`: what a set drawn at random has on average."""
+    return float(np.mean([np.mean(own) - min(own) for record in records for own in [
+        [v for layers, v in values(record, metric).items() if len(layers) == size]]]))
+
+
+def interaction_maps(records: Sequence[Record], metric: str = "kl") -> np.ndarray:
+    """`search.interactions` of every record, (records, layers, layers); records need sizes 0, 1 and 2."""
+    num_layers = max(_depth(values(record, metric)) for record in records)
+    return np.stack([interactions(values(record, metric), num_layers) for record in records])
+
+
+def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
+    """How far layers add up: a row a seed and size from 2 on.
+
+    Predicted is v(none) less the gain of each layer alone, v(none) - v(l). Columns: ``error``, the mean of measured
+    less predicted (above 0: layers bring less together than alone), ``rmse``, and ``spearman`` of predicted and
+    measured, and ``pick_regret`` of the set that is predicted best, which is what scoring layers alone and adding up
+    must lose; ``r2``, the share of the variance among sets of the size that the best fit of one number a layer explains
+    (nan where the sets are too few to tell). Sets of no and of one layer must have been measured.
+    """
+    rows = []
+    for record in records:
+        v = values(record, metric)
+        num_layers = _depth(v)
+        singles = [(l,) for l in range(num_layers)]
+        if () not in v or any(single not in v for single in singles):
+            continue
+        gain = np.array([v[()] - v[single] for single in singles])
+        for size in range(2, num_layers):
+            sets = [layers for layers in v if len(layers) == size]
+            if len(sets) < 3:
+                continue
+            member = np.array([[l in layers for l in range(num_layers)] for layers in sets], dtype=float)
+            measured, predicted = np.array([v[layers] for layers in sets]), v[()] - member @ gain
+            fit = member @ np.linalg.lstsq(member, measured, rcond=None)[0]
+            spread = ((measured - measured.mean()) ** 2).sum()
+            r2 = 1 - ((measured - fit) ** 2).sum() / spread if len(sets) > num_layers and spread > 0 else float("nan")
+            rows.append({"seed": record.seed, "size": size, "sets": len(sets),
+                         "error": float((measured - predicted).mean()),
+                         "rmse": float(np.sqrt(((measured - predicted) ** 2).mean())),
+                         "spearman": spearman(predicted, measured), "r2": float(r2),
+                         "pick_regret": regret(sets[int(np.argmin(predicted))], v)})
+    return pd.DataFrame(rows, columns=["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"])
+
+
+def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:
+    """The oracle of a ledger, (records, choices), a record a seed; of several settings that with most sets measured.
+
+    Of several choices those of most selectors, of equals the latest; then, as mappings, what contests of the same
+    aligned students chose at their one size where the choices have nothing. Both are empty if there is none. `mixer`
+    None takes any.
+    """
+    every = list(ledger)
+    groups: dict[str, dict[int, Record]] = {}
+    for record in (r for r in every if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):
+        common = {k: v for k, v in record.parameters.items() if k not in ("seed", "aligned")}
+        common["aligned"] = _alignment(record)
+        groups.setdefault(json.dumps(common, sort_keys=True), {})[record.seed] = record
+    if not groups:
+        return [], []
+    best = max(groups.values(), key=lambda g: (sum(len(r.metrics["sets"]) for r in g.values()),
+                                               max(r.started for r in g.values())))
+    records = [best[seed] for seed in sorted(best)]
+    chosen = sorted((r for r in every if r.kind == "choices"), key=lambda r: (len(r.metrics["choices"]), r.started))
+    most = {r.parameters["oracle"]: r for r in chosen}
+    found = [most[r.key] for r in records if r.key in most]
+    known = {(r.seed, c["selector"], len(c["layers"])) for r in found for c in r.metrics["choices"]}
+    for row in (row for r in every if r.kind == "contest" and _alignment(r) == _alignment(records[0])
+                for row in r.metrics["rows"]):
+        asked = row["seed"], row["name"], len(row["layers"])
+        if row["seed"] in best and row["name"] in SELECTORS and asked not in known:
+            known.add(asked)
+            found.append({"seed": row["seed"], "choices": [{"selector": row["name"], "layers": row["layers"]}]})
+    return records, found
+
+
+def _alignment(record):
+    """How the aligned students of a record were made, whatever their seeds."""
+    return {k: v for k, v in record.parameters["aligned"].items() if k not in ("seed", "data")}
+
+
+def _depth(v):
+    return 1 + max((layers[-1] for layers in v if layers), default=0)
+
+
+def _judged(record, selector, layers):
+    layers = tuple(sorted(layers))
+    row = {"selector": selector, "seed": record.seed, "size": len(layers), "layers": layers}
+    for metric in METRICS:
+        found = values(record, metric)
+        if metric == "kl" or found:
+            rank, count = rank_of(layers, found)
+            row |= {"sets": count, metric: found[layers] if metric == "kl" else 1 - found[layers],
+                    f"{metric}_regret": regret(layers, found), f"{metric}_rank": rank}
+    return row
+
+
+def _kept(row):
+    """What a record keeps of a result of `match_sets`: all but the losses."""
+    kept = {name: row[name] for name in (*_FIGURES, "tokens", "seconds", "error") if name in row}
+    return {"layers": list(row["layers"]), **kept, "curve": [dict(point) for point in row["curve"]]}
+
+
+def _rows(study, seed, tokens, measured):
+    whole = study.tokens(seed, tokens)
+    return Tokens(whole.train, whole.heldout[:measured // whole.context], whole.tokenizer, whole.source, whole.seed)
+
+
+def _known(ledger, common):
+    """{layers: row} of the sets that records have, measured as `common` says."""
+    return {tuple(row["layers"]): row for kind in ("oracle", "oracle_piece")
+            for record in ledger.find(kind, **common) for row in record.metrics["sets"]}

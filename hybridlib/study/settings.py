@@ -1,0 +1,95 @@
+"""The parameters that notebooks share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from hybridlib.checks import check_choice, check_device, check_int, check_number
+from hybridlib.models.mixers import MIXERS
+from hybridlib.selection.rules import budget_layers
+
+__all__ = ["StudySettings", "notebook_settings"]
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """The parameters that notebooks share; a notebook's `parameters` cell uses these names.
+
+    Parameters
+    ----------
+    teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
+    context : tokens a row.
+    align_tokens, match_tokens : tokens of stage 1 and of stage 2; score_tokens : of stage 2 for each layer's candidate.
+    budget : share (float) or count (int) of softmax layers.
+    seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
+    batch_tokens : tokens a step.
+    heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
+    align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
+    recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
+    device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    results : folder of records; ``""`` is ``data/results/local`` of the checkout.
+    recompute : run everything again, replacing its records.
+    """
+
+    teacher: str = "lab"
+    mixer: str = "gdn"
+    corpus: str = "lab"
+    context: int = 256
+    align_tokens: int = 65_536
+    score_tokens: int = 8_192
+    match_tokens: int = 24_576
+    budget: float | int = 0.25
+    seeds: int = 3
+    batch_tokens: int = 1_024
+    heldout_tokens: int = 8_192
+    align_learning_rate: float = 1e-2
+    match_learning_rate: float = 3e-4
+    mixer_learning_rate: float = 1e-3
+    recall_pairs: int = 16
+    device: str = "auto"
+    results: str = ""
+    recompute: bool = False
+
+    def __post_init__(self):
+        for name in ("teacher", "corpus", "results"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not text")
+        check_choice("mixer", self.mixer, tuple(MIXERS))
+        check_int("context", self.context, 2)
+        for name in ("align_tokens", "match_tokens", "heldout_tokens"):
+            check_int(name, getattr(self, name), self.context)
+        if self.score_tokens != 0:
+            check_int("score_tokens", self.score_tokens, self.context)
+        budget_layers(self.budget, 10**6)  # its form; its range is checked with the teacher
+        check_int("seeds", self.seeds, 1)
+        check_int("batch_tokens", self.batch_tokens, self.context)
+        check_number("align_learning_rate", self.align_learning_rate, 0, open_low=True)
+        check_number("match_learning_rate", self.match_learning_rate, 0)
+        check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
+        check_int("recall_pairs", self.recall_pairs, 2)
+        check_device(self.device)
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
+
+
+def notebook_settings(namespace: Mapping, form: type = StudySettings):
+    """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
+
+    `form` is the dataclass of settings that the notebook takes; parameters of `StudySettings` that it lacks are passed
+    over, so that one profile can serve several notebooks. Every other plain variable (number, text, list, truth value)
+    must be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely
+    meant. Raises ValueError for that and for a value out of range.
+    """
+    known = {f.name for f in fields(form)}
+    passed = {f.name for f in fields(StudySettings)} - known
+    plain = {name: value for name, value in namespace.items()
+             if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
+             and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
+    for name in plain:
+        if name not in known | passed:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
+            raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
+    return form(**{name: value for name, value in plain.items() if name in known})

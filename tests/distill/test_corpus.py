@@ -1,0 +1,320 @@
+"""Corpora: packing, held-out documents, the endless order, sources, refusals, and how the shipped one is made."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hybridlib.records import folders
+from hybridlib.distill.corpus import Tokens, is_heldout_text, load_tokens
+
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+END = len(CHARACTERS)
+
+
+def character_tokenizer():
+    """One token a character of ASCII, and an end-of-text token."""
+    bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(CHARACTERS)} | {"<end>": END}, []))
+    bpe.decoder = decoders.Fuse()
+    bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<end>", eos_token="<end>", pad_token="<end>")
+
+
+TOKENIZER = character_tokenizer()
+TRAIN = [f"Document {i} says {'very ' * (i % 7)}little." for i in range(300)]
+HELDOUT = [f"Held-out text {i} is never seen." for i in range(20)]
+
+
+def documents_of(rows):
+    """The whole documents in packed rows; the last may have been cut."""
+    text = "".join("\0" if i == END else CHARACTERS[i] for i in rows.flatten().tolist())
+    return text.split("\0")[:-1]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TRAIN[:100])
+    pd.DataFrame({"id": range(200), "text": TRAIN[100:]}).to_parquet(tmp_path / "b.parquet")
+    write_jsonl(tmp_path / "heldout.jsonl", HELDOUT)
+    return tmp_path
+
+
+def refuses(match, *args, **kwargs):
+    with pytest.raises(ValueError, match=match) as caught:
+        load_tokens(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_documents_are_packed_in_order_with_an_end_after_each(folder):
+    tokens = load_tokens(folder, TOKENIZER, context=16)
+    stream = [i for text in TRAIN for i in [*(CHARACTERS.index(c) for c in text), END]]
+    assert tokens.train.flatten().tolist() == stream[:len(stream) // 16 * 16]
+    assert tokens.train.dtype == tokens.heldout.dtype == torch.int32 and tokens.train.shape[1] == 16
+    assert documents_of(tokens.heldout)[:-1] == HELDOUT[:len(documents_of(tokens.heldout)) - 1]
+    assert tokens.context == 16 and tokens.source == str(folder) and tokens.tokenizer is TOKENIZER
+
+
+def test_parquet_and_jsonl_give_the_same_rows(tmp_path):
+    texts = [*TRAIN, None, ""]
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "x.parquet")
+    write_jsonl(tmp_path / "x.jsonl", texts)
+    a, b = (load_tokens(tmp_path / f"x.{kind}", TOKENIZER, context=16) for kind in ("parquet", "jsonl"))
+    assert torch.equal(a.train, b.train) and torch.equal(a.heldout, b.heldout)
+    assert a.fingerprint == b.fingerprint
+
+
+def test_no_heldout_document_occurs_in_training(folder):
+    write_jsonl(folder / "c.jsonl", [HELDOUT[3], "A text of its own.", HELDOUT[0], "The last text, which may be cut."])
+    tokens = load_tokens(folder, TOKENIZER, context=8)
+    assert documents_of(tokens.train)[:301] == [*TRAIN, "A text of its own."]
+
+    (folder / "heldout.jsonl").unlink()
+    write_jsonl(folder / "d.jsonl", [t for t in TRAIN if is_heldout_text(t)] * 2)
+    tokens = load_tokens(folder, TOKENIZER, context=8)
+    train, heldout = set(documents_of(tokens.train)), set(documents_of(tokens.heldout))
+    assert {t for t in TRAIN if is_heldout_text(t)} >= heldout and len(heldout) >= 3
+    assert not train & heldout and not any(is_heldout_text(t) for t in train & set(TRAIN))
+
+
+def test_one_document_in_fifty_is_held_out():
+    assert 140 < sum(is_heldout_text(f"text {i}") for i in range(10_000)) < 260
+
+
+def test_max_tokens_stops_reading_early(folder):
+    whole = load_tokens(folder, TOKENIZER, context=16)
+    (folder / "b.parquet").unlink()
+    (folder / "c.jsonl").write_text("this is not JSON")
+    few = load_tokens(folder, TOKENIZER, context=16, max_tokens=100, heldout_tokens=64)
+    assert few.train.shape == (6, 16) and few.heldout.shape == (4, 16)
+    assert torch.equal(few.train, whole.train[:6])
+    with pytest.raises(ValueError, match="c.jsonl is not readable"):
+        load_tokens(folder, TOKENIZER, context=16)
+
+
+def test_every_epoch_is_a_new_permutation_and_any_position_is_reached_at_once(folder):
+    tokens = load_tokens(folder, TOKENIZER, context=16, seed=3)
+    n = len(tokens.train)
+    rows = tokens.rows(0, 3 * n)
+    assert rows.dtype == torch.int64
+    everything = sorted(tokens.train.tolist())
+    epochs = [rows[e * n:(e + 1) * n].tolist() for e in range(3)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != tokens.train.tolist()
+    again = load_tokens(folder, TOKENIZER, context=16, seed=3)
+    assert torch.equal(again.rows(2 * n - 5, 9), rows[2 * n - 5:2 * n + 4])
+    assert torch.equal(again.rows(7, 3), rows[7:10])
+    assert again.rows(10 ** 12, 2).shape == (2, 16)
+    assert not torch.equal(load_tokens(folder, TOKENIZER, context=16, seed=4).rows(0, n), rows[:n])
+
+
+def test_the_fingerprint_tells_what_a_run_would_read(folder):
+    def fingerprint(**changes):
+        return load_tokens(folder, TOKENIZER, **{"context": 16, "seed": 0, **changes}).fingerprint
+
+    base = fingerprint()
+    assert base == fingerprint() and len(base) == 64
+    changed = [fingerprint(seed=1), fingerprint(context=8), fingerprint(max_tokens=160), fingerprint(heldout_tokens=32)]
+    assert len({base, *changed}) == 5
+    one = Tokens(torch.zeros(4, 8), torch.zeros(2, 8))
+    other = Tokens(torch.zeros(2, 8), torch.zeros(4, 8))
+    assert one.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("context", [1, 0, -8, 16.0, True, None, "16"])
+def test_a_context_that_is_none_is_refused(folder, context):
+    refuses("context=.*whole number of at least 2", folder, TOKENIZER, context=context)
+
+
+def test_other_bad_arguments_are_refused(folder):
+    refuses("tokenizer=None is no tokenizer", folder)
+    refuses("seed=-1", folder, TOKENIZER, seed=-1)
+    refuses("max_tokens=10 is not a whole number of at least 16", folder, TOKENIZER, context=16, max_tokens=10)
+    refuses("heldout_tokens=0", folder, TOKENIZER, context=16, heldout_tokens=0)
+    endless = character_tokenizer()
+    endless.bos_token = endless.eos_token = None
+    refuses("neither an end-of-text nor", folder, endless)
+    with pytest.raises(ValueError, match="position=-1"):
+        load_tokens(folder, TOKENIZER, context=16).rows(-1, 2)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "/no/such/folder", "corpus.parquet", "folder/corpus.jsonl", "a/b/c", ""])
+def test_unknown_sources_are_refused(source):
+    refuses("is no corpus; choose 'lab'", source, TOKENIZER)
+
+
+def test_unreadable_corpora_are_refused(tmp_path):
+    refuses("holds no .parquet or .jsonl file", tmp_path, TOKENIZER)
+    text = tmp_path / "notes.txt"
+    text.write_text("text")
+    refuses("neither a .parquet nor a .jsonl", text, TOKENIZER)
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"PAR1 but no more")
+    refuses("bad.parquet is not a readable parquet file", bad, TOKENIZER)
+    pd.DataFrame({"body": TRAIN}).to_parquet(bad)
+    refuses("no column 'text', only 'body'", tmp_path, TOKENIZER)
+    pd.DataFrame({"text": range(5)}).to_parquet(bad)
+    refuses("every text must be a string", bad, TOKENIZER)
+    lines = tmp_path / "bad.jsonl"
+    lines.write_text('{"text": "fine"}\n{"body": "no text"}\n')
+    refuses("no field 'text' in line 2", lines, TOKENIZER)
+    lines.write_text('{"text": "cut')
+    refuses("not readable as JSON lines", lines, TOKENIZER)
+    lines.write_bytes(b'{"text": "\xff\xfe"}\n')
+    refuses("not readable as JSON lines", lines, TOKENIZER)
+
+
+def test_corpora_that_are_too_short_are_refused(tmp_path):
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    refuses("0 training tokens, fewer than one context of 512", empty, TOKENIZER)
+    short = write_jsonl(tmp_path / "short.jsonl", ["Just a few words."])
+    refuses("fewer than one context of 512", short, TOKENIZER)
+    write_jsonl(tmp_path / "none-held-out.jsonl", [t for t in TRAIN if not is_heldout_text(t)])
+    refuses("0 held-out tokens.*name starts with heldout", tmp_path / "none-held-out.jsonl", TOKENIZER, context=16)
+
+
+def test_hub_data_sets_are_streamed_and_capped(monkeypatch, tmp_path):
+    import datasets
+    import huggingface_hub
+
+    pd.DataFrame({"text": TRAIN}).to_parquet(tmp_path / "x.parquet")
+    asked = []
+
+    def stream(name, config, **options):
+        asked.append((name, config, options["streaming"], options["revision"]))
+        return datasets.IterableDataset.from_generator(lambda: ({"text": t} for t in TRAIN))
+
+    class Info:
+        sha = "abc"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *args, **kwargs: Info)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    there = load_tokens("hub:owner/name:small", TOKENIZER, context=16, max_tokens=320)
+    assert asked == [("owner/name", "small", True, "abc")]
+    whole = load_tokens(tmp_path / "x.parquet", TOKENIZER, context=16)
+    assert torch.equal(there.train, whole.train[:20]) and torch.equal(there.heldout, whole.heldout)
+
+    def offline(self, *args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    refuses("'owner/name' is no local file or folder, and the hub cannot be reached", "owner/name", TOKENIZER)
+    refuses("write 'hub:owner/name'", "hub:name", TOKENIZER)
+
+
+# How the shipped corpus is made, with a tiny random teacher.
+
+def generator():
+    path = Path(__file__).resolve().parents[2] / "data" / "corpus" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate_corpus", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=END + 1, max_position_embeddings=128,
+                         bos_token_id=END, eos_token_id=END, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+class NoBar:
+    def update(self, tokens):
+        pass
+
+
+def test_sampled_tokens_are_among_the_likeliest_of_a_full_forward(teacher):
+    model = LlamaForCausalLM.from_pretrained(teacher).eval()
+    with torch.no_grad():  # so that documents end at very different lengths, and rows are dropped from the cache
+        model.lm_head.weight[END] = 2.0 * model.lm_head.weight[CHARACTERS.index("e")]
+    rows = generator().sample(model, [3, 5], END, 24, 40, torch.Generator().manual_seed(0), top_p=1.0, top_k=5,
+                              temperature=1.0, bar=NoBar())
+    assert len({len(row) for row in rows}) > 4
+    assert {row[0] for row in rows} == {3, 5}
+    for row in rows:
+        written = row[1:] if len(row) == 40 else [*row[1:], END]
+        with torch.no_grad():
+            logits = model(torch.tensor([[row[0], *written[:-1]]])).logits[0]
+        fifth = logits.topk(5).values[:, -1]
+        assert (logits[torch.arange(len(written)), torch.tensor(written)] >= fifth - 1e-4).all()
+
+
+def test_a_narrow_nucleus_is_greedy(teacher):
+    model = LlamaForCausalLM.from_pretrained(teacher).eval()
+    rows = generator().sample(model, [7], END, 2, 30, torch.Generator().manual_seed(0), top_p=1e-6, top_k=9,
+                              temperature=1.0, bar=NoBar())
+    greedy = model.generate(torch.tensor([[7]]), max_new_tokens=29, do_sample=False)[0].tolist()
+    greedy = greedy[:greedy.index(END)] if END in greedy else greedy
+    assert rows == [greedy, greedy]
+
+
+def run(module, monkeypatch, teacher, out):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--teacher", str(teacher), "--out", str(out), "--tokens", "20000",
+                                      "--recall-share", "0.85", "--document-tokens", "60", "--batch", "16",
+                                      "--device", "cpu"])
+    module.main()
+    return pd.read_parquet(out / "lab.parquet")
+
+
+def test_the_shipped_corpus_is_made_again_from_its_seed_and_resumed(teacher, tmp_path, monkeypatch):
+    module, noted = generator(), []
+    sample_text = module.sample_text
+
+    def keep_progress(teacher_, settings, tokens, progress):
+        texts = sample_text(teacher_, settings, tokens, progress)
+        noted.append(progress.read_text())
+        return texts
+
+    monkeypatch.setattr(module, "sample_text", keep_progress)
+    table = run(module, monkeypatch, teacher, tmp_path / "data" / "corpus")
+    made = tmp_path / "data" / "corpus"
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["files"]["lab.parquet"]["sha256"] == folders.sha256_of(made / "lab.parquet")
+    assert sum(c["documents"] for c in manifest["counts"]) == len(table)
+    assert set(table["kind"]) == {"text", "key_value", "needle", "multi_hop", "variable_tracking"}
+    assert sum(manifest["tokens"].values()) == table["text"].str.len().sum() + len(table)
+    assert sorted(p.name for p in (tmp_path / "data" / "corpus").iterdir()) == ["lab.parquet", "manifest.json"]
+
+    texts = {split: set(part["text"]) for split, part in table.groupby("split")}
+    assert not texts["train"] & texts["heldout"]
+    pairs = {split: set(re.findall(r"^([A-Za-z ]+): (\d+)$", "\n".join(part["text"]), re.M))
+             for split, part in table[table["kind"] == "key_value"].groupby("split")}
+    assert pairs["train"] and pairs["heldout"] and not pairs["train"] & pairs["heldout"]
+
+    # A killed run: some batches are there, the last line is cut.
+    (tmp_path / "again").mkdir()
+    lines = noted[0].splitlines()
+    assert len(lines) > 3
+    (tmp_path / "again" / ".generate.jsonl").write_text("\n".join([*lines[:3], lines[3][:50]]))
+    assert run(module, monkeypatch, teacher, tmp_path / "again").equals(table) and noted[1] == noted[0]
+    (tmp_path / "again" / ".generate.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match="left from a run with other settings"):
+        run(module, monkeypatch, teacher, tmp_path / "again")
+
+    # It is what load_tokens("lab") reads, as it says itself what is held out.
+    monkeypatch.setattr(folders, "PACKAGE", tmp_path / "hybridlib")
+    tokens = load_tokens("lab", TOKENIZER, context=32)
+    assert tokens.source == "lab" and set(documents_of(tokens.heldout)) <= texts["heldout"]
+    assert not set(documents_of(tokens.train)) & texts["heldout"]
+    with open(tmp_path / "data" / "corpus" / "lab.parquet", "ab") as stream:
+        stream.write(b"x")
+    refuses("lab.parquet with the sha256 of its manifest", "lab", TOKENIZER)
+    (tmp_path / "data" / "corpus" / "manifest.json").unlink()
+    refuses("manifest.json, which is missing", "lab", TOKENIZER)

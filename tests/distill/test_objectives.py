@@ -1,0 +1,330 @@
+"""Objectives against closed forms, spelled-out sums in float64, and torch's own gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hybridlib as hl
+from hybridlib.distill.objectives import divergence, divergence_from_hidden
+
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+KINDS = {
+    "forward": dict(kind="forward"), "reverse": dict(kind="reverse"), "js": dict(kind="jensen_shannon"),
+    "js 0.2": dict(kind="jensen_shannon", beta=0.2), "ab 0.2 0.7": dict(kind="alpha_beta", alpha=0.2, beta=0.7),
+    "ab 1 0": dict(kind="alpha_beta", alpha=1, beta=0), "ab 0 1": dict(kind="alpha_beta", alpha=0, beta=1),
+    "ab 0.5 0": dict(kind="alpha_beta", alpha=0.5, beta=0.0), "ab 0 0.5": dict(kind="alpha_beta", alpha=0.0, beta=0.5),
+    "ab 0 0": dict(kind="alpha_beta", alpha=0.0, beta=0.0),
+    "ab 0.5 -0.5": dict(kind="alpha_beta", alpha=0.5, beta=-0.5),
+    "ab 2 -0.5": dict(kind="alpha_beta", alpha=2.0, beta=-0.5), "ab 1 1": dict(kind="alpha_beta", alpha=1.0, beta=1.0),
+}
+FINITE = [name for name, k in KINDS.items() if k.get("beta", 0) >= 0]
+
+
+def every(names=tuple(KINDS)):
+    return pytest.mark.parametrize("kind", [pytest.param(KINDS[name], id=name) for name in names])
+
+
+def spelled_out(p, q, kind, alpha=None, beta=None):
+    """The divergence of each row of probabilities, as its source writes it."""
+    if kind == "forward":
+        return (p * (p / q).log()).sum(-1)
+    if kind == "reverse":
+        return (q * (q / p).log()).sum(-1)
+    if kind == "jensen_shannon":
+        beta = 0.5 if beta is None else beta
+        m = beta * p + (1 - beta) * q
+        return beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+    a, b, s = alpha, beta, alpha + beta
+    if a == 0 and b == 0:
+        terms = (p / q).log() ** 2 / 2
+    elif a == 0:
+        terms = (q**b * (q**b / p**b).log() - q**b + p**b) / b**2
+    elif b == 0:
+        terms = (p**a * (p**a / q**a).log() - p**a + q**a) / a**2
+    elif s == 0:
+        terms = ((q**a / p**a).log() + p**a / q**a - 1) / a**2
+    else:
+        terms = -(p**a * q**b - a / s * p**s - b / s * q**s) / (a * b)
+    return terms.sum(-1)
+
+
+def tensors(*shapes, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_of_two_coins_is_the_closed_form(temperature):
+    p, q = 0.8, 0.3  # probabilities of heads after the temperature
+    teacher = torch.tensor([[math.log(p / (1 - p)), 0.0]]) * temperature
+    student = torch.tensor([[math.log(q / (1 - q)), 0.0]]) * temperature
+    forward = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    reverse = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    assert hl.kl_divergence(teacher, student, temperature=temperature).item() == pytest.approx(
+        temperature**2 * forward, rel=1e-5)
+    assert divergence(teacher, student, kind="reverse", temperature=temperature).item() == pytest.approx(
+        temperature**2 * reverse, rel=1e-5)
+
+
+def test_kl_is_zero_for_equal_logits_up_to_a_constant():
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
+    assert hl.kl_divergence(logits, logits + 3).abs().max() < 1e-6
+
+
+@every()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergence_is_the_spelled_out_sum(kind, temperature):
+    teacher, student = tensors((4, 9), (4, 9), dtype=torch.float64)
+    expected = spelled_out((teacher / temperature).softmax(-1), (student / temperature).softmax(-1), **kind)
+    got = divergence(teacher, student, **kind, temperature=temperature)
+    torch.testing.assert_close(got, temperature**2 * expected, rtol=1e-10, atol=1e-12)
+
+
+def test_alpha_beta_meets_its_limits_and_the_kls():
+    teacher, student = tensors((4, 9), (4, 9), dtype=torch.float64)
+
+    def ab(alpha, beta):
+        return divergence(teacher, student, kind="alpha_beta", alpha=alpha, beta=beta)
+
+    torch.testing.assert_close(ab(1, 0), divergence(teacher, student, kind="forward"))
+    torch.testing.assert_close(ab(0, 1), divergence(teacher, student, kind="reverse"))
+    torch.testing.assert_close(ab(1, 1), (teacher.softmax(-1) - student.softmax(-1)).square().sum(-1) / 2)
+    for limit in ((0.7, 0.0), (0.0, 0.7), (0.7, -0.7), (0.0, 0.0)):  # the mean of both sides: error of second order
+        around = [ab(limit[0] + d, limit[1] + d) for d in (-0.01, 0.01)]
+        torch.testing.assert_close(sum(around) / 2, ab(*limit), rtol=2e-3, atol=0)
+    assert torch.equal(ab(0.1 + 0.2, -0.3), ab(0.1 + 0.2, -(0.1 + 0.2)))
+
+
+def test_jensen_shannon_is_symmetric_and_at_most_ln_2():
+    teacher, student = (x * 4 for x in tensors((50, 9), (50, 9), dtype=torch.float64))
+    js = divergence(teacher, student, kind="jensen_shannon")
+    torch.testing.assert_close(js, divergence(student, teacher, kind="jensen_shannon"))
+    assert 0 < js.min() and js.max() < math.log(2)
+    apart = torch.tensor([[100.0, -100.0]])
+    assert divergence(apart, -apart, kind="jensen_shannon").item() == pytest.approx(math.log(2))
+
+
+@every()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk", [3, 10, 100])
+def test_from_hidden_has_the_value_and_gradients_of_the_plain_formula(kind, temperature, chunk):
+    teacher_hidden, teacher_head, x, w = tensors((2, 5, 6), (17, 6), (2, 5, 4), (17, 4), dtype=torch.float64)
+    x.requires_grad_(), w.requires_grad_()
+    p, q = (teacher_hidden @ teacher_head.T / temperature).softmax(-1), (x @ w.T / temperature).softmax(-1)
+    plain = temperature**2 * spelled_out(p, q, **kind).mean()
+    expected = torch.autograd.grad(plain * 3, (x, w))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 3e-5)):
+        hidden, head = (y.detach().to(dtype).requires_grad_() for y in (x, w))
+        loss = divergence_from_hidden(teacher_hidden.to(dtype), teacher_head.to(dtype), hidden, head, **kind,
+                                      temperature=temperature, chunk=chunk)
+        got = torch.autograd.grad(loss * 3, (hidden, head))
+        assert loss.dtype == dtype and loss.item() == pytest.approx(plain.item(), rel=tolerance)
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == dtype and (a - b).norm() / b.norm() < tolerance
+
+
+@every()
+def test_gradcheck(kind):
+    teacher_hidden, teacher_head, hidden, head = tensors((5, 3), (7, 3), (5, 2), (7, 2), dtype=torch.float64)
+    inputs = [hidden.requires_grad_(), head.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda x, w: divergence_from_hidden(
+        teacher_hidden, teacher_head, x, w, **kind, temperature=1.5, chunk=2), inputs)
+
+
+@every()
+def test_equal_distributions_have_no_divergence_and_no_gradient(kind):
+    hidden, head = tensors((20, 8), (100, 8))
+    student = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    loss = divergence_from_hidden(hidden, head, *student, **kind, chunk=7)
+    assert abs(loss.item()) < 1e-5
+    assert all(g.abs().max() < 1e-5 for g in torch.autograd.grad(loss, student))
+
+
+@every(FINITE)
+def test_extreme_logits_stay_finite(kind):
+    hidden, head = torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    student = [(-hidden).requires_grad_(), head.clone().requires_grad_()]
+    loss = divergence_from_hidden(hidden, head, *student, **kind)
+    assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, student))
+
+
+@every()
+def test_half_precision_stays_near_float32(kind):
+    teacher_hidden, teacher_head, *inputs = tensors((2, 50, 16), (97, 16), (2, 50, 16), (97, 16))
+    teacher_head /= 4
+    inputs = [x.requires_grad_() for x in (inputs[0], inputs[1] / 2)]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = divergence_from_hidden(teacher_hidden, teacher_head, *inputs, **kind)
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    for exact, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32 and (half - exact).norm() / exact.norm() < 3e-2
+
+
+def test_the_gradient_of_a_half_precision_head_is_summed_in_float32():
+    inputs = tensors((400, 8), (30, 8), (400, 8), (30, 8), dtype=torch.bfloat16)
+    head = inputs[-1].requires_grad_()
+    one, many = (torch.autograd.grad(hl.divergence_from_hidden(*inputs, chunk=chunk), head)[0] for chunk in (400, 1))
+    assert one.dtype == torch.bfloat16 and (one - many).norm() / one.norm() < 5e-3  # bfloat16's rounding is 2e-3
+
+
+def test_only_what_needs_a_gradient_gets_one(monkeypatch):
+    teacher_hidden, teacher_head, hidden, head = tensors((6, 3), (7, 3), (6, 2), (7, 2))
+    whole = [x.clone().requires_grad_() for x in (hidden, head)]
+    expected = torch.autograd.grad(hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole), whole)
+    for i in (0, 1):
+        mine = [hidden.clone(), head.clone()]
+        mine[i].requires_grad_()
+        teacher = [x.clone().requires_grad_() for x in (teacher_hidden, teacher_head)]
+        hl.divergence_from_hidden(*teacher, *mine).backward()
+        assert torch.equal(mine[i].grad, expected[i]) and mine[1 - i].grad is None
+        assert all(x.grad is None for x in teacher)
+    with torch.no_grad():
+        monkeypatch.setattr("hybridlib.distill.objectives._add_product", lambda *_: pytest.fail("computed a gradient"))
+        assert not hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole).requires_grad
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@every()
+def test_no_tensor_is_larger_than_a_chunk_of_logits_and_none_of_them_outlives_it(kind):
+    tokens, vocab, width, chunk = 64, 50, 6, 8
+    teacher_hidden, teacher_head, hidden, head = tensors((tokens, width), (vocab, width), (tokens, 4), (vocab, 4))
+    inputs = [hidden.requires_grad_(), head.requires_grad_()]
+    with _Largest() as largest:
+        loss = divergence_from_hidden(teacher_hidden, teacher_head, *inputs, **kind, chunk=chunk)
+        assert sorted(x.numel() for x in loss.grad_fn.saved_tensors) == [vocab * 4, tokens * 4]
+        loss.backward()
+    assert largest.elements == chunk * vocab
+
+
+def test_alignment_loss_is_error_over_power():
+    teacher = torch.tensor([[[3.0, 4.0]]])  # mean square 12.5
+    assert hl.alignment_loss(teacher + 1, teacher).item() == pytest.approx(1 / 12.5)
+    assert hl.alignment_loss(teacher + 1, teacher, normalize=False).item() == pytest.approx(1.0)
+    assert hl.alignment_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), "hot"])
+def test_bad_temperatures_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature=.* is not a number above 0"):
+        hl.kl_divergence(torch.zeros(2), torch.zeros(2), temperature=temperature)
+
+
+AB = dict(kind="alpha_beta")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(kind="kl"), "kind='kl' is unknown; choose one of 'forward', 'reverse'"),
+    (dict(alpha=1), "alpha=1 is not taken by kind='forward'"),
+    (dict(kind="reverse", beta=0.5), "beta=0.5 is not taken by kind='reverse'"),
+    (dict(kind="jensen_shannon", alpha=0.5), "alpha=0.5 is not taken"),
+    (dict(kind="jensen_shannon", beta=1), "beta=1 is not a number above 0 and below 1"),
+    (AB, "alpha=None is not a number that is 0 or at least 0.01 in size"),
+    (dict(AB, alpha=0.5, beta=1e-3), "beta=0.001 is not a number that is 0 or"),
+    (dict(AB, alpha=float("inf"), beta=1), "alpha=inf is not"),
+    (dict(AB, alpha=0.5, beta=-0.501), "alpha \\+ beta=-0.001.* is not"),
+    (dict(chunk=0), "chunk=0 is not a whole number of at least 1"),
+    (dict(backend="cuda"), "backend='cuda' is unknown; choose one of 'auto', 'torch', 'triton'"),
+    (dict(backend="triton"), "backend='triton' cannot run here: the kernel needs tensors on a CUDA GPU"),
+    (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); it must be \\(4, 3\\)"),
+    (dict(student_hidden=torch.zeros(0, 2)), "student_hidden has shape \\(0, 2\\); it must be \\(..., width\\)"),
+    (dict(student_head=torch.zeros(6, 3)), "student_head has shape \\(6, 3\\); it must be \\(vocab, 2\\)"),
+    (dict(teacher_head=torch.zeros(7, 3)), "teacher_head has a vocabulary of 7; it must be the student's, 6")])
+def test_bad_arguments_are_refused(arguments, message):
+    good = dict(teacher_hidden=torch.zeros(4, 3), teacher_head=torch.zeros(6, 3), student_hidden=torch.zeros(4, 2),
+                student_head=torch.zeros(6, 2))
+    with pytest.raises(ValueError, match=message):
+        divergence_from_hidden(**(good | arguments))
+
+
+def kernel_errors():
+    """Print, for each kind, dtype and size, the kernel's relative errors; runs under Triton's interpreter."""
+    from hybridlib.distill import objectives
+    from hybridlib.kernels.divergence import loss_and_gradient
+
+    errors = []
+    for name, k in KINDS.items():
+        settings = (k["kind"], k.get("alpha"), k.get("beta", 0.5 if k["kind"] == "jensen_shannon" else None))
+        for dtype, vocab, width in ((torch.float32, 200, 200), (torch.float32, 37, 64), (torch.bfloat16, 37, 64)):
+            logits = [3 * x for x in tensors((3, width), (3, width))]
+            for x in logits:
+                x[:, vocab:] = math.nan  # padding
+            teacher, student = (x.to(dtype)[:, :vocab] for x in logits)
+            leaf = (student.double() / 1.7).requires_grad_()
+            p, q = (teacher.double() / 1.7).softmax(-1), leaf.softmax(-1)
+            expected = spelled_out(p, q, *settings)
+            gradient, = torch.autograd.grad(expected.sum(), leaf)
+            loss = loss_and_gradient(teacher, student, *settings, 1.7, block=64)
+            errors.append((name, str(dtype), (loss / expected - 1).abs().max().item(),
+                           ((student - gradient).norm() / gradient.norm()).item()))
+        extreme = 1e4 * torch.tensor([[1.0, -1.0, 0.5]])
+        loss = loss_and_gradient(extreme, student := -extreme, *settings, 1.0)
+        if name in FINITE and not (loss.isfinite().all() and student.isfinite().all()):
+            errors.append((name, "extreme", math.inf, math.inf))
+    objectives._why_not_triton = lambda *_: None  # it would say that there is no GPU
+    results = []
+    for backend in ("torch", "auto"):
+        teacher_hidden, teacher_head, *inputs = tensors((5, 6), (17, 6), (5, 4), (17, 4))
+        inputs = [x.requires_grad_() for x in inputs]
+        loss = divergence_from_hidden(teacher_hidden, teacher_head, *inputs, chunk=2, backend=backend)
+        results.append((loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, inputs)])))
+    (loss, gradient), (kernel_loss, kernel_gradient) = results
+    errors.append(("whole", "float32", abs(kernel_loss / loss - 1).item(),
+                   ((kernel_gradient - gradient).norm() / gradient.norm()).item()))
+    print(json.dumps(errors))
+
+
+@TRITON
+def test_the_kernel_agrees_with_the_spelled_out_sums_under_the_interpreter():
+    script = "import test_objectives; test_objectives.kernel_errors()"
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 3 * len(KINDS) + 1
+    for name, dtype, loss, gradient in errors:
+        assert loss < 5e-6 and gradient < (1e-2 if "bfloat16" in dtype else 1e-5), (name, dtype, loss, gradient)
+
+
+@TRITON
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon", "alpha_beta"])
+def test_the_kernel_compiles_for_hopper(kind, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hybridlib.kernels.divergence import _kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = dict(vocab=49_152, stride=49_152, kind=kind, alpha=0.2, beta=0.7, block=8192)
+    types = dict(teacher="*bf16", student="*bf16", loss="*fp32", inverse_temperature="fp32")
+    signature = {name: types.get(name, "constexpr") for name in _kernel.arg_names}
+    places = {(_kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    source = ASTSource(_kernel, signature, constexprs=places, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 32})
+    assert "ld.global.v4.b32" in compiled.asm["ptx"] and compiled.asm["cubin"]

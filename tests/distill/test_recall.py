@@ -1,0 +1,152 @@
+"""Recall: examples are answerable and split as said; scoring against models whose answers are known."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+import hybridlib as hl
+from hybridlib.distill.recall import RECALL_TASKS, _is_heldout, encode_recall
+
+
+class Letters:
+    """A tokenizer of one token a character; it stands for any tokenizer."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(i) for i in ids if i > 2)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the texts by heart: after a prefix of one of them it gives the next character, `wrong` ones excepted."""
+
+    def __init__(self, texts, wrong=()):
+        super().__init__()
+        self.p = torch.nn.Parameter(torch.zeros(1))
+        self.next = {t[:i]: c for t in texts for i, c in enumerate(t)}
+        self.wrong, self.config = wrong, SimpleNamespace(max_position_embeddings=4096)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        logits = torch.zeros(*input_ids.shape, 128)
+        for b, row in enumerate(input_ids.tolist()):
+            start = 0 if attention_mask is None else int((attention_mask[b] == 0).sum())
+            for t in range(start, len(row)):
+                prefix = "".join(chr(c) for c in row[start:t + 1] if c > 2)
+                c = self.next.get(prefix, "~")
+                logits[b, t, ord("#" if any(prefix.endswith(w) for w in self.wrong) else c)] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
+        for _ in range(max_new_tokens):
+            step = self(input_ids, attention_mask).logits[:, -1].argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, step), 1)
+            attention_mask = torch.cat((attention_mask, torch.ones_like(step)), 1)
+        return input_ids
+
+
+TASKS = [hl.RecallTask(name, pairs=5, queries=3, hops=1 if name in ("key_value", "needle") else 2, filler=1)
+         for name in RECALL_TASKS]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=RECALL_TASKS)
+def test_every_answer_follows_from_the_prompt(task):
+    for example in hl.generate_recall(task, 20, seed=3):
+        text = example.prompt
+        for question, answer in example.turns:
+            if task.name == "key_value":
+                assert f"\n{question.strip()}{answer}\n" in text
+            elif task.name == "needle":
+                assert f"{question.strip()}{answer}.\n" in text
+            elif task.name == "multi_hop":
+                middle = re.search(rf"(?m)^{question.removesuffix(' gets').strip()} is (.*)\.$", text)[1]
+                assert f"\n{middle} has{answer}.\n" in "\n" + text
+            else:
+                first = re.search(rf"(?m)^set (.*) = {question.strip(' :' + chr(10))}$", text)[1]
+                second = re.search(rf"(?m)^set (.*) = {first}$", text)[1]
+                assert answer == f" {first} {second}" and text.index(f"set {first}") < text.index(f"set {second}")
+        assert len({q for q, _ in example.turns}) == 3
+
+
+def test_the_same_seed_gives_the_same_examples():
+    assert hl.generate_recall(TASKS[0], 5, seed=1) == hl.generate_recall(TASKS[0], 5, seed=1)
+    assert hl.generate_recall(TASKS[0], 5, seed=1) != hl.generate_recall(TASKS[0], 5, seed=2)
+
+
+def test_no_pair_is_in_both_splits():
+    pairs = {}
+    for split in ("train", "heldout"):
+        task = hl.RecallTask("key_value", pairs=16, queries=16, digits=2, split=split)
+        pairs[split] = {t for e in hl.generate_recall(task, 200, seed=0) for t in e.turns}
+        assert all(_is_heldout(q.strip("\n:"), a.strip()) == (split == "heldout") for q, a in pairs[split])
+    assert not pairs["train"] & pairs["heldout"] and len(pairs["heldout"]) > 1000
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "greedy"])
+def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer(mode):
+    examples = hl.generate_recall(hl.RecallTask("key_value", pairs=4, filler=1), 6, seed=0)
+    perfect = hl.score_recall(Oracle([e.text for e in examples]), Letters(), examples, mode=mode, batch_size=4)
+    assert (perfect.exact_match, perfect.token_accuracy, perfect.answers, perfect.stderr) == (1.0, 1.0, 6, 0.0)
+    wrong = [e.prompt + e.turns[0][0] + e.turns[0][1][:3] for e in examples[:2]]  # the last digit of two answers
+    score = hl.score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, mode=mode, batch_size=4)
+    assert score.exact_match == pytest.approx(4 / 6) and score.token_accuracy == pytest.approx(22 / 24)
+    assert score.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
+
+
+def test_spans_are_the_answers():
+    example = hl.generate_recall(TASKS[3], 1)[0]
+    ids, spans = encode_recall(example, Letters())
+    assert [Letters().decode(ids[a:b]) for a, b in spans] == [a for _, a in example.turns]
+    assert Letters().decode(ids) == example.text
+
+
+def test_a_loaded_set_is_scored_by_its_first_line(tmp_path):
+    table = pd.DataFrame({"text": ["Name: Ada. Name:", "City: Rome. City:"], "value": ["ada", "rome"]})
+    table.to_parquet(tmp_path / "set.parquet")
+    examples = hl.load_recall(tmp_path / "set.parquet")
+    texts = ["Name: Ada. Name: it is ADA~~~~~~~~~~~~~~~~~~~~", "City: Rome. City: no\nrome~~~~~~~~~~~~~~~~"]
+    score = hl.score_recall(Oracle(texts), Letters(), examples, mode="greedy")
+    assert score.exact_match == 0.5
+    assert len(hl.load_recall(tmp_path / "set.parquet", limit=1)) == 1
+
+
+def test_a_causal_model_of_transformers_is_scored_alike_in_both_modes(tiny_teacher):
+    teacher = tiny_teacher()
+
+    class Small(Letters):
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [3 + ord(c) % 60 for c in text]}
+
+    teacher.config.max_position_embeddings = 512
+    examples = hl.generate_recall(hl.RecallTask("key_value", pairs=2, digits=1), 8)
+    batched = hl.score_recall(teacher, Small(), examples, batch_size=8)
+    single = hl.score_recall(teacher, Small(), examples, batch_size=1)
+    assert batched == single
+
+
+def test_bad_tasks_and_calls_are_refused(tmp_path):
+    for arguments, message in ((dict(name="maze"), "name='maze' is unknown"), (dict(pairs=1), "pairs=1 .* 2 to 512"),
+                               (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
+                               (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0")):
+        with pytest.raises(ValueError, match=message):
+            hl.RecallTask(**arguments)
+    with pytest.raises(ValueError, match="digits=1 is too few for pairs=16"):
+        hl.generate_recall(hl.RecallTask(digits=1), 1)
+    with pytest.raises(ValueError, match="examples is empty"):
+        hl.score_recall(Oracle([]), Letters(), [])
+    with pytest.raises(ValueError, match="is no file"):
+        hl.load_recall(tmp_path / "none.parquet")
+    pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match="no column 'value'"):
+        hl.load_recall(tmp_path / "set.parquet")
+    model = Oracle([])
+    model.config.max_position_embeddings = 8
+    with pytest.raises(ValueError, match="context is 8"):
+        hl.score_recall(model, Letters(), hl.generate_recall(hl.RecallTask(), 1))

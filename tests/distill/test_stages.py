@@ -1,0 +1,190 @@
+"""Both stages lower what they should, train what they should, stop in time, and resume to the same numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import hybridlib as hl
+from hybridlib.models.passes import attention_io
+from hybridlib.distill.objectives import divergence
+from hybridlib.distill.loop import save_checkpoint
+
+ALIGN = hl.AlignSettings(batch_tokens=128, learning_rate=1e-2)
+MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
+
+
+@pytest.fixture
+def teacher(tiny_teacher):
+    return tiny_teacher("llama_tied_bias")
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+def test_alignment_lowers_every_layers_error_and_trains_mixers_only(teacher, tiny_tokens, mixer):
+    student = hl.linearize(teacher, mixer)
+    before = hl.score_layers(student, teacher, tiny_tokens, metric="mse")
+    weights = {n: p.clone() for n, p in student.named_parameters()}
+    history = hl.align(student, teacher, tiny_tokens, 8192, settings=ALIGN)
+    after = hl.score_layers(student, teacher, tiny_tokens, metric="mse")
+    assert all(b < a for a, b in zip(before.values, after.values, strict=True))
+    assert history.tokens[-1] == 8192 and set(history.layer_losses) == {0, 1, 2}
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
+    assert changed and all(".self_attn." in n for n in changed)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_matching_lowers_held_out_kl_and_leaves_the_teacher(teacher, tiny_tokens):
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
+    frozen = {n: p.clone() for n, p in teacher.named_parameters()}
+    before, _ = hl.heldout_kl(hybrid, teacher, tiny_tokens)
+    hl.match(hybrid, teacher, tiny_tokens, 8192, settings=MATCH)
+    after, stderr = hl.heldout_kl(hybrid, teacher, tiny_tokens)
+    assert after < 0.8 * before and stderr > 0
+    assert all(torch.equal(p, frozen[n]) for n, p in teacher.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [
+    dict(divergence="reverse"), dict(divergence="jensen_shannon"), dict(divergence="alpha_beta", alpha=0.2, beta=0.7)],
+    ids=lambda kind: kind["divergence"])
+def test_matching_lowers_the_divergence_it_is_told_to(teacher, tiny_tokens, kind):
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, **kind)
+
+    def held_out():
+        rows = tiny_tokens.heldout
+        with torch.no_grad():
+            logits = [m(input_ids=rows.long()).logits for m in (teacher, hybrid)]
+        return divergence(*logits, kind=kind["divergence"], alpha=settings.alpha, beta=settings.beta).mean().item()
+
+    before = held_out()
+    history = hl.match(hybrid, teacher, tiny_tokens, 8192, settings=settings)
+    assert held_out() < 0.8 * before
+    assert history.losses[0] == pytest.approx(before, rel=0.2)  # of this kind, not of another
+
+
+def test_the_two_rates_go_to_their_own_weights(teacher, tiny_tokens):
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
+    weights = {n: p.clone() for n, p in hybrid.named_parameters()}
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, mixer_learning_rate=1e-3)
+    hl.match(hybrid, teacher, tiny_tokens, 128, settings=settings)
+    changed = {n for n, p in hybrid.named_parameters() if not torch.equal(p, weights[n])}
+    assert changed and all(n.startswith(("model.layers.0.self_attn", "model.layers.2.self_attn")) for n in changed)
+
+
+def test_micro_batches_give_the_same_training(teacher, tiny_tokens):
+    losses = []
+    for micro in (None, 32):
+        hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
+        settings = hl.MatchSettings(batch_tokens=128, micro_batch_tokens=micro, learning_rate=1e-3)
+        losses.append(hl.match(hybrid, teacher, tiny_tokens, 1024, settings=settings).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_attention_io_is_what_the_layer_computes(teacher, tiny_tokens):
+    ids = tiny_tokens.rows(0, 2)
+    out = teacher(input_ids=ids, output_hidden_states=True)
+    x, y = list(attention_io(teacher, ids))[1]
+    before = out.hidden_states[1]
+    torch.testing.assert_close(x, teacher.model.layers[1].input_layernorm(before))
+    torch.testing.assert_close(out.hidden_states[2], before + y + teacher.model.layers[1].mlp(
+        teacher.model.layers[1].post_attention_layernorm(before + y)))
+
+
+class _Stops:
+    """Tokens that raise KeyboardInterrupt when a row after `at` is asked for, as a killed run would stop."""
+
+    def __init__(self, tokens, at):
+        self.tokens, self.at = tokens, at
+
+    def __getattr__(self, name):
+        return getattr(self.tokens, name)
+
+    def rows(self, position, count):
+        if position >= self.at:
+            raise KeyboardInterrupt
+        return self.tokens.rows(position, count)
+
+
+@pytest.mark.parametrize("stage", ["align", "match"])
+def test_a_stopped_run_resumes_to_the_same_numbers(teacher, tiny_tokens, tmp_path, stage):
+    run = {"align": hl.align, "match": hl.match}[stage]
+    kinds = {"align": hl.AlignSettings, "match": hl.MatchSettings}
+    settings = kinds[stage](batch_tokens=128, checkpoint_every=384)
+
+    def fresh():
+        return hl.restore(hl.linearize(teacher), teacher, [1])
+
+    whole, path = fresh(), tmp_path / "c.safetensors"
+    expected = run(whole, teacher, tiny_tokens, 1280, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(fresh(), teacher, _Stops(tiny_tokens, 8 * 7), 1280, settings=settings, checkpoint=path)
+    resumed = fresh()
+    history = run(resumed, teacher, tiny_tokens, 1280, settings=settings, checkpoint=path)
+    assert history.losses == expected.losses and history.tokens == expected.tokens
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_foreign_and_truncated_checkpoints_are_refused(teacher, tiny_tokens, tmp_path):
+    path = tmp_path / "c.safetensors"
+    hl.match(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=MATCH, checkpoint=path)
+    with pytest.raises(ValueError, match="another run \\(num_tokens differs\\)"):
+        hl.match(hl.linearize(teacher), teacher, tiny_tokens, 512, settings=MATCH, checkpoint=path)
+    with pytest.raises(ValueError, match="another run \\(stage differs\\)"):
+        hl.align(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=ALIGN, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+        hl.match(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=MATCH, checkpoint=path)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(teacher, tiny_tokens, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    hl.match(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=MATCH, checkpoint=path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hybridlib.distill.stages.os.replace", full)
+    with pytest.raises(OSError, match="the one before it, if any, is unchanged"):
+        save_checkpoint(path, {}, [], torch.optim.AdamW([torch.zeros(1)]), hl.History("match"), 1)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_not_a_number_stops_with_step_layer_and_advice(teacher, tiny_tokens):
+    student = hl.linearize(teacher)
+    with torch.no_grad():
+        student.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(hl.DistillationDiverged, match="step 0 in layer 2; try a lower learning rate"):
+        hl.align(student, teacher, tiny_tokens, 256, settings=ALIGN)
+    with pytest.raises(hl.DistillationDiverged, match="match .* step 0 in layer 2"):
+        hl.match(student, teacher, tiny_tokens, 256, settings=MATCH)
+
+
+def test_divergence_stops_with_step_and_advice(teacher, tiny_tokens):
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=3.0, mixer_learning_rate=3.0, clip=1e6,
+                                divergence_factor=1.5, warmup=0.5)
+    with pytest.raises(hl.DistillationDiverged, match="step \\d+.*try a lower learning rate"):
+        hl.match(hl.linearize(teacher), teacher, tiny_tokens, 8192, settings=settings)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(batch_tokens=0), "batch_tokens=0"), (dict(schedule="linear"), "schedule='linear'"), (dict(clip=0), "clip=0"),
+    (dict(learning_rate=-1.0), "learning_rate=-1.0"), (dict(temperature=0), "temperature=0"),
+    (dict(divergence="kl"), "divergence='kl'"), (dict(alpha=0.5), "alpha=0.5 is not taken by divergence='forward'")])
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        hl.MatchSettings(**settings)
+
+
+def test_bad_calls_are_refused_before_compute(teacher, tiny_tokens):
+    student = hl.linearize(teacher)
+    with pytest.raises(ValueError, match="num_tokens=8 is not a whole number of at least 16"):
+        hl.align(student, teacher, tiny_tokens, 8)
+    with pytest.raises(ValueError, match="nothing to align"):
+        hl.align(hl.restore(student, teacher, range(3)), teacher, tiny_tokens, 256)
+    long = hl.Tokens(torch.zeros(4, 80, dtype=torch.int32), torch.zeros(2, 80, dtype=torch.int32))
+    with pytest.raises(ValueError, match="context=80 is beyond the teacher's 64"):
+        hl.match(student, teacher, long, 256)

@@ -1,0 +1,331 @@
+"""The chunked operators against the recurrence in float64, the recurrence against the equation, and refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from hybridlib import kernels
+from hybridlib.bench import operators as benchmarks
+from hybridlib.kernels import chunked, fla, gated_delta_rule, gated_linear_attention, reference
+
+BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 8, 12
+TOLERANCE = 1e-5  # relative, Frobenius
+OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
+
+
+def make_inputs(operator, time, decay="mild", beta="random", repeat_keys=False, with_state=True, seed=0, **sizes):
+    """Float64 inputs whose values are exact in float32, and the initial state (or None)."""
+    random = torch.Generator().manual_seed(seed)
+    batch, heads = sizes.get("batch", BATCH), sizes.get("heads", HEADS)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    q = torch.nn.functional.normalize(normal(batch, time, heads, KEY_DIM), dim=-1)
+    k = torch.nn.functional.normalize(normal(batch, 1 if repeat_keys else time, heads, KEY_DIM), dim=-1)
+    k = k.expand(batch, time, heads, KEY_DIM)
+    v = normal(batch, time, heads, VALUE_DIM)
+    uniform = torch.rand(batch, time, heads, *([KEY_DIM] if operator == "gla" else []), generator=random)
+    early = (torch.arange(time) < time // 2).view(1, time, *[1] * (uniform.dim() - 2))
+    log_decay = {
+        "mild": -0.1 * uniform,
+        "none": 0 * uniform,
+        "near none": -1e-6 * uniform,
+        "strong": 0 * uniform - 20,
+        "mixed": torch.where(uniform < 0.5, -20, -0.01 * uniform),
+        "strong, then mild": torch.where(early, -20, -0.01 * uniform),
+    }[decay]
+    strength = torch.rand(batch, time, heads, generator=random)
+    strength = {"random": strength, "zero": 0 * strength, "one": 0 * strength + 1}[beta]
+    inputs = [q, k, v, log_decay] + ([strength] if operator == "gdn" else [])
+    state = normal(batch, heads, KEY_DIM, VALUE_DIM).double() if with_state else None
+    return [x.double() for x in inputs], state
+
+
+def run(module, operator, inputs, state, dtype, **options):
+    """Output, final state and every gradient of a fixed random functional of the two."""
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    state = state if state is None else state.to(dtype).requires_grad_()
+    o, final = getattr(module, OPERATORS[operator])(*inputs, KEY_DIM ** -0.5, state, **options)
+    random = torch.Generator().manual_seed(7)
+    loss = sum((x * torch.randn(x.shape, generator=random).to(x)).sum() for x in (o, final))
+    sources = inputs + ([] if state is None else [state])
+    return [o.detach(), final.detach(), *torch.autograd.grad(loss, sources)]
+
+
+def error(found, truth):
+    """Relative Frobenius error; 0 where both are zero."""
+    difference = (found.double() - truth).norm()
+    return 0.0 if difference == 0 else (difference / truth.norm()).item()
+
+
+def check_against_recurrence(operator, inputs, state, **options):
+    truth = run(reference, operator, inputs, state, torch.float64)
+    in_float32 = run(reference, operator, inputs, state, torch.float32)
+    found = run(chunked, operator, inputs, state, torch.float32, **options)
+    for position, (x, own, t) in enumerate(zip(found, in_float32, truth)):
+        allowed = max(TOLERANCE, 3 * error(own, t))  # the recurrence's own error where the problem is ill-conditioned
+        assert error(x, t) <= allowed, f"result {position}: {error(x, t):.1e} > {allowed:.1e}"
+    single = [None if x is None else x.detach().float() for x in (*inputs, state)]  # another way without gradients
+    alone = getattr(chunked, OPERATORS[operator])(*single[:-1], KEY_DIM ** -0.5, single[-1], **options)
+    for x, own, t in zip(alone, in_float32, truth):
+        assert not x.requires_grad and error(x, t) <= max(TOLERANCE, 3 * error(own, t))
+
+
+def test_recurrence_is_the_equation():
+    (q, k, v, log_decay, beta), state = make_inputs("gdn", 3, batch=1, heads=1)
+    o, final = gated_delta_rule(q, k, v, log_decay, beta, initial_state=state, backend="reference")
+    s, identity = state[0, 0], torch.eye(KEY_DIM, dtype=torch.float64)
+    for t in range(3):  # the same rule in its other form: S <- a (I - beta k k^T) S + beta k v^T
+        key, b = k[0, t, 0], beta[0, t, 0]
+        s = log_decay[0, t, 0].exp() * (identity - b * torch.outer(key, key)) @ s + b * torch.outer(key, v[0, t, 0])
+        torch.testing.assert_close(o[0, t, 0], KEY_DIM ** -0.5 * s.T @ q[0, t, 0])
+    torch.testing.assert_close(final[0, 0], s)
+
+
+def test_attention_without_decay_is_causal_linear_attention():
+    (q, k, v, _), _ = make_inputs("gla", 37, with_state=False)
+    o, _ = gated_linear_attention(q, k, v, torch.zeros_like(k), scale=1.0, backend="chunked")
+    scores = torch.einsum("bihk,bjhk->bhij", q, k).tril()
+    torch.testing.assert_close(o, torch.einsum("bhij,bjhv->bihv", scores, v))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("decay", ["mild", "none", "near none", "strong", "mixed", "strong, then mild"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_chunked_decays(operator, decay, with_state):
+    check_against_recurrence(operator, *make_inputs(operator, 65, decay, with_state=with_state))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("time", [1, 2, 3, 32, 63, 65, 100])
+def test_chunked_lengths(operator, time):
+    check_against_recurrence(operator, *make_inputs(operator, time, with_state=time % 2 == 0, seed=time))
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_chunked_sizes_of_chunk(operator, chunk):
+    check_against_recurrence(operator, *make_inputs(operator, 70, "mixed"), chunk=chunk)
+
+
+@pytest.mark.parametrize("beta", ["zero", "one", "random"])
+@pytest.mark.parametrize("repeat_keys", [True, False])
+def test_chunked_delta_rule_writes(beta, repeat_keys):
+    check_against_recurrence("gdn", *make_inputs("gdn", 65, beta=beta, repeat_keys=repeat_keys))
+
+
+@pytest.mark.parametrize("decay", ["mild", "none", "strong", "mixed", "strong, then mild"])
+@pytest.mark.parametrize("time", [1, 65, 100])
+def test_chunked_delta_rule_takes_states_by_products_as_on_a_gpu(decay, time, monkeypatch):
+    monkeypatch.setattr(chunked, "_in_turn", lambda x: False)
+    check_against_recurrence("gdn", *make_inputs("gdn", time, decay, seed=time))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_chunked_gradients_by_finite_differences(operator):
+    inputs, state = make_inputs(operator, 5, batch=1, heads=1)
+    inputs = [x[..., :3] if x.dim() == 4 else x for x in inputs]
+    inputs[3] = inputs[3] - 0.1
+    leaves = [x.clone().requires_grad_() for x in (*inputs, state[..., :3, :3])]
+
+    def operate(*xs):
+        return getattr(chunked, OPERATORS[operator])(*xs[:-1], 0.7, xs[-1], chunk=4)
+
+    assert torch.autograd.gradcheck(operate, leaves)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_two_calls_continue_one(operator):
+    inputs, _ = make_inputs(operator, 90, with_state=False)
+    operate = getattr(kernels, OPERATORS[operator])
+    o, final = operate(*inputs)
+    o_1, middle = operate(*(x[:, :41] for x in inputs))
+    o_2, last = operate(*(x[:, 41:] for x in inputs), initial_state=middle)
+    torch.testing.assert_close(torch.cat((o_1, o_2), 1), o)
+    torch.testing.assert_close(last, final)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_half_precision_computes_in_float32(operator, backend):
+    inputs, _ = make_inputs(operator, 40, with_state=False)
+    inputs = [x.bfloat16() for x in inputs]
+    operate = getattr(kernels, OPERATORS[operator])
+    exact, exact_state = operate(*(x.double() for x in inputs), backend="reference")
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o, state = operate(*leaves, backend=backend)
+        (o.float().sum() + state.sum()).backward()
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32 and exact_state.dtype == torch.float64
+    assert error(state, exact_state) < TOLERANCE
+    torch.testing.assert_close(o, exact.bfloat16(), rtol=2 ** -7, atol=1e-6)
+    assert all(x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() for x in leaves)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_chunked_keeps_inputs_states_and_one_matrix_a_chunk(operator):
+    inputs = benchmarks.operator_inputs(OPERATORS[operator], (1, 256, 2, 16))
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        getattr(kernels, OPERATORS[operator])(**inputs, backend="chunked")
+    chunks, rows = 256 // 32, 2
+    states, matrices = (chunks + 1) * rows * 16 * 16, chunks * rows * 32 * 32
+    assert sum(kept.values()) <= 4 * (sum(x.numel() for x in inputs.values()) + states + matrices)
+
+
+def test_inputs_are_left_as_they_were():
+    inputs, state = make_inputs("gdn", 32)
+    copies = [x.clone() for x in (*inputs, state)]
+    _, final = gated_delta_rule(*inputs, initial_state=state)
+    final.zero_()
+    assert all(torch.equal(a, b) for a, b in zip((*inputs, state), copies))
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("q", lambda x: x[0], r"q has shape \(6, 2, 8\); it must be \(batch, time, heads, key_dim\)"),
+    ("k", lambda x: x[..., :4], r"k has shape .* it must be \(batch, time, heads, key_dim\) = \(2, 6, 2, 8\)"),
+    ("v", lambda x: x[:, :5], "v has shape"),
+    ("v", lambda x: x[..., :0], "v has shape .* at least 1"),
+    ("q", lambda x: x.long(), "q has dtype torch.int64; it must be floating"),
+    ("beta", lambda x: x[..., None], "beta has shape"),
+    ("beta", lambda x: 0.5, "beta is a float; it must be a floating tensor"),
+    ("log_decay", lambda x: x[..., None].expand(*x.shape, KEY_DIM), "log_decay has shape"),
+    ("v", lambda x: x.to("meta"), "q is on cpu and v on meta; all must be on one device"),
+    ("initial_state", lambda x: x.mT, "initial_state has shape"),
+    ("scale", lambda x: "big", "scale='big' is not a number"),
+    ("backend", lambda x: "cuda", "backend='cuda' is unknown; choose one of 'auto', 'reference'"),
+    ("backend", lambda x: "fused", "backend='fused' cannot run here: "),
+])
+def test_bad_input_is_refused(name, change, said):
+    inputs, state = make_inputs("gdn", 6)
+    arguments = dict(zip(("q", "k", "v", "log_decay", "beta"), inputs), initial_state=state, scale=None, backend="auto")
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=said):
+        gated_delta_rule(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["backend", "scale"])
+def test_a_list_is_no_backend_and_no_scale(argument):
+    inputs = benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4))
+    with pytest.raises(ValueError, match=f"^{argument}="):
+        gated_delta_rule(**inputs, **{argument: ["fused"]})
+
+
+def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
+    inputs = {name: x.requires_grad_(False) for name, x in
+              benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4)).items()}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
+    monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
+    kernels._tell.cache_clear()
+    for _ in range(2):
+        gated_delta_rule(**inputs)
+    said, = caplog.messages
+    assert said == "backend='auto' runs 'chunked', for 'fused' cannot run here: dims are not 32, 64 or 128"
+
+
+def test_attention_refuses_a_decay_without_key_dim():
+    (q, k, v, log_decay), _ = make_inputs("gla", 6)
+    with pytest.raises(ValueError, match="log_decay has shape .* it must be .batch, time, heads, key_dim"):
+        gated_linear_attention(q, k, v, log_decay[..., 0])
+
+
+def machine(monkeypatch, packages, gpu, capability=(9, 0), triton="3.6.0"):
+    """Make `why_not` see these packages and this GPU."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
+    return fla.why_not.__wrapped__
+
+
+def test_fla_says_why_not(monkeypatch):
+    assert "flash-linear-attention is not installed" in machine(monkeypatch, (), False)()
+    assert "triton is not installed" in machine(monkeypatch, ("fla",), False)()
+    assert "needs a CUDA GPU" in machine(monkeypatch, ("fla", "triton"), False)()
+    assert machine(monkeypatch, ("fla", "triton"), True)() is None
+
+
+@pytest.mark.parametrize("triton, capability, packages, refused", [
+    ("3.3.1", (9, 0), ("fla", "triton"), False),
+    ("3.4.0", (9, 0), ("fla", "triton"), True),
+    ("3.7.0", (9, 0), ("fla", "triton"), True),
+    ("3.7.0", (9, 0), ("fla", "triton", "tilelang"), False),
+    ("3.7.0", (8, 0), ("fla", "triton"), False),
+    ("3.7.1", (9, 0), ("fla", "triton"), False),
+    ("3.10.0", (9, 0), ("fla", "triton"), False),
+])
+def test_fla_refuses_wrong_gradients(monkeypatch, triton, capability, packages, refused):
+    reason = machine(monkeypatch, packages, True, capability, triton)(delta_rule_gradients=True)
+    assert (reason is not None) == refused
+    assert not refused or f"triton {triton}" in reason
+
+
+def test_available_backends(monkeypatch):
+    monkeypatch.setattr(fla, "why_not", lambda **_: "no fla")
+    backends = kernels.available_backends()
+    assert list(backends) == ["reference", "chunked", "fused", "fla"]
+    assert backends["reference"] is None and backends["chunked"] is None and backends["fla"] == "no fla"
+    inputs, _ = make_inputs("gdn", 6)
+    with pytest.raises(ValueError, match="backend='fla' cannot run here: no fla"):
+        gated_delta_rule(*inputs, backend="fla")
+
+
+def test_fla_refuses_tensors_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(fla, "why_not", lambda **_: None)
+    inputs, _ = make_inputs("gdn", 6)
+    with pytest.raises(ValueError, match="needs tensors on a CUDA GPU, and these are on cpu"):
+        gated_delta_rule(*inputs, backend="fla")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_chunked_on_gpu(operator):
+    inputs, state = make_inputs(operator, 65, "mixed")
+    truth = run(reference, operator, inputs, state, torch.float64)
+    found = run(chunked, operator, [x.cuda() for x in inputs], state.cuda(), torch.float32)
+    assert all(error(x.cpu(), t) < TOLERANCE for x, t in zip(found, truth))
+
+
+@pytest.mark.skipif(fla.why_not(True) is not None, reason=f"fla: {fla.why_not(True)}")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fla_agrees(operator):
+    random = torch.Generator("cuda").manual_seed(0)
+    shape = (2, 100, 2, 64)
+    q, k, v = (torch.randn(shape, generator=random, device="cuda") for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    log_decay = -0.1 * torch.rand(shape if operator == "gla" else shape[:3], generator=random, device="cuda")
+    beta = torch.rand(shape[:3], generator=random, device="cuda")
+    inputs = [q, k, v, log_decay] + ([beta] if operator == "gdn" else [])
+    operate = getattr(kernels, OPERATORS[operator])
+    results = []
+    for backend in ("chunked", "fla"):
+        leaves = [x.bfloat16().requires_grad_() for x in inputs]
+        o, state = operate(*leaves, backend=backend)
+        results.append([o.detach(), state.detach(), *torch.autograd.grad(o.float().sum() + state.sum(), leaves)])
+    for expected, found in zip(*results):
+        assert found.dtype == expected.dtype and error(found, expected.double()) < 2e-2
+
+
+@pytest.mark.parametrize("name, shape", [("k", (2, 3, 4, 16)), ("v", (2, 3, 5, 8)), ("a", (2, 3)), ("b", (2, 3, 5)),
+                                         ("A_log", (2, 3, 4)), ("dt_bias", (2, 1, 4))])
+def test_inputs_that_do_not_fit_are_refused(name, shape):
+    shapes = {"q": (2, 3, 4, 8), "k": (2, 3, 4, 8), "v": (2, 3, 4, 8), "a": (2, 3, 4), "b": (2, 3, 4), "A_log": (4,),
+              "dt_bias": (4,)}
+    assert [x.shape for x in kernels.delta_rule_inputs(*map(torch.ones, shapes.values()))[3:]] == [(2, 3, 4)] * 2
+    with pytest.raises(ValueError, match=f"do not fit one another: .*{name} .{', '.join(map(str, shape))}"):
+        kernels.delta_rule_inputs(*map(torch.ones, (shapes | {name: shape}).values()))
+    with pytest.raises(ValueError, match="backend='fastest'"):
+        kernels.delta_rule_inputs(*map(torch.ones, shapes.values()), backend="fastest")

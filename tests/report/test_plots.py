@@ -1,0 +1,199 @@
+"""The figures: what they show is what was given, they read in grey, and they leave matplotlib as it was."""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import same_color, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from hybridlib.report import plots, style
+from hybridlib.selection.agreement import interval, spearman
+
+SCORES = np.random.default_rng(0).normal(-0.5, 0.02, (3, 9))
+FRAME = pd.DataFrame([{"selector": s, "mixer": m, "seed": i, "kl": base + 0.01 * i + 0.002 * (m == "gla")}
+                      for s, base in (("ga-s2", 0.15), ("uniform", 0.18)) for m in ("gdn", "gla") for i in range(3)])
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.axes[0].texts]
+
+
+def legend(figure):
+    return [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def drawn(figure):
+    """Every figure made here is written as a notebook would."""
+    assert isinstance(figure, Figure) and figure.get_size_inches()[0] <= 7
+    assert figure._repr_png_()[:4] == b"\x89PNG"
+    return figure
+
+
+def test_layer_scores_show_means_and_t_intervals():
+    figure = drawn(plots.layer_scores({"GDN": SCORES, "GLA": SCORES[:, ::-1]}, "importance (nats)",
+                                      keep={"GDN": [1, 4], "GLA": ()}))
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == "importance (nats)" and "layer" in axes.get_xlabel()
+    kept, hollow = [line for line in axes.lines if line.get_marker() == "o"]
+    assert np.allclose(kept.get_ydata(), SCORES.mean(0)[[1, 4]]) and len(hollow.get_xdata()) == 7
+    assert same_color(hollow.get_markerfacecolor(), "white") and not same_color(kept.get_markerfacecolor(), "white")
+    bars = [c for c in axes.collections if isinstance(c, LineCollection)][0].get_segments()
+    assert np.allclose([bar[:, 1] for bar in bars], [interval(column)[1:] for column in SCORES.T])
+    assert legend(figure) == ["GDN", "GLA", "filled: kept", "hollow: not kept"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == [str(i) for i in range(9)]
+
+
+def test_one_seed_has_no_interval_and_no_legend():
+    figure = plots.layer_scores({"GA-S2": SCORES[0]})
+    assert not figure.legends
+    assert np.allclose(figure.axes[0].lines[-2].get_ydata(), SCORES[0])
+
+
+def test_rank_scatter_ranks_the_highest_score_first():
+    x, y = np.array([0.1, 0.9, 0.5, 0.3]), np.array([0.2, 0.8, 0.3, 0.9])
+    figure = drawn(plots.rank_scatter(x, y, "GDN probe", "GLA probe", k=2))
+    axes = figure.axes[0]
+    points = [c for c in axes.collections if len(c.get_offsets()) == 4][0]
+    assert np.array_equal(points.get_offsets(), [[4, 4], [1, 2], [2, 3], [3, 1]])
+    assert [same_color(c, "white") for c in points.get_facecolors()] == [True, False, True, True]  # both keep layer 1
+    assert texts(figure)[:4] == ["0", "1", "2", "3"]
+    assert texts(figure)[4].startswith(f"Spearman {spearman(x, y):.2f}")
+    with pytest.raises(ValueError, match="k=5"):
+        plots.rank_scatter(x, y, "a", "b", k=5)
+
+
+def test_comparison_shows_seeds_mean_interval_and_numbers():
+    gdn = FRAME[FRAME["mixer"] == "gdn"]
+    figure = drawn(plots.comparison(gdn, "kl", xlabel="held-out KL (nats a token)", better="lower", reference=0.1))
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "held-out KL (nats a token), lower is better"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["ga-s2", "uniform"]
+    mean, low, high = interval([0.15, 0.16, 0.17])
+    assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in texts(figure) and "teacher 0.100" in texts(figure)
+    seeds = [line for line in axes.lines if line.get_marker() == "."]
+    assert np.allclose(seeds[0].get_xdata(), [0.15, 0.16, 0.17])
+    assert axes.get_xlim()[0] < 0.1 and axes.yaxis_inverted()  # the first label is at the top
+
+
+def test_comparison_by_group_and_log():
+    figure = drawn(plots.comparison(FRAME, "kl", group="mixer", log=True))
+    assert legend(figure) == ["gdn", "gla"] and figure.axes[0].get_xscale() == "log"
+    assert len([t for t in texts(figure) if "[" in t]) == 4
+
+
+def test_layer_map_fills_the_kept_cells():
+    figure = drawn(plots.layer_map({"ga-s2": (5, 0), "uniform": (1, 4)}, 6))
+    cells = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert len(cells) == 12
+    filled = [p for p in cells if not same_color(p.get_facecolor(), "white")]
+    assert [(round(p.get_y() + 0.36), round(p.get_x() + 0.41)) for p in filled] == [(0, 0), (0, 5), (1, 1), (1, 4)]
+    assert legend(figure) == ["softmax", "linear"] and texts(figure) == ["2 of 6", "2 of 6"]
+
+
+def test_loss_curves():
+    tokens = np.arange(1, 41) * 50_000
+    losses = np.exp(-tokens / 1e6)
+    figure = drawn(plots.loss_curves({"a": (tokens, losses), "b": (tokens, 2 * losses)}, "KL (nats a token)"))
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "log" and axes.get_xlabel() == "tokens (millions)" and legend(figure) == ["a", "b"]
+    assert np.allclose(axes.lines[0].get_xdata(), tokens / 1e6) and np.allclose(axes.lines[0].get_ydata(), losses)
+    assert len({line.get_marker() for line in axes.lines}) == len({line.get_linestyle() for line in axes.lines}) == 2
+    smooth = plots.loss_curves({"a": ([1, 2, 3], [1.0, 2.0, 6.0])}, window=3)
+    assert smooth.axes[0].get_xlabel() == "tokens"
+    assert np.allclose(smooth.axes[0].lines[1].get_ydata(), [1.5, 3.0, 4.0])
+
+
+def test_agreement_matrix_prints_numbers_that_can_be_read():
+    matrix = [[1, -0.004, np.nan], [0, 1, 0.4], [0.9, 0.4, 1]]
+    figure = drawn(plots.agreement_matrix(["GA", "GR", "a long name"], matrix))
+    assert texts(figure) == ["1.00", "0.00", "0.00", "1.00", "0.40", "0.90", "0.40", "1.00"]  # none for nan
+    hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
+    assert len(hatched) == 1 and int(hatched[0].get_x()) == 2 and int(hatched[0].get_y()) == 0
+    mesh = figure.axes[0].collections[0]
+    for text in figure.axes[0].texts:
+        column, row = (int(v) for v in text.get_position())
+        cell = mesh.to_rgba(matrix[row][column])[:3]
+        assert abs(grey(cell) - grey(to_rgb(text.get_color()))) > 0.35
+
+
+def grey(colour):
+    return float(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)))
+
+
+def test_labels_differ_without_colour():
+    looks = [style.look(i) for i in range(7)]
+    assert len({look["marker"] for look in looks}) == len({str(look["linestyle"]) for look in looks}) == 7
+    assert all(abs(grey(a["color"]) - grey(b["color"])) > 0.1 for a, b in zip(looks, looks[1:]))
+
+
+def test_matplotlib_is_left_as_it_was():
+    before = {name: mpl.rcParams[name] for name in mpl.rcParams}
+    with mpl.rc_context({"font.size": 20.0}):
+        figure = plots.layer_map({"a": [0]}, 3)
+        assert mpl.rcParams["font.size"] == 20.0
+        # what a notebook with settings of its own draws is the same figure
+        sizes = {t.get_fontsize() for t in figure.axes[0].get_xticklabels()}
+        figure.savefig(io.BytesIO(), format="png")
+        assert sizes == {t.get_fontsize() for t in figure.axes[0].get_xticklabels()} == {8.0}
+    assert {name: mpl.rcParams[name] for name in mpl.rcParams} == before
+
+
+def test_a_notebook_shows_a_figure_once():
+    formatters = pytest.importorskip("IPython.core.formatters")
+    import matplotlib.pyplot as plt
+
+    figure = plots.layer_map({"a": [0]}, 3)
+    bundle, _ = formatters.DisplayFormatter().format(figure)
+    assert {"image/svg+xml", "image/png"} <= set(bundle)
+    assert bundle["image/svg+xml"] == plots.layer_map({"a": [0]}, 3)._repr_svg_()  # drawn again, the same file
+    assert plt.get_fignums() == []  # nothing left open for the end of the cell to show again
+
+
+def test_as_table():
+    table = plots.as_table(FRAME.assign(none=np.nan), ["selector", "mixer"], ["kl", "none"], digits=2)
+    assert list(table.columns) == ["selector", "mixer", "runs", "kl", "none"] and len(table) == 4
+    assert table.iloc[0].tolist() == ["ga-s2", "gdn", 3, "0.16 [0.14, 0.18]", "\u2013"]
+    one = plots.as_table(FRAME[FRAME["seed"] == 0], "selector", "kl", digits=3)
+    assert list(one["runs"]) == [2, 2]
+    assert plots.as_table(FRAME.head(1), "selector", "kl").loc[0, "kl"] == "0.150"
+
+
+def test_limits_follow_the_values_when_intervals_are_huge():
+    limits = style.Limits()
+    limits.add([1.0, 2.0], [-50.0, 60.0])
+    low, high = limits.span()
+    assert -0.3 < low < 0.0 and 3.0 < high < 3.3
+    limits = style.Limits()
+    limits.add([1.0, 2.0], [0.9, np.nan])
+    assert limits.span() == pytest.approx((0.9 - 0.066, 2.0 + 0.066))
+    same = style.Limits()
+    same.add([0.5])
+    assert same.span()[0] < 0.5 < same.span()[1]
+
+
+@pytest.mark.parametrize("draw, words", [
+    (lambda: plots.layer_scores({}), "scores={} shows nothing"),
+    (lambda: plots.layer_scores({"a": [[1, 2]], "b": [[1, 2, 3]]}), "as many layers for every label"),
+    (lambda: plots.layer_scores({"a": [1, 2]}, keep={"b": [0]}), "keep names 'b'"),
+    (lambda: plots.comparison(FRAME, "recall"), "no column 'recall'"),
+    (lambda: plots.comparison(FRAME, "kl", better="more"), "better='more'"),
+    (lambda: plots.comparison(FRAME.assign(kl=np.nan), "kl"), "no row with a 'kl'"),
+    (lambda: plots.comparison(FRAME.assign(kl=-1.0), "kl", log=True), "above 0"),
+    (lambda: plots.layer_map({"a": [0, 6]}, 6), "outside 0 to 5"),
+    (lambda: plots.layer_map([0, 6], 6), "give a mapping"),
+    (lambda: plots.loss_curves({"a": ([1, 2], [1.0])}), "2 tokens and 1 losses"),
+    (lambda: plots.loss_curves({"a": ([1, 2], [1.0, 0.0])}), "has the loss 0.0"),
+    (lambda: plots.agreement_matrix(["a"], [[1, 2]]), r"need \(1, 1\)"),
+    (lambda: plots.agreement_matrix(["a"], [[7.0]]), "value 7.0"),
+    (lambda: plots.as_table(FRAME, "mixer", "recall"), "no column 'recall'"),
+])
+def test_bad_input_is_refused(draw, words):
+    with pytest.raises(ValueError, match=words):
+        draw()

@@ -1,0 +1,176 @@
+"""How far selectors rank layers alike: the scores that count, their pairs, words on numbers with known answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tests.conftest import CONTEST_SETTINGS as SETTINGS
+
+import hybridlib as hl
+from hybridlib.study import contest as c
+from hybridlib.report import rankings
+from hybridlib.study import study as study_module
+
+
+def test_scores_are_paired_with_the_references_of_the_same_seed_and_with_their_own_of_another():
+    scores = {"PPL": (1.0, 2.0), "GA-S1": (2.0, 2.5), "GA-S1, seed 1": (1.5, 1.0), "GA-S2": (3.0, 4.0),
+              "GA-S2, seed 1": (5.0, 6.0)}
+    assert rankings.score_pairs(scores) == {
+        "PPL with GA-S2": ((1.0, 2.0), (3.0, 4.0)), "GA-S1 with GA-S2": ((2.0, 2.5), (3.0, 4.0)),
+        "GA-S1, seed 1 with GA-S2, seed 1": ((1.5, 1.0), (5.0, 6.0)),
+        "GA-S1 with itself, seed 1": ((2.0, 2.5), (1.5, 1.0)), "GA-S2 with itself, seed 1": ((3.0, 4.0), (5.0, 6.0))}
+    assert rankings.score_pairs({"PPL": (1.0, 2.0)}) == {}
+
+
+def test_agreement_of_scores_is_the_mean_over_seeds_of_those_that_have_numbers(known):
+    titles, ranks = rankings.agreement_of_scores(known)
+    assert titles == ["cheap", "GA-S2", "dear"] and ranks[0, 1] == pytest.approx(0.9) and ranks[1, 2] == 1
+
+
+def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
+    teacher, real = tiny_teacher(layers=4), hl.evaluate
+    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
+    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
+    settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=["uniform"])
+    study = hl.Study(settings)
+    contest = c.run_contest(study)
+    names = ["ppl", "rad", "ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns",
+             "gate-gradient-turns-slow", "learned-gates", "postnas", "smart", "ga-s2", "ga-s2-again", "ga-s2-slow",
+             "gr-s2", "exhaustive"]
+    chosen = {name: study.selection(name, seed=0) for name in names}
+    later = study.selection("ga-s2", seed=1)
+    assert study.selection("ppl", seed=1).values == chosen["ppl"].values
+    kept = [name for name in names if name not in ("postnas", "exhaustive")]  # they make sets, not scores
+    titles = [hl.SELECTORS[name].title for name in kept]
+    titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
+
+    def check():
+        found = rankings.recorded_scores(study.ledger, contest)
+        assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
+        for name in kept:
+            if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
+                assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
+        return found
+
+    found = check()
+    for changed in (dict(budget=1), dict(score_tokens=48), dict(mixer_learning_rate=1e-2), dict(heldout_tokens=128),
+                    dict(align_tokens=128)):
+        other = hl.Study(dataclasses.replace(settings, **changed))
+        for name in ("rad", "gate-gradient", "gate-gradient-turns", "learned-gates", "ga-s2", "ga-s2-slow"):
+            other.selection(name)
+    study.selection("ga-s2-slow", rate=0.5), study.selection("gate-gradient", share=None)
+    study.selection("smart", num_tokens=64)
+    study.scores("gdn", 0, metric="mse", normalize=False)
+    assert check() == found  # other settings and options, and what is no selector's, stay out
+    gla = dataclasses.replace(contest, settings=contest.settings | {"mixer": "gla"})
+    assert set(rankings.recorded_scores(study.ledger, gla)) == {"PPL", "RAD"}  # they ask the teacher alone
+    another = dataclasses.replace(contest, settings=contest.settings | {
+        "aligned": contest.settings["aligned"] | {"teacher": "another"}})
+    assert rankings.recorded_scores(study.ledger, another) == {}
+
+
+def test_scores_by_recall_are_those_of_the_task_that_the_selector_settles_on(known, tmp_path):
+    settings = dict(SETTINGS, recall_pairs=8, selectors=["ar"], mixer="gdn", aligned={
+        "teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0})
+    contest, ledger = dataclasses.replace(known, settings=settings), hl.Ledger(tmp_path)
+
+    def record(value, name, **task):
+        ledger.add("score", {"selector": "ar", "teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16,
+                             "data": "d", "heldout_tokens": 64, "num_examples": 200,
+                             "task": dataclasses.asdict(hl.RecallTask(name, **task))}, {"values": [value]}, seconds=1.0)
+
+    record(1.0, "key_value", pairs=2)
+    record(2.0, "variable_tracking", pairs=4, hops=2)
+    record(3.0, "variable_tracking", pairs=2, hops=2)
+    assert rankings.recorded_scores(ledger, contest) == {"AR": (1.0,), "AR-MH": (2.0,)}
+    record(4.0, "key_value", pairs=8)
+    assert rankings.recorded_scores(ledger, contest) == {"AR": (4.0,), "AR-MH": (2.0,)}
+
+
+def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
+    assert rankings.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
+    lines = rankings.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
+    assert lines[0] == ("- **GA-S2** against itself, trained on other text: Spearman 1.00, Kendall 1.00."
+                        )  # dear has its values
+    assert lines[1:] == ["- **cheap**: Spearman 0.90 (0.80 to 1.00) with one run of GA-S2, 0.90 (0.80 to 1.00) with "
+                         "the mean of its two."]
+    twice = c.Contest(known.rows.copy(), {}, {}, 4, {}, "this CPU")
+    other = twice.rows["selector"] == "dear"
+    twice.rows.loc[other, "values"] = twice.rows.loc[other, "values"].map(lambda v: (4.0, 2.0, 3.0, 0.0))
+    # seed 0: rank differences 0 1 1 0, 1 - 6 x 2 / 60; seed 1: 0 1 2 1 (2 against 3 for layer 3), 1 - 6 x 6 / 60
+    assert "Spearman 0.60 (0.40 to 0.80), Kendall" in rankings.repeat_words(twice, [], again="dear")
+
+
+@pytest.fixture
+def aims(known, tmp_path):
+    """aims(ours, theirs, flops, again): a contest, and a ledger with scores of two seeds under its settings."""
+    aligned = {"teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0}
+    settings = SETTINGS | {"mixer": "gdn", "mixer_learning_rate": 1e-3, "aligned": aligned, "selectors": ["ga-s2"]}
+    contest = dataclasses.replace(known, settings=settings, num_layers=10)
+
+    def make(ours, theirs, flops=10.0, again=None):
+        ledger, settings = hl.Ledger(tmp_path), hl.MatchSettings(
+            batch_tokens=64, learning_rate=3e-4, mixer_learning_rate=1e-3, compile=True, cuda_graph=True).numbers()
+
+        def record(seed, values, flops, **asked):
+            parameters = {"aligned": aligned | {"seed": seed}, "mixer": "gdn", "seed": seed, "heldout_tokens": 64}
+            ledger.add("score", parameters | asked, {"values": values, "cost": hl.Cost(flops=flops).to_dict()},
+                       seconds=1.0)
+
+        for seed in (0, 1):
+            record(seed, ours[seed], flops, selector="gate-gradient", at=0.0, order=1, steps=1, share=0.05,
+                   score_tokens=64)
+            record(seed, theirs[seed], 400.0, direction="add", metric="kl", num_tokens=64, settings=settings)
+        if again is not None:
+            record(0, again, 400.0, selector="ga-s2-again", num_tokens=64, settings=settings)
+        return ledger, contest
+
+    return make
+
+
+def speed(ledger, rate, loop, values):
+    aligned = {"teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0}
+    ledger.add("scoring_speed", {"aligned": aligned, "mixer": "gdn", "direction": "add", "num_tokens": 64,
+                                 "heldout_tokens": 64, "settings": {"mixer_learning_rate": rate}, "device": "cpu",
+                                 "loop": loop}, {"values": values, "reason": None}, seconds=1.0)
+
+
+UP = [float(layer) for layer in range(10)]
+SWAPPED = [5.0, 1.0, 2.0, 3.0, 4.0, 0.0, 6.0, 7.0, 8.0, 9.0]  # ranks of two layers differ by 5: 1 - 6 x 50 / 990
+
+
+def test_the_aim_of_the_gate_gradient_is_judged_seed_by_seed_and_beside_its_ceiling(aims):
+    ledger, contest = aims([UP, UP], [UP, SWAPPED])
+    words = rankings.aim_words(ledger, [contest])
+    assert "- **tiny**: **met on 1 of 2 seeds**; at seed 0 1.00 [1.00, 1.00], Kendall 1.00, for 1/40 of the" in words
+    assert "; at seed 1 0.70 [" in words
+    assert "  - GA-S2 agrees with itself by 0.70 at another seed: the aim asks for more than GA-S2 itself" in words
+    ledger, contest = aims([UP, UP], [UP, UP], again=SWAPPED)
+    words = rankings.aim_words(ledger, [contest])
+    assert "- **tiny**: **met**; " in words
+    assert words.endswith("  - GA-S2 agrees with itself by 0.70 on other text and by 1.00 at another seed.")
+    for loop in ("plain", "recorded"):  # GA-S2 repeats itself, but no better than at another seed
+        speed(ledger, 1e-4, loop, SWAPPED)
+    assert rankings.aim_words(ledger, [contest]) == words
+    ledger, contest = aims([UP, UP], [UP, SWAPPED], again=SWAPPED)
+    steadier = rankings.aim_words(ledger, [contest]).splitlines()[-1]
+    assert steadier.startswith("  - With GA-S2 over 64 tokens, mixers at 1e-4, which agrees with itself by 1.00 in ")
+    assert ": 0.70 [" in steadier and steadier.endswith("; **not met**.")
+    ledger, contest = aims([UP, UP], [UP, UP], flops=21.0)
+    assert "- **tiny**: **not met**; at seed 0 1.00 [1.00, 1.00], Kendall 1.00, for 1/19 of" in rankings.aim_words(
+        ledger, [contest])  # it ranks alike, but for too much
+    assert rankings.aim_words(hl.Ledger(ledger.folder / "none"), [contest]).endswith("were not both run.")
+
+
+def test_the_layers_whose_ranks_differ_most_are_named(aims):
+    ledger, contest = aims([UP, UP], [UP, SWAPPED], again=SWAPPED)
+    table = rankings.rank_gaps(ledger, contest, 3)
+    assert list(table.index) == [(1, 0), (1, 5)] and list(table["of what is lost"]) == ["50%", "50%"]  # seed 0 agrees
+    assert list(table["gate gradient"]) == [10, 5] and list(table["GA-S2"]) == [5, 10]
+    assert set(table["GA-S2, other text"]) == {"\u2013"}
+    ledger, contest = aims([SWAPPED, UP], [UP, UP], again=SWAPPED)
+    assert list(rankings.rank_gaps(ledger, contest, 1)["GA-S2, other text"]) == [5]
+    with pytest.raises(ValueError, match="^count=0"):
+        rankings.rank_gaps(ledger, contest, 0)

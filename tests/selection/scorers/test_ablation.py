@@ -1,0 +1,290 @@
+"""Scores from ablations: hand-edited teachers, plain recomputations, layers known to carry nothing or recall."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+import hybridlib as hl
+from hybridlib.selection.scorers.ablation import HALO_CAP, halo_values
+from hybridlib.distill.corpus import Tokens
+from hybridlib.distill.recall import encode_recall
+from hybridlib.selection.scorers.speculative import acceptance, draft_cost, maximize_over_sets, throughput
+
+FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen3", "mistral")
+
+
+def silenced(teacher, layers):
+    """A copy whose output projections are zero, in float64."""
+    model = copy.deepcopy(teacher).double()
+    for l in layers:
+        for p in model.model.layers[l].self_attn.o_proj.parameters():
+            p.zero_()
+    return model
+
+
+def log_probs(model, rows):
+    return model(input_ids=rows.long()).logits.double().log_softmax(-1)
+
+
+def plain_nats(model, rows):
+    return -log_probs(model, rows)[:, :-1].gather(-1, rows[:, 1:, None].long()).mean().item()
+
+
+@pytest.fixture(scope="module")
+def idle(tiny_teacher):
+    """A teacher of four layers, the attention of layer 2 carrying nothing."""
+    teacher = tiny_teacher("llama", layers=4)
+    teacher.model.layers[2].self_attn.o_proj.weight.zero_()
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return hl.load_teacher("lab", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def lab_tokens(lab):
+    text = hl.load_tokens("lab", lab.tokenizer, context=128, max_tokens=6_400, heldout_tokens=1024)
+    return Tokens(text.train, text.heldout, lab.tokenizer, text.source)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [(0,), (1, 2), ()])
+def test_ablation_is_a_zero_output_projection_and_is_undone(tiny_teacher, tiny_tokens, family, layers):
+    teacher, ids = tiny_teacher(family), tiny_tokens.heldout[:2].long()
+    before = teacher(input_ids=ids).logits
+    with hl.ablate(teacher, layers):
+        ablated = teacher(input_ids=ids).logits
+        cached = teacher.generate(ids, max_new_tokens=4, do_sample=False)
+    by_hand = silenced(teacher, layers)
+    torch.testing.assert_close(ablated.double(), by_hand(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cached, by_hand.generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(teacher(input_ids=ids).logits, before)
+    assert bool(layers) != torch.equal(ablated, before)
+
+
+def test_ablation_is_undone_after_an_error(tiny_teacher, tiny_tokens):
+    teacher, ids = tiny_teacher("qwen3"), tiny_tokens.heldout[:2].long()
+    before = teacher(input_ids=ids).logits
+    with pytest.raises(ZeroDivisionError), hl.ablate(teacher, [0, 1]):
+        raise ZeroDivisionError
+    assert torch.equal(teacher(input_ids=ids).logits, before)
+    assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_score_is_the_plain_rise_in_float64(tiny_teacher, tiny_tokens, family):
+    teacher, rows = tiny_teacher(family), tiny_tokens.heldout
+    scores = hl.score_perplexity(teacher, tiny_tokens, batch_tokens=48)
+    intact = plain_nats(silenced(teacher, ()), rows)
+    rises = [plain_nats(silenced(teacher, [l]), rows) - intact for l in range(3)]
+    assert scores.values == pytest.approx(rises, rel=1e-4, abs=1e-5)
+    by_row = [plain_nats(silenced(teacher, [0]), r[None]) - plain_nats(silenced(teacher, ()), r[None]) for r in rows]
+    assert scores.stderr[0] == pytest.approx(torch.tensor(by_row).std().item() / len(rows) ** 0.5, rel=1e-3)
+    assert (scores.direction, scores.metric, scores.tokens) == ("remove", "ppl", 0)
+    assert (scores.cost.forward_tokens, scores.cost.passes) == (4 * rows.numel(), 4)
+
+
+def test_a_layer_that_carries_nothing_scores_nothing(idle, tiny_tokens):
+    ppl, rad = hl.score_perplexity(idle, tiny_tokens), hl.score_acceptance(idle, tiny_tokens)
+    assert ppl.values[2] == 0 and abs(ppl.measured[2]) == min(map(abs, ppl.values))
+    assert rad.ranking[-1] == 2 and rad.measured[2] == pytest.approx(1) and max(rad.measured[:2]) < 0.99
+    found = hl.search_skips(idle, tiny_tokens, 3)
+    assert found.layers == (0, 1, 3) and found.acceptance == pytest.approx(1)
+
+
+def test_perplexity_ranks_the_idle_layer_last_where_the_others_help(lab, lab_tokens):
+    teacher = copy.deepcopy(lab.model)
+    teacher.model.layers[3].self_attn.o_proj.weight.data.zero_()
+    scores = hl.score_perplexity(teacher, lab_tokens)
+    assert scores.ranking[-1] == 3 and scores.values[3] == 0
+
+
+def test_acceptance_of_two_classes_in_closed_form():
+    p, q = torch.tensor([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.6, 0.4], [0.5, 0.5], [0.0, 1.0]])
+    torch.testing.assert_close(acceptance(p.log(), q.log()), torch.tensor([0.7, 1.0, 0.0]))
+
+
+def test_throughput_is_what_drafting_gives():
+    assert throughput(0.8, 0.1, 3) == pytest.approx((1 - 0.8 ** 4) / (0.2 * 1.3))
+    assert throughput(1.0, 0.5, 4) == pytest.approx(5 / 3)
+    assert throughput(0.0, 0.0, 4) == 1
+    generator = torch.Generator().manual_seed(0)
+    runs = (torch.rand(100_000, 3, generator=generator) < 0.8).int().cumprod(-1).sum(-1) + 1  # until the first refusal
+    assert throughput(0.8, 0.1, 3) == pytest.approx(runs.float().mean().item() / 1.3, rel=0.01)
+
+
+def test_a_draft_costs_the_weights_that_it_reads(tiny_teacher):
+    for family in ("qwen2", "qwen2_tied"):  # the tied head is read too
+        attention = 32 * (32 + 16 + 16 + 32) + 32 + 16 + 16  # q, k, v, o and the biases of q, k, v
+        total = 3 * (attention + 3 * 32 * 48 + 2 * 32) + 32 + 64 * 32
+        assert draft_cost(tiny_teacher(family), [0, 2]) == pytest.approx(1 - 2 * attention / total)
+    assert draft_cost(tiny_teacher("llama"), []) == 1
+
+
+def test_acceptance_score_is_the_plain_overlap(tiny_teacher, tiny_tokens):
+    teacher, rows = tiny_teacher("mistral"), tiny_tokens.heldout
+    scores = hl.score_acceptance(teacher, tiny_tokens, heldout_tokens=64, batch_tokens=32)
+    p = log_probs(silenced(teacher, ()), rows[:4]).exp()
+    for l in range(3):
+        overlap = torch.minimum(p, log_probs(silenced(teacher, [l]), rows[:4]).exp()).sum(-1).mean().item()
+        assert scores.measured[l] == pytest.approx(overlap, rel=1e-4)
+        assert scores.values[l] == pytest.approx(1 - overlap, rel=1e-3)
+    assert scores.metric == "rad" and scores.tokens == 0 and scores.cost.forward_tokens == 4 * 64
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_finds_the_best_set_with_fewer_trials_than_all(seed):
+    weights = torch.rand(10, generator=torch.Generator().manual_seed(seed)).tolist()
+    tried = []
+
+    def value(chosen):
+        tried.append(chosen)
+        return sum(weights[l] for l in chosen) - 0.5 * (0 in chosen and 1 in chosen)
+
+    every = {s: value(s) for s in combinations(range(10), 4)}
+    tried.clear()
+    best, found = maximize_over_sets(value, 10, 4, evaluations=50, seed=seed)
+    assert best == max(every, key=every.get) and found == every[best]
+    assert len(set(tried)) == len(tried) == 50 < len(every)
+    again = maximize_over_sets(value, 10, 4, evaluations=50, seed=seed)
+    assert again == (best, found) and tried[:50] == tried[50:]
+
+
+@pytest.mark.parametrize("size, sets", [(0, 1), (2, 6), (4, 1)])
+def test_a_search_over_few_sets_tries_each_once(size, sets):
+    tried = []
+    best, found = maximize_over_sets(lambda s: tried.append(s) or -sum(s), 4, size, first=range(size))
+    assert best == tuple(range(size)) and len(tried) == len(set(tried)) == sets
+
+
+def test_skips_found_are_those_of_an_exhaustive_search(tiny_teacher, tiny_tokens):
+    teacher, rows = tiny_teacher("llama", layers=5), tiny_tokens.heldout
+    found = hl.search_skips(teacher, tiny_tokens, 2, evaluations=10, gamma=3)
+    p = log_probs(teacher, rows).exp()
+    overlap = {s: torch.minimum(p, log_probs(silenced(teacher, s), rows).exp()).sum(-1).mean().item()
+               for s in combinations(range(5), 3)}
+    skipped = max(overlap, key=overlap.get)
+    assert found.layers == tuple(l for l in range(5) if l not in skipped) and found.evaluations == 10
+    assert found.acceptance == pytest.approx(overlap[skipped], rel=1e-4)
+    assert found.throughput == pytest.approx(throughput(overlap[skipped], draft_cost(teacher, skipped), 3), rel=1e-4)
+    assert found.cost.forward_tokens == (2 + 5 + 10) * rows.numel() and found.cost.passes == 2 + 5 + 10
+    assert found.scores.values == hl.score_acceptance(teacher, tiny_tokens).values
+    assert hl.search_skips(teacher, tiny_tokens, 1.0).acceptance == pytest.approx(1)
+
+
+def test_halo_values_by_hand_with_the_cap():
+    recall, sense = [1.0, 0.2, 0.9, 0.5], [0.30, 0.40, 0.38, 0.30]
+    assert halo_values(recall, sense) == pytest.approx([0, HALO_CAP, 0.1 / 0.02, 0.5 / 0.1])
+
+
+def test_halo_measures_each_replaced_layer(lab, lab_tokens):
+    student, task = hl.linearize(lab.model), hl.RecallTask(pairs=4)
+    before = {n: p.clone() for n, p in [*student.named_parameters(), *lab.model.named_parameters()]}
+    scores = hl.score_halo(student, lab.model, lab_tokens, task, num_examples=12, heldout_tokens=256)
+    examples, rows = hl.generate_recall(task, 12), lab_tokens.heldout[:2].long()
+    recall, sense = [], []
+    for l in range(8):
+        replaced = hl.restore(student, lab.model, [m for m in range(8) if m != l]).eval()
+        recall.append(hl.score_recall(replaced, lab.tokenizer, examples).exact_match)
+        with torch.no_grad():
+            predicted = replaced(input_ids=rows).logits[:, :-1].argmax(-1)
+        sense.append((predicted == rows[:, 1:]).double().mean().item())
+    assert scores.measured == pytest.approx(recall) and scores.values == pytest.approx(halo_values(recall, sense))
+    prompts = sum(len(encode_recall(e, lab.tokenizer)[0]) for e in examples)
+    assert scores.metric == "halo" and scores.cost.forward_tokens == 9 * prompts + 8 * 256
+    after = dict([*student.named_parameters(), *lab.model.named_parameters()])
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert student.training and not lab.model.training
+
+
+def test_recall_is_lost_with_either_planted_layer_and_the_teacher_is_left(lab):
+    task = hl.RecallTask(pairs=6)
+    before = {n: p.clone() for n, p in lab.model.named_parameters()}
+    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
+    assert scores.metric == "ar" and set(scores.ranking[:3]) == {0, 1, 4}  # without layer 0, nothing works
+    assert scores.measured == (0, 0, 1, 1, 0, 1, 1, 1)
+    examples = hl.generate_recall(task, 24)
+    intact = hl.score_recall(lab.model, lab.tokenizer, examples).exact_match
+    for l in (1, 6):
+        with hl.ablate(lab.model, [l]):
+            assert scores.measured[l] == hl.score_recall(lab.model, lab.tokenizer, examples).exact_match
+    lost = [intact - r for r in scores.measured]
+    assert all(abs(v - x) < 0.5 / 24 for v, x in zip(scores.values, lost, strict=True))
+    assert len(set(scores.values)) == 8  # ties in accuracy are ordered
+    assert all(torch.equal(p, before[n]) for n, p in lab.model.named_parameters())
+    assert not any(layer.self_attn._forward_hooks for layer in lab.model.model.layers)
+
+
+def test_recall_ties_follow_the_likelihood_lost(lab):
+    task = hl.RecallTask(pairs=6)
+    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=4)
+    likelihood = []
+    for layers in [[], *([l] for l in range(8))]:
+        nats = []
+        with hl.ablate(lab.model, layers), torch.no_grad():
+            for example in hl.generate_recall(task, 4):
+                prompt, question, answer = (lab.tokenizer(text, add_special_tokens=False).input_ids
+                                            for text in (example.prompt, *example.turns[0]))
+                asked = [lab.tokenizer.bos_token_id, *prompt, *question]
+                found = lab.model(input_ids=torch.tensor([asked + answer])).logits[0].double().log_softmax(-1)
+                nats.append(sum(found[len(asked) - 1 + i, t].item() for i, t in enumerate(answer)) / len(answer))
+        likelihood.append(sum(nats) / 4)
+    for l in range(8):
+        lost = likelihood[0] - likelihood[1 + l]
+        rest = scores.values[l] - (1 - scores.measured[l])
+        assert rest == pytest.approx(lost / (2 + 2 * abs(lost)) / 4, abs=1e-4)
+
+
+def test_recall_through_aliases_is_scored_as_multi_hop(lab):
+    task = hl.RecallTask("variable_tracking", pairs=4, hops=2)
+    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=16)
+    assert scores.metric == "ar-mh" and {1, 4} < set(scores.ranking[:4])
+    assert scores.measured[1] == scores.measured[4] == 0 and scores.measured[2] > 0.8
+
+
+def test_a_teacher_at_chance_has_no_recall_to_lose(lab, lab_tokens):
+    task = hl.RecallTask("multi_hop", pairs=8, hops=2)
+    with pytest.raises(ValueError, match=r"name='multi_hop', pairs=8.* is beyond the teacher.*give an easier task"):
+        hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
+    with pytest.raises(ValueError, match="beyond the teacher"):
+        hl.score_halo(hl.linearize(lab.model), lab.model, lab_tokens, task, num_examples=24)
+
+
+def test_bad_calls_are_refused(tiny_teacher, tiny_tokens, lab):
+    teacher = tiny_teacher("llama")
+    for layers, message in (([3], "layers holds 3; a layer index is a whole number from 0 to 2"),
+                            ([1, 1], "names layer 1 twice")):
+        with pytest.raises(ValueError, match=message), hl.ablate(teacher, layers):
+            pass
+    for score in (hl.score_perplexity, hl.score_acceptance):
+        with pytest.raises(ValueError, match="heldout_tokens=15 is not a whole number of at least 16"):
+            score(teacher, tiny_tokens, heldout_tokens=15)
+        with pytest.raises(ValueError, match="batch_tokens=0 is not a whole number of at least 1"):
+            score(teacher, tiny_tokens, batch_tokens=0)
+    for arguments, message in (({"budget": 4}, "budget=4 is not a count from 1 to 3"),
+                               ({"budget": 1, "gamma": 0}, "gamma=0 is not a whole number of at least 1"),
+                               ({"budget": 1, "evaluations": 0}, "evaluations=0 is not a whole number of at least 1")):
+        with pytest.raises(ValueError, match=message):
+            hl.search_skips(teacher, tiny_tokens, **arguments)
+    with pytest.raises(ValueError, match="acceptance=1.5 is not a number of at least 0 and at most 1"):
+        throughput(1.5, 0.5, 4)
+    with pytest.raises(ValueError, match="cost=nan is not a number"):
+        throughput(0.5, math.nan, 4)
+    with pytest.raises(ValueError, match="size=5 is not a whole number from 0 to 4"):
+        maximize_over_sets(len, 4, 5)
+    with pytest.raises(ValueError, match="holds 1 layers; the set to start from must hold size=2"):
+        maximize_over_sets(len, 4, 2, first=[0])
+    with pytest.raises(ValueError, match="num_examples=0 is not a whole number of at least 1"):
+        hl.score_associative_recall(lab.model, lab.tokenizer, num_examples=0)
+    with pytest.raises(ValueError, match="teacher's context is 1024; use fewer pairs or filler"):
+        hl.score_associative_recall(lab.model, lab.tokenizer, hl.RecallTask(pairs=512), num_examples=1)
+    student = hl.linearize(teacher)
+    with pytest.raises(ValueError, match="student has softmax layers"):
+        hl.score_halo(hl.restore(student, teacher, [0]), teacher, tiny_tokens)

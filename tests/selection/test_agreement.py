@@ -1,0 +1,169 @@
+"""Agreement measures against closed forms, numbers worked out by hand, and enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hybridlib.selection.agreement import (RANGES, bootstrap_interval, chance_jaccard, interval, jaccard, kendall,
+                                           paired_difference, pairwise, spearman, stability, top_k_jaccard)
+
+
+def test_jaccard_by_hand():
+    assert jaccard([0, 1, 2, 3], (3, 2, 8)) == 2 / 5
+    assert jaccard([1, 1, 2], {1, 2}) == 1.0
+    assert jaccard([], []) == 1.0
+    assert jaccard([], [4]) == 0.0
+    assert jaccard(np.array([1, 2]), [2]) == 0.5
+
+
+@pytest.mark.parametrize("layers", [[0.5], "12", 3, [None]])
+def test_jaccard_refuses_what_is_no_layer(layers):
+    with pytest.raises(ValueError, match="b=.*whole numbers"):
+        jaccard([1], layers)
+
+
+@pytest.mark.parametrize("n, a, b", [(6, 2, 3), (5, 4, 4), (4, 4, 2)])
+def test_chance_jaccard_is_the_mean_over_all_pairs_of_sets(n, a, b):
+    pairs = itertools.product(itertools.combinations(range(n), a), itertools.combinations(range(n), b))
+    assert chance_jaccard(n, a, b) == pytest.approx(np.mean([jaccard(x, y) for x, y in pairs]), abs=1e-12)
+
+
+def test_top_k_jaccard():
+    a, b = [0.9, 0.1, 0.8, 0.7], [0.9, 0.8, 0.1, 0.7]
+    assert top_k_jaccard(a, b, 1) == 1.0  # {0} and {0}
+    assert top_k_jaccard(a, b, 2) == 1 / 3  # {0, 2} and {0, 1}
+    assert top_k_jaccard(a, b, 3) == 2 / 4  # {0, 2, 3} and {0, 1, 3}
+    assert top_k_jaccard([1, 1, 1], [3, 2, 1], 2) == 1.0  # equal scores: the lower index
+    with pytest.raises(ValueError, match="k=5 is not a whole number from 1 to 4"):
+        top_k_jaccard(a, b, 5)
+
+
+def test_spearman_without_ties_is_the_closed_form():
+    x, y = [10, 20, 30, 40, 50], [3, 1, 2, 5, 4]  # rank differences 2, 1, 1, 1, 1 in size
+    assert spearman(x, y) == pytest.approx(1 - 6 * (4 + 1 + 1 + 1 + 1) / (5 * 24))
+    assert spearman(x, np.exp(x)) == 1.0
+    assert spearman(x, [-v for v in x]) == -1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlations_are_scipys(seed):
+    x, y = np.random.default_rng(seed).integers(0, 12, (2, 30))  # with ties
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+
+
+def test_kendall_counts_pairs():
+    x, y = [1, 2, 3, 4, 5], [3, 1, 2, 5, 4]  # 7 pairs in the same order, 3 in the opposite order
+    assert kendall(x, y) == pytest.approx((7 - 3) / 10)
+
+
+def test_ties():
+    x, y = [1, 2, 2, 4, 5, 5], [2, 1, 1, 3, 3, 9]
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert kendall(x, y) == pytest.approx((10 - 2) / (15 - 2))  # 10 pairs agree, 2 do not; of 15, 2 tie in x and 2 in y
+
+
+@pytest.mark.parametrize("measure", [spearman, kendall])
+def test_a_constant_ranking_orders_nothing(measure):
+    assert math.isnan(measure([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(measure([1, 2, 3], [0.5, 0.5, 0.5]))
+
+
+@pytest.mark.parametrize("measure", [spearman, kendall, paired_difference])
+def test_pairs_are_checked(measure):
+    with pytest.raises(ValueError, match="2 values and .* has 3"):
+        measure([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="value nan; all values must be finite"):
+        measure([1, 2], [1, float("nan")])
+
+
+def test_interval_with_the_table_of_student():
+    mean, low, high = interval([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.302653
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-6)
+    mean, low, high = interval([0.0, 2.0], confidence=0.9)  # s / sqrt(2) = 1, t(0.95, 1) = 6.313752
+    assert (mean, low, high) == pytest.approx((1.0, 1 - 6.313752, 1 + 6.313752), abs=1e-5)
+    assert interval([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_interval_of_one_seed_has_no_ends():
+    value, low, high = interval([0.25])
+    assert value == 0.25 and math.isnan(low) and math.isnan(high)
+
+
+def test_an_interval_is_cut_to_what_a_quantity_can_be():
+    mean, low, high = interval([0.9, 1.0], within=RANGES["recall_exact"])  # 0.95 +- 0.64 before
+    assert (mean, high) == (pytest.approx(0.95), 1.0) and low == pytest.approx(interval([0.9, 1.0])[1])
+    assert interval([0.5, 0.6, 0.7], within=(0.0, 1.0)) == interval([0.5, 0.6, 0.7])
+    assert interval([0.0, 0.2], within=RANGES["kl"])[1] == 0 and interval([0.0, 0.2], within=RANGES["kl"])[2] > 1
+    mean, low, high = interval([-1e-9, -1e-9], within=RANGES["kl"])  # rounding left the range
+    assert low <= mean <= high
+    difference = paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["recall_exact"])
+    assert difference == (pytest.approx(0.55), -1.0, 1.0)
+    assert paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["kl"]) == paired_difference([1.0, 0.1], [0.0, 0.0])
+
+
+def test_interval_covers_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(5.0, 2.0, (1000, 4))
+    covered = np.mean([low <= 5.0 <= high for _, low, high in map(interval, draws)])
+    assert 0.93 < covered < 0.97
+
+
+@pytest.mark.parametrize("values, confidence, words", [
+    ([], 0.95, "at least 1"), ([[1.0, 2.0]], 0.95, "one-dimensional"), ([1.0, math.inf], 0.95, "value inf"),
+    (["a"], 0.95, "not a sequence of numbers"), ([1.0, 2.0], 0, "confidence=0"), ([1.0, 2.0], 1, "confidence=1"),
+    ([1.0, 2.0], 95, "confidence=95"),
+])
+def test_interval_refuses(values, confidence, words):
+    with pytest.raises(ValueError, match=words):
+        interval(values, confidence)
+
+
+def test_paired_difference_cancels_what_seeds_share():
+    seeds = np.array([0.0, 10.0, 20.0])
+    mean, low, high = paired_difference(seeds + [1.1, 1.0, 0.9], seeds)
+    assert mean == pytest.approx(1.0) and 0 < low < 1 < high
+    assert high - low == pytest.approx(2 * 4.302653 * 0.1 / math.sqrt(3), abs=1e-6)
+
+
+def test_bootstrap_of_a_mean_is_near_the_normal_interval():
+    values = np.random.default_rng(1).normal(0, 1, 400)
+    value, low, high = bootstrap_interval(np.mean, values, seed=3)
+    half = 1.96 * values.std() / 20
+    assert value == values.mean()
+    assert low == pytest.approx(value - half, abs=0.2 * half) and high == pytest.approx(value + half, abs=0.2 * half)
+
+
+def test_bootstrap_keeps_pairs_together_and_is_seeded():
+    x = np.arange(12.0)
+    assert bootstrap_interval(spearman, x, x ** 3, resamples=200) == pytest.approx((1.0, 1.0, 1.0))
+    y = np.random.default_rng(0).permutation(x)
+    first = bootstrap_interval(spearman, x, y, resamples=200, seed=5)
+    assert first == bootstrap_interval(spearman, x, y, resamples=200, seed=5)
+    assert first != bootstrap_interval(spearman, x, y, resamples=200, seed=6)
+    assert -1 <= first[1] < first[0] < first[2] <= 1
+
+
+def test_bootstrap_of_an_undefined_statistic():
+    value, low, high = bootstrap_interval(spearman, [1, 1, 1], [1, 2, 3], resamples=100)
+    assert math.isnan(value) and math.isnan(low) and math.isnan(high)
+    with pytest.raises(ValueError, match="lengths"):
+        bootstrap_interval(spearman, [1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="samples is empty"):
+        bootstrap_interval(np.mean)
+
+
+def test_pairwise():
+    matrix = pairwise(jaccard, [(0, 1), (1, 2), (5,)])
+    assert np.allclose(matrix, [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 1]])
+
+
+def test_stability_compares_each_measurement_with_the_last():
+    found = stability([[1, 2, 3, 4], [4, 2, 3, 1], [4, 3, 2, 1]], 2)
+    assert found == pytest.approx(np.array([[-1.0, 0.0], [0.8, 1 / 3], [1.0, 1.0]]))
+    with pytest.raises(ValueError, match="history is empty"):
+        stability([], 2)

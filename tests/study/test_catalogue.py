@@ -1,0 +1,274 @@
+"""Every selector through a study: a set of the budget's size, remembered, costed; searches against plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+
+import pytest
+
+import hybridlib as hl
+from hybridlib.selection.scorers import ablation
+from hybridlib.study import study as study_module
+from hybridlib.selection.rules import RULES
+
+LAYERS, KEPT = 4, 2
+SMALL = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=128, match_tokens=128,
+             batch_tokens=64, heldout_tokens=64, seeds=1, recall_pairs=2, budget=KEPT, device="cpu")
+NEED_TEXT = ("ar", "ar-mh", "halo")  # prompts for a teacher that has a tokenizer and recalls
+RATES = dict(match_learning_rate=1e-3, mixer_learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_teacher, tiny_tokens, tmp_path_factory):
+    """make(**changes): a study of a tiny teacher; all share their records."""
+    teacher, folder = tiny_teacher(layers=LAYERS), tmp_path_factory.mktemp("results")
+    tiny = hl.Teacher(teacher, None, "tiny", "r1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "load_teacher",
+                      lambda name, **k: tiny if name == "tiny" else hl.load_teacher(name, **k))
+        patch.setattr(study_module, "load_tokens",
+                      lambda name, *a, **k: tiny_tokens if name == "pattern" else hl.load_tokens(name, *a, **k))
+        yield lambda **changes: hl.Study(hl.StudySettings(**{**SMALL, **RATES, "results": str(folder), **changes}))
+
+
+@pytest.fixture(scope="module")
+def lab_study(smoke_profile, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("lab"))
+    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder}))
+
+
+@pytest.fixture(scope="module")
+def measured(make, tiny_tokens):
+    """{layers: KL} of every set, by a plain loop over `distilled_kl`."""
+    study = make()
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                              num_tokens=128, settings=study.match_settings)
+    return {layers: measure(layers) for size in range(LAYERS + 1) for layers in combinations(range(LAYERS), size)}
+
+
+def check(study, found, kept):
+    assert len(found.layers) == kept and list(found.layers) == sorted(set(found.layers))
+    assert set(found.layers) <= set(range(study.num_layers))
+    assert found.values is None or len(found.values) == study.num_layers
+    needs = hl.SELECTORS[found.selector].needs
+    assert (found.cost.training_tokens > 0) == (needs == "stage 2" or "gate" in found.selector)
+    assert (found.cost.forward_tokens > 0) == (found.cost.flops > 0) == (needs != "nothing")
+    assert needs == "nothing" or (found.cost.passes > 0 and found.cost.seconds > 0 and found.cost.device)
+
+
+@pytest.mark.parametrize("name", [name for name in hl.SELECTORS if name not in NEED_TEXT])
+def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembered(make, name):
+    study = make()
+    found = study.selection(name)
+    check(study, found, KEPT)
+    before = {r.key: r.started for r in study.ledger}
+    again = make()
+    assert again.selection(name) == found and again.select(name) == found.layers  # its seconds, too: it was read
+    assert {r.key: r.started for r in again.ledger} == before
+    needs = hl.SELECTORS[name].needs
+    assert needs == "nothing" or {r.kind for r in study.ledger} >= {"score"}
+
+
+@pytest.mark.parametrize("name", ["ar", "halo"])
+def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
+    study = lab_study()
+    found = study.selection(name, num_examples=40)
+    check(study, found, 2)
+    assert lab_study().selection(name, num_examples=40) == found
+    assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
+
+
+def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
+    found = lab_study().selection("ar-mh", num_examples=40)
+    check(lab_study(), found, 2)
+    assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
+    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
+             if r.parameters["task"]["hops"] == 2]
+    assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
+    monkeypatch.setattr(ablation, "_refuse_chance", lambda *a: None)
+    first = lab_study().selection("ar-mh", num_examples=24)
+    assert [r.parameters["task"]["name"] for r in lab_study().ledger.find("score", selector="ar", num_examples=24)
+            ] == ["multi_hop"] and first.values != found.values
+
+
+@pytest.mark.parametrize(("count", "able", "asked"), [
+    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking",
+     "scores of the task variable_tracking, 4 pairs"),
+    (10, lambda task: task.pairs < 4, "scores of the task multi_hop, 2 pairs")])
+def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch, count, able, asked):
+    def refuse(task, *rest):
+        if not able(task):
+            raise ablation.TaskTooHard(f"{task.name} with {task.pairs} pairs is beyond it")
+    monkeypatch.setattr(ablation, "_refuse_chance", refuse)
+    assert lab_study().selection("ar-mh", num_examples=count).note == asked
+    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
+    assert f"scores of the task {task['name']}, {task['pairs']} pairs" == asked
+
+
+def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
+    tried = []
+
+    def refuse(task, *rest):
+        tried.append((task.name, task.pairs))
+        raise ablation.TaskTooHard(f"{task.name} is beyond it")
+    monkeypatch.setattr(ablation, "_refuse_chance", refuse)
+    with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
+        lab_study().select("ar-mh", num_examples=8)
+    assert tried == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
+
+
+def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
+    size = tiny_tokens.train.numel()  # no row twice, so that the teacher reads every row for the first time
+    study = make(score_tokens=size, heldout_tokens=128)
+    whole = study.selection("ga-s2").cost
+    student, teacher = study.aligned("gdn", 0), study.teacher.model
+    held = len(study.tokens(0, size, "score").heldout) * 16
+    assert hl.one_run_a_layer_flops(student, teacher, size, held, 16) == pytest.approx(whole.flops)
+    row = 16 * hl.gate_gradient_flops(student, teacher, 16)
+    cheap = study.selection("gate-gradient", share=3.5 * row / whole.flops).cost
+    assert cheap.flops == pytest.approx(3 * row) and cheap.training_tokens == 3 * 16 < held
+    assert study.selection("gate-gradient", share=None).cost.training_tokens == held
+    turns = study.selection("gate-gradient-turns", train=128 / size, share=None).cost
+    assert turns.training_tokens == 128 + held
+    training = 128 * hl.gate_gradient_flops(student, teacher, 16, frozen=False)
+    assert turns.flops == pytest.approx(training + held / 16 * row)
+    fewer = study.selection("gate-gradient-turns", train=128 / size, share=(turns.flops - 0.5 * row) / whole.flops).cost
+    assert fewer.training_tokens == 128 + held - 16
+    with pytest.raises(ValueError, match="^share=0"):
+        study.select("gate-gradient", share=0)
+    with pytest.raises(ValueError, match="^train=2"):
+        study.select("gate-gradient", train=2)
+
+
+def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
+    study = make()
+    rest = hl.Tokens(tiny_tokens.train[128 // 16:], study.tokens(0, 256, "score").heldout)
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, rest, num_tokens=128,
+                              settings=study.match_settings)
+    assert study.selection("ga-s2-again").values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
+    with pytest.raises(ValueError, match="'ga-s2-again' needs twice score_tokens"):
+        make(score_tokens=10**6).select("ga-s2-again")
+
+
+def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
+    study = make()
+    settings = dataclasses.replace(study.match_settings, mixer_learning_rate=study.settings.mixer_learning_rate / 4)
+    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                              num_tokens=128, settings=settings)
+    slow = study.selection("ga-s2-slow", rate=0.25)
+    assert slow.values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
+    assert slow.values != study.selection("ga-s2").values
+    with pytest.raises(ValueError, match="^rate=0"):
+        study.select("ga-s2-slow", rate=0)
+
+
+def test_smart_places_layers_by_untrained_candidates(make):
+    study = make()
+    untrained = hl.score_layers(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+                                num_tokens=0)
+    found = study.selection("smart")
+    assert found.values == pytest.approx(untrained.values) and found.cost.training_tokens == 0
+    assert found.layers == hl.select("smart", KEPT, scores=untrained)
+    trained = study.selection("smart", num_tokens=128)
+    assert trained.values == pytest.approx(study.selection("ga-s2").values, rel=1e-5) != found.values
+    with pytest.raises(ValueError, match="^num_tokens=8 "):
+        study.select("smart", num_tokens=8)
+
+
+def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
+    study = make()
+    full, slow = (study.selection(name) for name in ("gate-gradient-turns", "gate-gradient-turns-slow"))
+    assert full.values != slow.values and full.cost.training_tokens == slow.cost.training_tokens
+    asked = study.selection("gate-gradient-turns", rate=0.1)
+    assert (asked.values, asked.cost) == (slow.values, slow.cost)  # one question, one record
+    with pytest.raises(ValueError, match="^rate=0"):
+        study.select("gate-gradient-turns", rate=0)
+
+
+def test_the_names_are_those_of_the_rules_and_each_is_described():
+    assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
+    for name, selector in hl.SELECTORS.items():
+        assert selector.title and selector.source and selector.assumes and selector.cost, name
+        assert selector.needs in ("nothing", "teacher", "student", "stage 2"), name
+    assert len({selector.title for selector in hl.SELECTORS.values()}) == len(hl.SELECTORS)
+
+
+def test_searches_find_what_plain_loops_find(make, measured):
+    def best(sets):
+        return min(sets, key=lambda layers: (measured[layers], layers))
+
+    study, pairs = make(), list(combinations(range(LAYERS), KEPT))
+    first = best([(l,) for l in range(LAYERS)])
+    assert study.select("greedy-forward") == best([p for p in pairs if set(first) <= set(p)])
+    three = best(list(combinations(range(LAYERS), 3)))
+    assert study.select("greedy-backward") == best([p for p in pairs if set(p) <= set(three)])
+    assert study.select("exhaustive") == best(pairs) == study.select("beam", width=LAYERS)
+    assert study.select("ga-s2") == tuple(sorted(sorted(range(LAYERS), key=lambda l: measured[l,])[:KEPT]))
+
+
+def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
+    study, heldout = make(), 64
+    gradient, trained = study.selection("gate-gradient", share=None).cost, LAYERS * 128
+    assert (gradient.forward_tokens, gradient.training_tokens, gradient.passes) == (heldout, heldout, 2)
+    assert study.selection("gate-gradient-2").cost.training_tokens == (1 + 2 * LAYERS) * heldout
+    assert study.selection("gate-gradient-path").cost.training_tokens == 8 * heldout
+    assert study.selection("ppl").cost.forward_tokens == (LAYERS + 1) * heldout
+    assert study.selection("ga-s1").cost.forward_tokens == heldout
+    assert study.selection("learned-gates").cost.training_tokens == trained
+    ga, gr, avg = (study.selection(name).cost for name in ("ga-s2", "gr-s2", "avg"))
+    assert ga.training_tokens == gr.training_tokens == trained and avg == ga + gr and gr.flops != ga.flops
+    every = study.selection("exhaustive")
+    sets = [r for r in study.ledger.find("candidate", num_tokens=128) if len(r.parameters.get("layers", ())) == KEPT]
+    assert len(sets) == 6 and every.cost.training_tokens == 6 * 128 and every.cost.forward_tokens == 6 * (128 + 2 * 64)
+    assert every.cost.seconds == pytest.approx(sum(r.metrics["cost"]["seconds"] for r in sets))
+    forward = study.selection("greedy-forward").cost
+    assert forward.training_tokens == (LAYERS + LAYERS - 1) * 128 and forward.seconds > ga.seconds
+    assert hl.SELECTORS["greedy-forward"].cost.startswith("K (2 L - K + 1) / 2 candidates")
+    assert hl.SELECTORS["greedy-backward"].cost.startswith("(L - K) (L + K + 1) / 2 candidates")
+    for name, sets in (("greedy-forward", KEPT * (2 * LAYERS - KEPT + 1) // 2),
+                       ("greedy-backward", (LAYERS - KEPT) * (LAYERS + KEPT + 1) // 2)):
+        assert study.selection(name).cost.training_tokens == sets * 128
+
+
+def test_a_scores_record_is_keyed_by_what_it_depends_on(make):
+    study = make()
+    perplexity, gate = study.selection("ppl"), study.selection("gate-gradient")
+    assert study.selection("ppl", "gla", 1) == perplexity  # the teacher's own
+    assert study.selection("gate-gradient", "gla").values != gate.values
+    assert study.selection("gate-gradient", seed=1).values != gate.values
+    assert study.selection("gate-gradient", at=1.0, order=2).values != gate.values
+    gates = study.selection("learned-gates").values
+    assert make(budget=1).selection("learned-gates").values != gates
+    assert make(budget=1).selection("gate-gradient").values == gate.values
+    assert len(study.ledger.find("score", selector="ppl")) == 1
+
+
+def test_rules_take_their_options(make):
+    study = make()
+    assert study.select("uniform") == (1, 3) and study.select("uniform", offset="start") == (0, 3)
+    assert study.select("first") == (0, 1) and study.select("last") == (2, 3)
+    assert len({study.select("random", seed=seed) for seed in range(20)}) > 2
+    spaced = study.select("ga-s2-spaced", penalty=2.0)
+    assert spaced[1] - spaced[0] > 1 and study.select("ga-s2-spaced", penalty=0.0) == study.select("ga-s2")
+    assert study.selection("ga-s1", normalize=False).values != study.selection("ga-s1").values
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("ga-s3", {}, r"^selector='ga-s3' is unknown; did you mean 'ga-s2'\?$"),
+    ("wisdom", {}, "^selector='wisdom' is unknown; choose among uniform, random, first"),
+    (3, {}, "^selector=3 is unknown"), ("manual", {}, "^selector='manual' is unknown"),
+    ("uniform", {"width": 2}, "^width=2 is no option of selector 'uniform'; its options: offset$"),
+    ("first", {"width": 2}, "^width=2 is no option of selector 'first'; its options: none$"),
+    ("uniform", {"offset": "left"}, "^offset='left'"), ("beam", {"width": 0}, "^width=0"),
+    ("gate-gradient", {"at": 2}, "^at=2"), ("rad", {"evaluations": 0}, "^evaluations=0"),
+    ("ga-s2-spaced", {"penalty": -1}, "^penalty=-1")])
+def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make().select(name, **options)
+
+
+def test_exhaustive_refuses_more_sets_than_it_can_measure(make, monkeypatch):
+    monkeypatch.setattr("hybridlib.study.steps.MOST_SETS", 5)
+    with pytest.raises(ValueError, match="^selector='exhaustive' would distil 6 sets of 2 of 4 layers; it takes at"):
+        make().select("exhaustive")

@@ -1,0 +1,157 @@
+"""A study remembers its steps, shares them, and refuses bad parameters with a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+import hybridlib as hl
+from hybridlib.selection.engine import measure as candidates_module
+from hybridlib.study import study as study_module
+
+SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
+             heldout_tokens=64, seeds=2, recall_pairs=2, budget=0.34, device="cpu")
+
+
+@pytest.fixture
+def small_study(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
+    teacher = tiny_teacher()
+    calls = []
+    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
+    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
+    monkeypatch.setattr(study_module, "align", lambda *a, **k: calls.append("align") or hl.align(*a, **k))
+    monkeypatch.setattr(study_module, "match", lambda *a, **k: calls.append("match") or hl.match(*a, **k))
+    real = hl.evaluate
+    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+
+    def make(**changes):
+        return hl.Study(hl.StudySettings(**{**SMALL, "results": str(tmp_path / "results"), **changes}))
+
+    make.calls = calls
+    return make
+
+
+def test_steps_are_computed_once_and_found_by_another_study(small_study):
+    first = small_study()
+    scores = first.scores("gdn", 0)
+    record = first.hybrid(first.select("ga-s2"), seed=0)
+    assert small_study.calls == ["align", "match"]  # scoring calls match inside hybridlib.selection.scorers.importance
+    again = small_study()
+    assert again.scores("gdn", 0) == scores and again.hybrid(again.select("ga-s2"), seed=0) == record
+    assert small_study.calls == ["align", "match"]
+    assert record.parameters["layers"] == list(first.select("ga-s2")) and record.metrics["tokens"] == 128
+
+
+def test_recompute_runs_each_step_once_more_with_the_same_numbers(small_study):
+    before = small_study().hybrid([1])
+    again = small_study(recompute=True)
+    after = again.hybrid([1])
+    again.hybrid([1])
+    assert small_study.calls == ["align", "match", "align", "match"]
+    assert after.metrics["loss"] == before.metrics["loss"] and after.metrics["kl"] == before.metrics["kl"]
+    assert after.started > before.started
+
+
+@pytest.mark.parametrize("stage", ["align", "hybrid"])
+def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkeypatch, stage):
+    every = dict(checkpoint_every=64)
+    monkeypatch.setattr(study_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
+    monkeypatch.setattr(study_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
+    whole = small_study(results=str(tmp_path / "whole")).hybrid([1])
+    rows, left = hl.Tokens.rows, [3 if stage == "align" else 4 + 1]  # training steps until the kill; align takes 4
+
+    def killed(tokens, position, count):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return rows(tokens, position, count)
+
+    monkeypatch.setattr(hl.Tokens, "rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small_study().hybrid([1])
+    models = small_study().ledger.folder / "models"
+    assert [p.name[:len(stage)] for p in models.glob("*.checkpoint")] == [stage]
+    monkeypatch.setattr(hl.Tokens, "rows", rows)
+    again = small_study().hybrid([1])
+    assert again.metrics["loss"] == whole.metrics["loss"] and again.metrics["kl"] == whole.metrics["kl"]
+    assert not list(models.glob("*.checkpoint"))
+
+
+def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path, monkeypatch):
+    whole = small_study(results=str(tmp_path / "whole")).scores("gdn", 0)
+    small_study.calls.clear()
+    train, left = candidates_module.match, [2]
+
+    def killed(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(candidates_module, "match", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small_study().scores("gdn", 0)
+    assert [r.parameters["layer"] for r in small_study().ledger.find("candidate")] == [0, 1]
+    left[0] = 1  # what is left to do
+    assert small_study().scores("gdn", 0).values == whole.values and left == [0]
+
+
+def test_a_lost_model_is_made_again(small_study):
+    study = small_study()
+    study.aligned("gdn", 0)
+    for file in (study.ledger.folder / "models").rglob("*.*"):
+        file.unlink()
+    for folder in (study.ledger.folder / "models").iterdir():
+        folder.rmdir()
+    small_study().aligned("gdn", 0)
+    assert small_study.calls == ["align", "align"]
+
+
+def test_seeds_mixers_and_selectors_are_kept_apart(small_study):
+    study = small_study()
+    keys = {study.ledger.path("align", study.aligned_parameters(m, s)) for m in ("gdn", "gla") for s in (0, 1)}
+    assert len(keys) == 4
+    assert study.scores("gdn", 0).values != study.scores("gdn", 1).values
+    raw = study.scores("gdn", 0, metric="mse", normalize=False)
+    assert raw.values != study.scores("gdn", 0, metric="mse").values
+    assert study.select("uniform") == (1,) and len(study.select("random", seed=1)) == 1
+
+
+def test_compare_gives_a_row_a_selection_and_seed(small_study):
+    table = small_study().compare({"middle": {0: [1], 1: [1]}, "none": {0: []}})
+    assert list(table["selector"]) == ["middle", "middle", "none"] and list(table["layers"]) == [(1,), (1,), ()]
+    assert table["kl"].notna().all() and isinstance(table, pd.DataFrame)
+    assert small_study.calls.count("match") == 3
+
+
+def test_records_say_what_was_run(small_study):
+    study = small_study()
+    study.scores("gla", 1)
+    record, = study.ledger.find("score", mixer="gla", seed=1)
+    assert record.parameters["aligned"]["revision"] == "r1" and record.parameters["num_tokens"] == 64
+    assert record.tokens == 3 * 64 and record.seconds > 0
+    json.dumps(record.parameters)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(budget=0), "budget=0"), (dict(budget=-0.5), "budget=-0.5"), (dict(budget=1.5), "budget=1.5"),
+    (dict(budget="half"), "budget='half'"), (dict(mixer="mamba"), "mixer='mamba'"), (dict(seeds=0), "seeds=0"),
+    (dict(context=1), "context=1"), (dict(align_tokens=8), "align_tokens=8"), (dict(batch_tokens=8), "batch_tokens=8"),
+    (dict(device="tpu9"), "device='tpu9'"), (dict(recompute=1), "recompute=1"), (dict(teacher=3), "teacher=3"),
+    (dict(context=80, align_tokens=512, match_tokens=512, score_tokens=512, heldout_tokens=512, batch_tokens=512),
+     "context=80 is beyond teacher tiny's 64"), (dict(budget=4), "budget=4 is not a count from 1 to 3")])
+def test_bad_parameters_are_refused(small_study, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_study(**changes)
+    assert small_study.calls == []
+
+
+def test_notebook_settings_take_parameters_only():
+    namespace = {"__name__": "__main__", "_": 1, "In": [], "Out": {}, "hl": hl, "budget": 0.5, "seeds": 1}
+    assert hl.notebook_settings(namespace) == hl.StudySettings(budget=0.5, seeds=1)
+    with pytest.raises(ValueError, match="bugdet=0.5 is no parameter of this notebook; did you mean 'budget'?"):
+        hl.notebook_settings({**namespace, "bugdet": 0.5})
+    with pytest.raises(ValueError, match="zzz=1 is no parameter of this notebook; choose among align_learning_rate"):
+        hl.notebook_settings({"zzz": 1})
