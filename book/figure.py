@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import hybridlib as hl
-from hybridlib.report import oracle as oracle_report, selector_plots
+from hybridlib.report import contest as contest_report, oracle as oracle_report, selector_plots
 from hybridlib.study import contest, oracle
-from hybridlib.report import contest as contest_report
 
 SHOWN = ("ga-s2", "gate-gradient", "ga-s1", "uniform", "first")
 

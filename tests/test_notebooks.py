@@ -15,11 +15,11 @@ import yaml
 from tests.conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
-from hybridlib.study.contest import SelectorSettings
-from hybridlib.study.oracle import OracleSettings
-from hybridlib.report.published import PublishedSettings
 from hybridlib.bench.scoring import CostSettings
 from hybridlib.bench.speed import SpeedSettings
+from hybridlib.report.published import PublishedSettings
+from hybridlib.study.contest import SelectorSettings
+from hybridlib.study.oracle import OracleSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)

@@ -27,8 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridlib.records.provenance import describe_device
 from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall, score_recall
+from hybridlib.records.provenance import describe_device
 
 END = "<|endoftext|>"
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -11,8 +11,8 @@ import torch
 import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import exactness
-from hybridlib.report import speed as speed_report
 from hybridlib.bench.exactness import CASES, Case, make_case
+from hybridlib.report import speed as speed_report
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention")
 

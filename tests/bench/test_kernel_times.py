@@ -20,8 +20,8 @@ from torch.autograd.profiler_util import Interval
 import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import counters, kernel_times as kernel_speed, launches, speed
-from hybridlib.report import kernel_tables as kernel_report, speed as speed_report, speed_plots
 from hybridlib.kernels.fused import launch
+from hybridlib.report import kernel_tables as kernel_report, speed as speed_report, speed_plots
 
 H100 = launches.Limits(132, 65536, 233472, 64, 32)
 

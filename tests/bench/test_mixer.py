@@ -7,8 +7,8 @@ import torch
 
 import hybridlib as hl
 from hybridlib.bench import mixer as mixer_speed
-from hybridlib.report import kernel_tables as kernel_report
 from hybridlib.models.mixers import MIXERS, build_mixer
+from hybridlib.report import kernel_tables as kernel_report
 
 
 @pytest.mark.parametrize("name", MIXERS)

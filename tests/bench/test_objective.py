@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.bench import objective as objectives
+from hybridlib.bench import objective as objectives, timing
 from hybridlib.distill import objectives as losses
-from hybridlib.bench import timing
 from hybridlib.report import speed as speed_report
 
 SHAPE = (6, 4, 9)

@@ -16,9 +16,9 @@ import yaml
 import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import exactness, operators as benchmarks, speed, timing
-from hybridlib.report import speed as speed_report, speed_plots
 from hybridlib.bench.peers import flash_qla
 from hybridlib.kernels import fla
+from hybridlib.report import speed as speed_report, speed_plots
 
 CALL = ("gated_delta_rule", 128, 128, "bfloat16")
 ON_GPU = "there is no CUDA GPU" if not torch.cuda.is_available() else flash_qla.why_not(*CALL, torch.device("cuda"))

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 
 import hybridlib as hl
 from hybridlib import kernels
-from hybridlib.bench import (exactness, objective as objective_speed, operators as benchmarks, speed,
+from hybridlib.bench import (decoding, exactness, objective as objective_speed, operators as benchmarks, speed,
                              step as step_speed, timing)
-from hybridlib.report import plots, speed as speed_report, speed_plots
 from hybridlib.records.provenance import describe_device
-from hybridlib.bench import decoding
+from hybridlib.report import plots, speed as speed_report, speed_plots
 
 
 @pytest.fixture

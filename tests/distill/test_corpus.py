@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridlib.records import folders
 from hybridlib.distill.corpus import Tokens, is_heldout_text, load_tokens
+from hybridlib.records import folders
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 END = len(CHARACTERS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.models import passes
 from hybridlib.distill.graphs import Graphed
+from hybridlib.models import passes
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SETTINGS = {"align": hl.AlignSettings(batch_tokens=128, learning_rate=1e-2),

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hybridlib as hl
-from hybridlib.distill.objectives import divergence, divergence_from_hidden
+from hybridlib.distill.objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 KINDS = {
@@ -70,7 +69,7 @@ def test_kl_of_two_coins_is_the_closed_form(temperature):
     student = torch.tensor([[math.log(q / (1 - q)), 0.0]]) * temperature
     forward = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     reverse = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
-    assert hl.kl_divergence(teacher, student, temperature=temperature).item() == pytest.approx(
+    assert kl_divergence(teacher, student, temperature=temperature).item() == pytest.approx(
         temperature**2 * forward, rel=1e-5)
     assert divergence(teacher, student, kind="reverse", temperature=temperature).item() == pytest.approx(
         temperature**2 * reverse, rel=1e-5)
@@ -78,7 +77,7 @@ def test_kl_of_two_coins_is_the_closed_form(temperature):
 
 def test_kl_is_zero_for_equal_logits_up_to_a_constant():
     logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
-    assert hl.kl_divergence(logits, logits + 3).abs().max() < 1e-6
+    assert kl_divergence(logits, logits + 3).abs().max() < 1e-6
 
 
 @every()
@@ -175,24 +174,24 @@ def test_half_precision_stays_near_float32(kind):
 def test_the_gradient_of_a_half_precision_head_is_summed_in_float32():
     inputs = tensors((400, 8), (30, 8), (400, 8), (30, 8), dtype=torch.bfloat16)
     head = inputs[-1].requires_grad_()
-    one, many = (torch.autograd.grad(hl.divergence_from_hidden(*inputs, chunk=chunk), head)[0] for chunk in (400, 1))
+    one, many = (torch.autograd.grad(divergence_from_hidden(*inputs, chunk=chunk), head)[0] for chunk in (400, 1))
     assert one.dtype == torch.bfloat16 and (one - many).norm() / one.norm() < 5e-3  # bfloat16's rounding is 2e-3
 
 
 def test_only_what_needs_a_gradient_gets_one(monkeypatch):
     teacher_hidden, teacher_head, hidden, head = tensors((6, 3), (7, 3), (6, 2), (7, 2))
     whole = [x.clone().requires_grad_() for x in (hidden, head)]
-    expected = torch.autograd.grad(hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole), whole)
+    expected = torch.autograd.grad(divergence_from_hidden(teacher_hidden, teacher_head, *whole), whole)
     for i in (0, 1):
         mine = [hidden.clone(), head.clone()]
         mine[i].requires_grad_()
         teacher = [x.clone().requires_grad_() for x in (teacher_hidden, teacher_head)]
-        hl.divergence_from_hidden(*teacher, *mine).backward()
+        divergence_from_hidden(*teacher, *mine).backward()
         assert torch.equal(mine[i].grad, expected[i]) and mine[1 - i].grad is None
         assert all(x.grad is None for x in teacher)
     with torch.no_grad():
         monkeypatch.setattr("hybridlib.distill.objectives._add_product", lambda *_: pytest.fail("computed a gradient"))
-        assert not hl.divergence_from_hidden(teacher_hidden, teacher_head, *whole).requires_grad
+        assert not divergence_from_hidden(teacher_hidden, teacher_head, *whole).requires_grad
 
 
 class _Largest(TorchDispatchMode):
@@ -222,15 +221,15 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_and_none_of_them_outlives_it
 
 def test_alignment_loss_is_error_over_power():
     teacher = torch.tensor([[[3.0, 4.0]]])  # mean square 12.5
-    assert hl.alignment_loss(teacher + 1, teacher).item() == pytest.approx(1 / 12.5)
-    assert hl.alignment_loss(teacher + 1, teacher, normalize=False).item() == pytest.approx(1.0)
-    assert hl.alignment_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1.0)
+    assert alignment_loss(teacher + 1, teacher).item() == pytest.approx(1 / 12.5)
+    assert alignment_loss(teacher + 1, teacher, normalize=False).item() == pytest.approx(1.0)
+    assert alignment_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), "hot"])
 def test_bad_temperatures_are_refused(temperature):
     with pytest.raises(ValueError, match="temperature=.* is not a number above 0"):
-        hl.kl_divergence(torch.zeros(2), torch.zeros(2), temperature=temperature)
+        kl_divergence(torch.zeros(2), torch.zeros(2), temperature=temperature)
 
 
 AB = dict(kind="alpha_beta")

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-import hybridlib as hl
-from hybridlib.distill.recall import RECALL_TASKS, _is_heldout, encode_recall
+from hybridlib.distill.recall import (RECALL_TASKS, RecallTask, _is_heldout, encode_recall, generate_recall,
+                                      load_recall, score_recall)
 
 
 class Letters:
@@ -52,13 +52,13 @@ class Oracle(torch.nn.Module):
         return input_ids
 
 
-TASKS = [hl.RecallTask(name, pairs=5, queries=3, hops=1 if name in ("key_value", "needle") else 2, filler=1)
+TASKS = [RecallTask(name, pairs=5, queries=3, hops=1 if name in ("key_value", "needle") else 2, filler=1)
          for name in RECALL_TASKS]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=RECALL_TASKS)
 def test_every_answer_follows_from_the_prompt(task):
-    for example in hl.generate_recall(task, 20, seed=3):
+    for example in generate_recall(task, 20, seed=3):
         text = example.prompt
         for question, answer in example.turns:
             if task.name == "key_value":
@@ -76,32 +76,32 @@ def test_every_answer_follows_from_the_prompt(task):
 
 
 def test_the_same_seed_gives_the_same_examples():
-    assert hl.generate_recall(TASKS[0], 5, seed=1) == hl.generate_recall(TASKS[0], 5, seed=1)
-    assert hl.generate_recall(TASKS[0], 5, seed=1) != hl.generate_recall(TASKS[0], 5, seed=2)
+    assert generate_recall(TASKS[0], 5, seed=1) == generate_recall(TASKS[0], 5, seed=1)
+    assert generate_recall(TASKS[0], 5, seed=1) != generate_recall(TASKS[0], 5, seed=2)
 
 
 def test_no_pair_is_in_both_splits():
     pairs = {}
     for split in ("train", "heldout"):
-        task = hl.RecallTask("key_value", pairs=16, queries=16, digits=2, split=split)
-        pairs[split] = {t for e in hl.generate_recall(task, 200, seed=0) for t in e.turns}
+        task = RecallTask("key_value", pairs=16, queries=16, digits=2, split=split)
+        pairs[split] = {t for e in generate_recall(task, 200, seed=0) for t in e.turns}
         assert all(_is_heldout(q.strip("\n:"), a.strip()) == (split == "heldout") for q, a in pairs[split])
     assert not pairs["train"] & pairs["heldout"] and len(pairs["heldout"]) > 1000
 
 
 @pytest.mark.parametrize("mode", ["teacher_forced", "greedy"])
 def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer(mode):
-    examples = hl.generate_recall(hl.RecallTask("key_value", pairs=4, filler=1), 6, seed=0)
-    perfect = hl.score_recall(Oracle([e.text for e in examples]), Letters(), examples, mode=mode, batch_size=4)
+    examples = generate_recall(RecallTask("key_value", pairs=4, filler=1), 6, seed=0)
+    perfect = score_recall(Oracle([e.text for e in examples]), Letters(), examples, mode=mode, batch_size=4)
     assert (perfect.exact_match, perfect.token_accuracy, perfect.answers, perfect.stderr) == (1.0, 1.0, 6, 0.0)
     wrong = [e.prompt + e.turns[0][0] + e.turns[0][1][:3] for e in examples[:2]]  # the last digit of two answers
-    score = hl.score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, mode=mode, batch_size=4)
+    score = score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, mode=mode, batch_size=4)
     assert score.exact_match == pytest.approx(4 / 6) and score.token_accuracy == pytest.approx(22 / 24)
     assert score.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
 
 
 def test_spans_are_the_answers():
-    example = hl.generate_recall(TASKS[3], 1)[0]
+    example = generate_recall(TASKS[3], 1)[0]
     ids, spans = encode_recall(example, Letters())
     assert [Letters().decode(ids[a:b]) for a, b in spans] == [a for _, a in example.turns]
     assert Letters().decode(ids) == example.text
@@ -110,11 +110,11 @@ def test_spans_are_the_answers():
 def test_a_loaded_set_is_scored_by_its_first_line(tmp_path):
     table = pd.DataFrame({"text": ["Name: Ada. Name:", "City: Rome. City:"], "value": ["ada", "rome"]})
     table.to_parquet(tmp_path / "set.parquet")
-    examples = hl.load_recall(tmp_path / "set.parquet")
+    examples = load_recall(tmp_path / "set.parquet")
     texts = ["Name: Ada. Name: it is ADA~~~~~~~~~~~~~~~~~~~~", "City: Rome. City: no\nrome~~~~~~~~~~~~~~~~"]
-    score = hl.score_recall(Oracle(texts), Letters(), examples, mode="greedy")
+    score = score_recall(Oracle(texts), Letters(), examples, mode="greedy")
     assert score.exact_match == 0.5
-    assert len(hl.load_recall(tmp_path / "set.parquet", limit=1)) == 1
+    assert len(load_recall(tmp_path / "set.parquet", limit=1)) == 1
 
 
 def test_a_causal_model_of_transformers_is_scored_alike_in_both_modes(tiny_teacher):
@@ -125,9 +125,9 @@ def test_a_causal_model_of_transformers_is_scored_alike_in_both_modes(tiny_teach
             return {"input_ids": [3 + ord(c) % 60 for c in text]}
 
     teacher.config.max_position_embeddings = 512
-    examples = hl.generate_recall(hl.RecallTask("key_value", pairs=2, digits=1), 8)
-    batched = hl.score_recall(teacher, Small(), examples, batch_size=8)
-    single = hl.score_recall(teacher, Small(), examples, batch_size=1)
+    examples = generate_recall(RecallTask("key_value", pairs=2, digits=1), 8)
+    batched = score_recall(teacher, Small(), examples, batch_size=8)
+    single = score_recall(teacher, Small(), examples, batch_size=1)
     assert batched == single
 
 
@@ -136,17 +136,17 @@ def test_bad_tasks_and_calls_are_refused(tmp_path):
                                (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
                                (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0")):
         with pytest.raises(ValueError, match=message):
-            hl.RecallTask(**arguments)
+            RecallTask(**arguments)
     with pytest.raises(ValueError, match="digits=1 is too few for pairs=16"):
-        hl.generate_recall(hl.RecallTask(digits=1), 1)
+        generate_recall(RecallTask(digits=1), 1)
     with pytest.raises(ValueError, match="examples is empty"):
-        hl.score_recall(Oracle([]), Letters(), [])
+        score_recall(Oracle([]), Letters(), [])
     with pytest.raises(ValueError, match="is no file"):
-        hl.load_recall(tmp_path / "none.parquet")
+        load_recall(tmp_path / "none.parquet")
     pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match="no column 'value'"):
-        hl.load_recall(tmp_path / "set.parquet")
+        load_recall(tmp_path / "set.parquet")
     model = Oracle([])
     model.config.max_position_embeddings = 8
     with pytest.raises(ValueError, match="context is 8"):
-        hl.score_recall(model, Letters(), hl.generate_recall(hl.RecallTask(), 1))
+        score_recall(model, Letters(), generate_recall(RecallTask(), 1))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.models.passes import attention_io
-from hybridlib.distill.objectives import divergence
+from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.loop import save_checkpoint
+from hybridlib.distill.objectives import divergence
+from hybridlib.distill.settings import DistillationDiverged
+from hybridlib.models.passes import attention_io
 
 ALIGN = hl.AlignSettings(batch_tokens=128, learning_rate=1e-2)
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
@@ -38,9 +40,9 @@ def test_alignment_lowers_every_layers_error_and_trains_mixers_only(teacher, tin
 def test_matching_lowers_held_out_kl_and_leaves_the_teacher(teacher, tiny_tokens):
     hybrid = hl.restore(hl.linearize(teacher), teacher, [1])
     frozen = {n: p.clone() for n, p in teacher.named_parameters()}
-    before, _ = hl.heldout_kl(hybrid, teacher, tiny_tokens)
+    before, _ = heldout_kl(hybrid, teacher, tiny_tokens)
     hl.match(hybrid, teacher, tiny_tokens, 8192, settings=MATCH)
-    after, stderr = hl.heldout_kl(hybrid, teacher, tiny_tokens)
+    after, stderr = heldout_kl(hybrid, teacher, tiny_tokens)
     assert after < 0.8 * before and stderr > 0
     assert all(torch.equal(p, frozen[n]) for n, p in teacher.named_parameters())
 
@@ -157,16 +159,16 @@ def test_not_a_number_stops_with_step_layer_and_advice(teacher, tiny_tokens):
     student = hl.linearize(teacher)
     with torch.no_grad():
         student.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
-    with pytest.raises(hl.DistillationDiverged, match="step 0 in layer 2; try a lower learning rate"):
+    with pytest.raises(DistillationDiverged, match="step 0 in layer 2; try a lower learning rate"):
         hl.align(student, teacher, tiny_tokens, 256, settings=ALIGN)
-    with pytest.raises(hl.DistillationDiverged, match="match .* step 0 in layer 2"):
+    with pytest.raises(DistillationDiverged, match="match .* step 0 in layer 2"):
         hl.match(student, teacher, tiny_tokens, 256, settings=MATCH)
 
 
 def test_divergence_stops_with_step_and_advice(teacher, tiny_tokens):
     settings = hl.MatchSettings(batch_tokens=128, learning_rate=3.0, mixer_learning_rate=3.0, clip=1e6,
                                 divergence_factor=1.5, warmup=0.5)
-    with pytest.raises(hl.DistillationDiverged, match="step \\d+.*try a lower learning rate"):
+    with pytest.raises(DistillationDiverged, match="step \\d+.*try a lower learning rate"):
         hl.match(hl.linearize(teacher), teacher, tiny_tokens, 8192, settings=settings)
 
 

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import hybridlib as hl
-from hybridlib.models.mixers import MixerState
 from hybridlib.bench.decoding import token_step
+from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
+from hybridlib.models.mixers import MixerState
 from hybridlib.models.passes import last_hidden
 
 LAYOUTS = {"all linear": [], "softmax first": [0], "softmax last": [2], "all softmax": [0, 1, 2]}
@@ -356,10 +357,10 @@ def test_recall_writes_its_answers_with_the_cache(hybrid):
 
     model = hybrid()
     model.config.max_position_embeddings = 512
-    examples, seen, scores = hl.generate_recall(hl.RecallTask("key_value", pairs=4, filler=1), 6), [], []
+    examples, seen, scores = generate_recall(RecallTask("key_value", pairs=4, filler=1), 6), [], []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     for use_cache in (None, False):
         model.generation_config.use_cache = use_cache
-        scores.append(hl.score_recall(model, Letters(), examples, mode="greedy"))
+        scores.append(score_recall(model, Letters(), examples, mode="greedy"))
     assert scores[0] == scores[1]
     assert seen[0] > 100 and seen[1:4] == [1, 1, 1] and seen[4:] == [seen[0] + i for i in range(4)]

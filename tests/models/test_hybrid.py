@@ -10,6 +10,7 @@ from tests.conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
 import hybridlib as hl
+from hybridlib.models.hybrid import softmax_layers
 from hybridlib.models.teachers import Teacher
 
 IDS = torch.randint(0, 64, (2, 23), generator=torch.Generator().manual_seed(1))
@@ -21,7 +22,7 @@ def test_restoring_all_layers_gives_the_teachers_logits(tiny_teacher, family, mi
     teacher = tiny_teacher(family)
     student = hl.linearize(teacher, mixer)
     hybrid = hl.restore(student, teacher, range(3)).eval()
-    assert hl.softmax_layers(hybrid.config) == (0, 1, 2)
+    assert softmax_layers(hybrid.config) == (0, 1, 2)
     expected = teacher(input_ids=IDS).logits
     torch.testing.assert_close(hybrid(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert (student.eval()(input_ids=IDS).logits - expected).abs().max() > 0.1  # the linear student differs
@@ -38,7 +39,7 @@ def test_saving_and_loading_gives_the_students_logits(tiny_teacher, family, tmp_
     hybrid.save_pretrained(tmp_path / "hybrid")
     loaded = hl.load_hybrid(tmp_path / "hybrid")
     assert torch.equal(loaded(input_ids=IDS).logits, expected)
-    assert loaded.config.mixer == "gla" and hl.softmax_layers(loaded.config) == (1,)
+    assert loaded.config.mixer == "gla" and softmax_layers(loaded.config) == (1,)
     assert (loaded.config.teacher_name, loaded.config.teacher_revision) == ("tiny", "r1")
     by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
     assert torch.equal(by_transformers(input_ids=IDS).logits, expected)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hybridlib.records.folders import data_folder
 from hybridlib.report import published
 from hybridlib.selection import agreement
-from hybridlib.records.folders import data_folder
 
 SETS, RESULTS = published.load_layer_sets(), published.load_results()
 

@@ -8,9 +8,10 @@ import pytest
 from tests.conftest import CONTEST_SETTINGS as SETTINGS
 
 import hybridlib as hl
-from hybridlib.study import contest as c
+from hybridlib.distill.recall import RecallTask
 from hybridlib.report import rankings
-from hybridlib.study import study as study_module
+from hybridlib.selection.cost import Cost
+from hybridlib.study import contest as c, study as study_module
 
 
 def test_scores_are_paired_with_the_references_of_the_same_seed_and_with_their_own_of_another():
@@ -79,7 +80,7 @@ def test_scores_by_recall_are_those_of_the_task_that_the_selector_settles_on(kno
     def record(value, name, **task):
         ledger.add("score", {"selector": "ar", "teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16,
                              "data": "d", "heldout_tokens": 64, "num_examples": 200,
-                             "task": dataclasses.asdict(hl.RecallTask(name, **task))}, {"values": [value]}, seconds=1.0)
+                             "task": dataclasses.asdict(RecallTask(name, **task))}, {"values": [value]}, seconds=1.0)
 
     record(1.0, "key_value", pairs=2)
     record(2.0, "variable_tracking", pairs=4, hops=2)
@@ -116,7 +117,7 @@ def aims(known, tmp_path):
 
         def record(seed, values, flops, **asked):
             parameters = {"aligned": aligned | {"seed": seed}, "mixer": "gdn", "seed": seed, "heldout_tokens": 64}
-            ledger.add("score", parameters | asked, {"values": values, "cost": hl.Cost(flops=flops).to_dict()},
+            ledger.add("score", parameters | asked, {"values": values, "cost": Cost(flops=flops).to_dict()},
                        seconds=1.0)
 
         for seed in (0, 1):

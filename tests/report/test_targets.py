@@ -13,8 +13,8 @@ import torch
 import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import operators as benchmarks, speed
-from hybridlib.report import speed as speed_report, targets as speed_targets
 from hybridlib.bench.peers import eager
+from hybridlib.report import speed as speed_report, targets as speed_targets
 
 
 def tables(forward=0.07, fla=0.21, launched=0.1, align=410_000, device="NVIDIA H100 80GB HBM3, 79 GiB"):

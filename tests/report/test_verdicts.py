@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from hybridlib.records.ledger import Ledger
 from hybridlib.report import verdicts as reading
 from hybridlib.selection.agreement import chance_jaccard, kendall, paired_difference, spearman
-from hybridlib.records.ledger import Ledger
 from hybridlib.selection.rules import select
 from hybridlib.study.contest import FLOOR
 

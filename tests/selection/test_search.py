@@ -11,6 +11,10 @@ from math import comb, isnan
 import pytest
 
 import hybridlib as hl
+from hybridlib.distill.evaluate import heldout_kl
+from hybridlib.distill.settings import DistillationDiverged
+from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.search import beam, exhaustive, greedy_backward, greedy_forward, interactions, rank_of, regret
 
 SIZES = [(n, k) for n in range(1, 8) for k in range(1, n + 1)]
 
@@ -59,10 +63,10 @@ def plain_backward(measure, num_layers, count):
 def test_where_layers_add_up_every_search_finds_the_top_k(num_layers, count):
     gains, measure = additive(num_layers, seed=num_layers)
     top = tuple(sorted(sorted(range(num_layers), key=lambda l: -gains[l])[:count]))
-    for search in (hl.greedy_forward, hl.greedy_backward, hl.exhaustive):
+    for search in (greedy_forward, greedy_backward, exhaustive):
         assert search(measure, num_layers, count).layers == top
     for direction in ("add", "remove"):
-        assert hl.beam(measure, num_layers, count, 2, direction).layers == top
+        assert beam(measure, num_layers, count, 2, direction).layers == top
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])
@@ -70,26 +74,26 @@ def test_where_layers_add_up_every_search_finds_the_top_k(num_layers, count):
 def test_searches_do_what_plain_loops_do_and_ties_go_to_low_layers(seed, levels):
     for num_layers, count in SIZES:
         measure = arbitrary(seed, levels)
-        assert hl.greedy_forward(measure, num_layers, count).layers == plain_forward(measure, num_layers, count)
-        assert hl.greedy_backward(measure, num_layers, count).layers == plain_backward(measure, num_layers, count)
+        assert greedy_forward(measure, num_layers, count).layers == plain_forward(measure, num_layers, count)
+        assert greedy_backward(measure, num_layers, count).layers == plain_backward(measure, num_layers, count)
         best = best_of(measure, num_layers, count)
-        assert hl.exhaustive(measure, num_layers, count).layers == best
+        assert exhaustive(measure, num_layers, count).layers == best
         for direction in ("add", "remove"):  # a beam that drops nothing is exhaustive
-            assert hl.beam(measure, num_layers, count, comb(7, 3), direction).layers == best
+            assert beam(measure, num_layers, count, comb(7, 3), direction).layers == best
 
 
 @pytest.mark.parametrize("constant", [0.0, float("inf")])
 def test_of_equal_sets_the_lowest_layers_are_kept(constant):
-    for search in (hl.greedy_forward, hl.greedy_backward, hl.exhaustive):
+    for search in (greedy_forward, greedy_backward, exhaustive):
         assert search(lambda layers: constant, 5, 2).layers == (0, 1)
-    assert hl.exhaustive(lambda layers: constant, 5).layers == ()
+    assert exhaustive(lambda layers: constant, 5).layers == ()
 
 
 @pytest.mark.parametrize(("num_layers", "count"), SIZES)
 def test_evaluations_are_as_many_as_stated_and_no_set_is_measured_twice(num_layers, count):
     L, K = num_layers, count
-    stated = {hl.greedy_forward: K * (2 * L - K + 1) // 2, hl.greedy_backward: (L - K) * (L + K + 1) // 2,
-              hl.exhaustive: comb(L, K)}
+    stated = {greedy_forward: K * (2 * L - K + 1) // 2, greedy_backward: (L - K) * (L + K + 1) // 2,
+              exhaustive: comb(L, K)}
     for search, evaluations in stated.items():
         measure = Counting(arbitrary(0))
         found = search(measure, L, K)
@@ -100,13 +104,13 @@ def test_evaluations_are_as_many_as_stated_and_no_set_is_measured_twice(num_laye
         for direction, bound in (("add", L + width * (K - 1) * (2 * L - K) // 2),
                                  ("remove", L + width * (L - K - 1) * (L + K) // 2 if K < L else 0)):
             measure = Counting(arbitrary(0))
-            assert hl.beam(measure, L, K, width, direction).evaluations == len(measure.asked) <= bound
+            assert beam(measure, L, K, width, direction).evaluations == len(measure.asked) <= bound
             assert len(set(measure.asked)) == len(measure.asked)
 
 
 def test_every_size_from_none_to_all():
     measure = Counting(arbitrary(1))
-    found = hl.exhaustive(measure, 5)
+    found = exhaustive(measure, 5)
     assert found.evaluations == len(measure.asked) == 2 ** 5
     assert found.path == tuple((best_of(measure.measure, 5, k), measure.measure(best_of(measure.measure, 5, k)))
                                for k in range(6))
@@ -115,13 +119,13 @@ def test_every_size_from_none_to_all():
 
 def test_the_path_has_the_best_set_of_each_round():
     measure = arbitrary(2)
-    for found, sizes in ((hl.greedy_forward(measure, 6, 4), [1, 2, 3, 4]), (hl.greedy_backward(measure, 6, 4), [5, 4]),
-                         (hl.beam(measure, 6, 3, 3), [1, 2, 3]), (hl.greedy_backward(measure, 6, 6), [])):
+    for found, sizes in ((greedy_forward(measure, 6, 4), [1, 2, 3, 4]), (greedy_backward(measure, 6, 4), [5, 4]),
+                         (beam(measure, 6, 3, 3), [1, 2, 3]), (greedy_backward(measure, 6, 6), [])):
         assert [len(layers) for layers, _ in found.path] == sizes
         for layers, value in found.path:
             assert value == min(v for s, v in found.values.items() if len(s) == len(layers)) == found.values[layers]
         assert found.layers == (found.path[-1][0] if sizes else tuple(range(6)))
-    assert hl.greedy_forward(measure, 6, 0.5).layers == hl.greedy_forward(measure, 6, 3).layers
+    assert greedy_forward(measure, 6, 0.5).layers == greedy_forward(measure, 6, 3).layers
 
 
 def test_a_beam_finds_the_pair_that_layers_judged_alone_hide():
@@ -131,9 +135,9 @@ def test_a_beam_finds_the_pair_that_layers_judged_alone_hide():
         return 100 - sum(alone[l] for l in layers) - (20 if {2, 3} <= set(layers) else 0)
 
     one_shot = tuple(sorted(range(6), key=lambda l: measure((l,)))[:2])
-    assert one_shot == hl.greedy_forward(measure, 6, 2).layers == hl.beam(measure, 6, 2, 2).layers == (0, 1)
-    assert hl.beam(measure, 6, 2, 3).layers == hl.exhaustive(measure, 6, 2).layers == (2, 3)
-    assert hl.interactions(hl.exhaustive(measure, 6).values, 6)[2, 3] == 20
+    assert one_shot == greedy_forward(measure, 6, 2).layers == beam(measure, 6, 2, 2).layers == (0, 1)
+    assert beam(measure, 6, 2, 3).layers == exhaustive(measure, 6, 2).layers == (2, 3)
+    assert interactions(exhaustive(measure, 6).values, 6)[2, 3] == 20
 
 
 class Asynchronous:
@@ -159,8 +163,8 @@ class Asynchronous:
         return future
 
 
-@pytest.mark.parametrize("search", [hl.greedy_forward, hl.greedy_backward, hl.exhaustive,
-                                    lambda *a, **k: hl.beam(*a, width=3, **k)])
+@pytest.mark.parametrize("search", [greedy_forward, greedy_backward, exhaustive,
+                                    lambda *a, **k: beam(*a, width=3, **k)])
 def test_an_executor_gives_the_same(search):
     measure = arbitrary(3, levels=5)
     with ThreadPoolExecutor(3) as pool:
@@ -169,20 +173,20 @@ def test_an_executor_gives_the_same(search):
 
 def test_the_sets_of_a_round_are_submitted_at_once():
     executor = Asynchronous()
-    hl.greedy_forward(arbitrary(0), 6, 3, executor=executor)
+    greedy_forward(arbitrary(0), 6, 3, executor=executor)
     assert executor.rounds == [6, 5, 4]
 
 
 def test_a_failure_names_the_layers_and_calls_off_the_rest():
     def measure(layers):
         if layers == (0, 2):
-            raise hl.DistillationDiverged("loss 7")
+            raise DistillationDiverged("loss 7")
         return -layers.count(0)
 
     executor = Asynchronous()
     for pool in (None, executor):
-        with pytest.raises(hl.DistillationDiverged, match="loss 7") as error:
-            hl.greedy_forward(measure, 4, 2, executor=pool)
+        with pytest.raises(DistillationDiverged, match="loss 7") as error:
+            greedy_forward(measure, 4, 2, executor=pool)
         assert error.value.__notes__ == ["while measuring the layers (0, 2)"]
     assert executor.cancelled == 3
 
@@ -190,19 +194,19 @@ def test_a_failure_names_the_layers_and_calls_off_the_rest():
 @pytest.mark.parametrize("value", [float("nan"), None, "low"])
 def test_a_value_that_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match="measure gave .*; it must give a number") as error:
-        hl.exhaustive(lambda layers: value if layers == (1,) else 0, 3, 1)
+        exhaustive(lambda layers: value if layers == (1,) else 0, 3, 1)
     assert "(1,)" in error.value.__notes__[0]
 
 
 def test_bad_arguments_are_refused_before_anything_is_measured():
     measure = Counting(arbitrary(0))
-    for search, message in ((lambda: hl.greedy_forward(3, 4, 2), "measure=3 cannot be called"),
-                            (lambda: hl.greedy_forward(measure, 0, 2), "num_layers=0 .* at least 1"),
-                            (lambda: hl.greedy_backward(measure, 4, 5), "budget=5 .* 1 to 4"),
-                            (lambda: hl.exhaustive(measure, 4, 1.5), "budget=1.5"),
-                            (lambda: hl.beam(measure, 4, 2, 0), "width=0 .* at least 1"),
-                            (lambda: hl.beam(measure, 4, 2, 1, "up"), "direction='up' .* 'add', 'remove'"),
-                            (lambda: hl.exhaustive(measure, 4, 2, executor=8), "executor=8 has no submit")):
+    for search, message in ((lambda: greedy_forward(3, 4, 2), "measure=3 cannot be called"),
+                            (lambda: greedy_forward(measure, 0, 2), "num_layers=0 .* at least 1"),
+                            (lambda: greedy_backward(measure, 4, 5), "budget=5 .* 1 to 4"),
+                            (lambda: exhaustive(measure, 4, 1.5), "budget=1.5"),
+                            (lambda: beam(measure, 4, 2, 0), "width=0 .* at least 1"),
+                            (lambda: beam(measure, 4, 2, 1, "up"), "direction='up' .* 'add', 'remove'"),
+                            (lambda: exhaustive(measure, 4, 2, executor=8), "executor=8 has no submit")):
         with pytest.raises(ValueError, match=message):
             search()
     assert not measure.asked
@@ -210,27 +214,27 @@ def test_bad_arguments_are_refused_before_anything_is_measured():
 
 def test_interactions_by_hand():
     values = {(): 10.0, (0,): 7.0, (1,): 6.0, (2,): 9.0, (1, 0): 1.0, (1, 2): 6.0}
-    found = hl.interactions(values, 3)
+    found = interactions(values, 3)
     assert found[0, 1] == found[1, 0] == 9 - 3 - 4 and found[1, 2] == 4 - 4 - 1
     assert isnan(found[0, 2]) and all(isnan(found[l, l]) for l in range(3))
     _, measure = additive(5, seed=0)
-    matrix = hl.interactions(hl.exhaustive(measure, 5).values, 5)
+    matrix = interactions(exhaustive(measure, 5).values, 5)
     assert all(matrix[i, j] == 0 for i in range(5) for j in range(5) if i != j)
 
 
 def test_interactions_refuse_values_that_cannot_tell():
     with pytest.raises(ValueError, match=r"values lacks \(\)"):
-        hl.interactions({(0,): 1.0}, 2)
+        interactions({(0,): 1.0}, 2)
     with pytest.raises(ValueError, match="0 to 1"):
-        hl.interactions({(): 1.0, (2,): 1.0}, 2)
+        interactions({(): 1.0, (2,): 1.0}, 2)
 
 
 def test_regret_and_rank_are_among_sets_of_the_same_size():
     values = {(0, 1): 3.0, (0, 2): 1.0, (1, 2): 3.0, (1, 3): 4.0, (0,): 0.0, (0, 1, 2): 0.5}
-    assert hl.regret((0, 2), values) == 0 and hl.rank_of((0, 2), values) == (1, 4)
-    assert hl.regret((2, 1), values) == 2 and hl.rank_of([1, 2], values) == hl.rank_of((0, 1), values) == (2, 4)
-    assert hl.rank_of((1, 3), values) == (4, 4)
-    for judge in (hl.regret, hl.rank_of):
+    assert regret((0, 2), values) == 0 and rank_of((0, 2), values) == (1, 4)
+    assert regret((2, 1), values) == 2 and rank_of([1, 2], values) == rank_of((0, 1), values) == (2, 4)
+    assert rank_of((1, 3), values) == (4, 4)
+    for judge in (regret, rank_of):
         with pytest.raises(ValueError, match=r"layers=\(2, 3\) are not in values, which has 4 sets of 2 layers"):
             judge((2, 3), values)
 
@@ -238,10 +242,10 @@ def test_regret_and_rank_are_among_sets_of_the_same_size():
 def test_the_first_step_of_greedy_addition_is_the_ranking_of_single_layers(aligned, tiny_tokens):
     student, teacher = aligned
     scores = hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
-    found = hl.greedy_forward(hl.distilled_kl(student, teacher, tiny_tokens, num_tokens=0), 3, 2)
+    found = greedy_forward(distilled_kl(student, teacher, tiny_tokens, num_tokens=0), 3, 2)
     assert [found.values[l,] for l in range(3)] == pytest.approx(scores.measured, abs=1e-9)
     assert found.path[0][0] == scores.ranking[:1]
-    kl, _ = hl.heldout_kl(hl.restore(student, teacher, found.layers), teacher, tiny_tokens)
+    kl, _ = heldout_kl(hl.restore(student, teacher, found.layers), teacher, tiny_tokens)
     assert found.path[1] == (found.layers, kl)
 
 
@@ -249,8 +253,8 @@ def test_distilled_kl_trains_each_set_alike_and_leaves_the_student(aligned, tiny
     student, teacher = aligned
     before = {n: p.clone() for n, p in student.named_parameters()}
     settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
-    measure = hl.distilled_kl(student, teacher, tiny_tokens, num_tokens=512, settings=settings, heldout_tokens=64)
-    untrained = hl.distilled_kl(student, teacher, tiny_tokens, num_tokens=0, heldout_tokens=64)
+    measure = distilled_kl(student, teacher, tiny_tokens, num_tokens=512, settings=settings, heldout_tokens=64)
+    untrained = distilled_kl(student, teacher, tiny_tokens, num_tokens=0, heldout_tokens=64)
     assert measure((1,)) == measure((1,)) < untrained((1,))
     assert untrained((0, 1, 2)) == pytest.approx(0, abs=1e-6) and measure(()) < untrained(())
     assert measure((0, 1, 2)) >= 0  # nothing linear is left, and it still can be measured
@@ -264,6 +268,6 @@ def test_distilled_kl_refuses_bad_arguments(aligned, tiny_tokens):
                                ({"num_tokens": 8}, "num_tokens=8 .* at least 16"),
                                ({"heldout_tokens": 8}, "heldout_tokens=8 .* at least 16")):
         with pytest.raises(ValueError, match=message):
-            hl.distilled_kl(student, teacher, tiny_tokens, **arguments)
+            distilled_kl(student, teacher, tiny_tokens, **arguments)
     with pytest.raises(ValueError, match="student has softmax layers"):
-        hl.distilled_kl(hl.restore(student, teacher, [0]), teacher, tiny_tokens)
+        distilled_kl(hl.restore(student, teacher, [0]), teacher, tiny_tokens)

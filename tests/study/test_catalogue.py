@@ -8,9 +8,12 @@ from itertools import combinations
 import pytest
 
 import hybridlib as hl
-from hybridlib.selection.scorers import ablation
-from hybridlib.study import study as study_module
+from hybridlib.selection.cost import one_run_a_layer_flops
+from hybridlib.selection.engine.measure import distilled_kl
 from hybridlib.selection.rules import RULES
+from hybridlib.selection.scorers import ablation
+from hybridlib.selection.scorers.gates import gate_gradient_flops
+from hybridlib.study import study as study_module
 
 LAYERS, KEPT = 4, 2
 SMALL = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=128, match_tokens=128,
@@ -42,7 +45,7 @@ def lab_study(smoke_profile, tmp_path_factory):
 def measured(make, tiny_tokens):
     """{layers: KL} of every set, by a plain loop over `distilled_kl`."""
     study = make()
-    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+    measure = distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
                               num_tokens=128, settings=study.match_settings)
     return {layers: measure(layers) for size in range(LAYERS + 1) for layers in combinations(range(LAYERS), size)}
 
@@ -124,14 +127,14 @@ def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
     whole = study.selection("ga-s2").cost
     student, teacher = study.aligned("gdn", 0), study.teacher.model
     held = len(study.tokens(0, size, "score").heldout) * 16
-    assert hl.one_run_a_layer_flops(student, teacher, size, held, 16) == pytest.approx(whole.flops)
-    row = 16 * hl.gate_gradient_flops(student, teacher, 16)
+    assert one_run_a_layer_flops(student, teacher, size, held, 16) == pytest.approx(whole.flops)
+    row = 16 * gate_gradient_flops(student, teacher, 16)
     cheap = study.selection("gate-gradient", share=3.5 * row / whole.flops).cost
     assert cheap.flops == pytest.approx(3 * row) and cheap.training_tokens == 3 * 16 < held
     assert study.selection("gate-gradient", share=None).cost.training_tokens == held
     turns = study.selection("gate-gradient-turns", train=128 / size, share=None).cost
     assert turns.training_tokens == 128 + held
-    training = 128 * hl.gate_gradient_flops(student, teacher, 16, frozen=False)
+    training = 128 * gate_gradient_flops(student, teacher, 16, frozen=False)
     assert turns.flops == pytest.approx(training + held / 16 * row)
     fewer = study.selection("gate-gradient-turns", train=128 / size, share=(turns.flops - 0.5 * row) / whole.flops).cost
     assert fewer.training_tokens == 128 + held - 16
@@ -144,7 +147,7 @@ def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
 def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
     study = make()
     rest = hl.Tokens(tiny_tokens.train[128 // 16:], study.tokens(0, 256, "score").heldout)
-    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, rest, num_tokens=128,
+    measure = distilled_kl(study.aligned("gdn", 0), study.teacher.model, rest, num_tokens=128,
                               settings=study.match_settings)
     assert study.selection("ga-s2-again").values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
     with pytest.raises(ValueError, match="'ga-s2-again' needs twice score_tokens"):
@@ -154,7 +157,7 @@ def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
 def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
     study = make()
     settings = dataclasses.replace(study.match_settings, mixer_learning_rate=study.settings.mixer_learning_rate / 4)
-    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
+    measure = distilled_kl(study.aligned("gdn", 0), study.teacher.model, study.tokens(0, 128, "score"),
                               num_tokens=128, settings=settings)
     slow = study.selection("ga-s2-slow", rate=0.25)
     assert slow.values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)

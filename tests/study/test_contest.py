@@ -6,15 +6,13 @@ import dataclasses
 
 import pandas as pd
 import pytest
-from tests.conftest import CONTEST_SETTINGS as SETTINGS
-from tests.conftest import contest_row as row
+from tests.conftest import CONTEST_SETTINGS as SETTINGS, contest_row as row
 
 import hybridlib as hl
-from hybridlib.study import contest as c
-from hybridlib.study import study as study_module
-from hybridlib.study.contest import FLOOR
-from hybridlib.report.selector_plots import choice_map, quality_and_cost
 from hybridlib.report import contest as contest_report
+from hybridlib.report.selector_plots import choice_map, quality_and_cost
+from hybridlib.study import contest as c, study as study_module
+from hybridlib.study.contest import FLOOR
 
 def test_the_front_holds_what_none_beats_in_both(known):
     assert contest_report.front(known, "kl") == ["free", "cheap"]  # GA-S2 is as good and dearer, dear is worse and dearer

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 import hybridlib as hl
-from hybridlib.report import oracle as oracle_report
-from hybridlib.study import oracle
-from hybridlib.study import study as study_module
+from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.records.ledger import Record
+from hybridlib.report import oracle as oracle_report
+from hybridlib.study import oracle, study as study_module
 
 SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
              heldout_tokens=64, seeds=2, recall_pairs=2, budget=0.34, device="cpu", oracle_tokens=64,
@@ -102,7 +102,7 @@ def test_every_set_is_measured_as_a_single_run_would_measure_it(tiny_study):
     hybrid = hl.restore(study.aligned("gdn", 1), study.teacher.model, (0, 2))
     tokens = study.tokens(1, 64)
     hl.match(hybrid, study.teacher.model, tokens, 64, settings=replace(study.match_settings, compile=False))
-    kl = hl.heldout_kl(hybrid, study.teacher.model, tokens, heldout_tokens=32)[0]
+    kl = heldout_kl(hybrid, study.teacher.model, tokens, heldout_tokens=32)[0]
     assert oracle.values(record)[0, 2] == pytest.approx(kl, rel=1e-5)
     assert set(oracle.values(record, tokens=32)) == set(oracle.sets_of_sizes(3))
 

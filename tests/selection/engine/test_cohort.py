@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.selection.engine import measure as candidates, rounds as scoring
-from hybridlib.selection.engine import cohort as cohort_module
-from hybridlib.selection.engine.switched import Switched
+from hybridlib.models.passes import TeacherStates
+from hybridlib.selection.engine import cohort as cohort_module, measure as candidates, rounds as scoring
 from hybridlib.selection.engine.inputs import LoadedInputs
+from hybridlib.selection.engine.rounds import ScoringFailed
+from hybridlib.selection.engine.switched import Switched
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -31,7 +32,7 @@ class Kept(dict):
 
 
 def job_of(student, teacher, tokens, checkpoints=None):
-    inputs = LoadedInputs(student, teacher, tokens, hl.TeacherStates(teacher))
+    inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
     return candidates.ScoringJob(inputs, "add", 512, None, MATCH, checkpoints)
 
 
@@ -122,7 +123,7 @@ def test_one_that_is_not_a_number_is_named_and_costs_no_other_of_its_group(align
         broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
     arguments = dict(direction="remove", num_tokens=512, settings=MATCH, early_stop=stop)
     named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
-    with pytest.raises(hl.ScoringFailed, match=named):
+    with pytest.raises(ScoringFailed, match=named):
         hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept, group=3)
     first = 512 if stop is None else 256
     assert set(kept) == {(0, first), (2, first)}
@@ -212,7 +213,7 @@ def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligne
         broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
     arguments = dict(direction="remove", num_tokens=512, settings=MATCH, group=1)
     named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
-    with pytest.raises(hl.ScoringFailed, match=named):
+    with pytest.raises(ScoringFailed, match=named):
         hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept)
     assert len(recorded) == 3
     good = hl.score_layers(student, teacher, tiny_tokens, **arguments)

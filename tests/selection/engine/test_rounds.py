@@ -22,9 +22,13 @@ import pytest
 import torch
 
 import hybridlib as hl
+from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models import passes
+from hybridlib.models.passes import TeacherStates
 from hybridlib.records import ledger
 from hybridlib.selection.engine import measure as candidates, rounds as scoring, workers
+from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.engine.rounds import ScoringFailed
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -54,7 +58,7 @@ def test_candidates_are_what_the_plain_loop_gives(aligned, tiny_tokens):
     for layer in range(3):
         model = hl.restore(student, teacher, [layer])
         hl.match(model, teacher, tiny_tokens, 1024, settings=MATCH)
-        assert (scores.measured[layer], scores.stderr[layer]) == hl.heldout_kl(model, teacher, tiny_tokens)
+        assert (scores.measured[layer], scores.stderr[layer]) == heldout_kl(model, teacher, tiny_tokens)
     assert scores.history == (scores.values,) and scores.history_tokens == (1024,)
 
 
@@ -71,12 +75,12 @@ def test_the_teacher_passes_once_over_each_row(aligned, tiny_tokens, monkeypatch
 @pytest.mark.parametrize(("memory", "micro"), [(0, None), (20 * 16 * 32 * 4, None), (2**30, None), (2**30, 48)])
 def test_shared_states_train_to_the_same_weights(aligned, tiny_tokens, memory, micro):
     student, teacher = aligned
-    states, settings = hl.TeacherStates(teacher, memory), dataclasses.replace(MATCH, micro_batch_tokens=micro)
+    states, settings = TeacherStates(teacher, memory), dataclasses.replace(MATCH, micro_batch_tokens=micro)
     found = []
     for shared in (None, states, states):
         hybrid = hl.restore(student, teacher, [1])
         history = hl.match(hybrid, teacher, tiny_tokens, 1280, settings=settings, states=shared)
-        found.append((history.losses, hl.heldout_kl(hybrid, teacher, tiny_tokens, states=shared), hybrid))
+        found.append((history.losses, heldout_kl(hybrid, teacher, tiny_tokens, states=shared), hybrid))
     for losses, kl, hybrid in found[1:]:
         assert losses == found[0][0] and kl == found[0][1]
         assert all(torch.equal(p, q) for p, q in zip(hybrid.parameters(), found[0][2].parameters(), strict=True))
@@ -86,7 +90,7 @@ def test_shared_states_train_to_the_same_weights(aligned, tiny_tokens, memory, m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_step_takes_shared_states(tiny_teacher, tiny_tokens):
     teacher = tiny_teacher("llama").to("cuda")
-    student, states, losses = hl.linearize(teacher), hl.TeacherStates(teacher), []
+    student, states, losses = hl.linearize(teacher), TeacherStates(teacher), []
     for shared, graph in ((None, False), (states, False), (states, True)):
         settings = dataclasses.replace(MATCH, cuda_graph=graph)
         hybrid = hl.restore(student, teacher, [1])
@@ -98,7 +102,7 @@ def test_states_of_another_teacher_are_refused(aligned, tiny_teacher, tiny_token
     student, teacher = aligned
     with pytest.raises(ValueError, match="states are of another teacher"):
         hl.match(hl.restore(student, teacher, [1]), teacher, tiny_tokens, 128,
-                 states=hl.TeacherStates(tiny_teacher("llama")))
+                 states=TeacherStates(tiny_teacher("llama")))
 
 
 def test_a_run_in_parts_is_the_run(aligned, tiny_tokens, tmp_path):
@@ -207,7 +211,7 @@ def test_one_candidate_that_is_not_a_number_is_named_and_costs_no_other(aligned,
         broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
     kept = Kept()
     named = r"failed for layer 1 \(DistillationDiverged: .*; the other 2 of 3 "
-    with pytest.raises(hl.ScoringFailed, match=named) as e:
+    with pytest.raises(ScoringFailed, match=named) as e:
         hl.score_layers(broken, teacher, tiny_tokens, direction="remove", num_tokens=num_tokens, settings=MATCH,
                         records=kept)
     assert set(e.value.failed) == {1} and "\n" not in str(e.value)
@@ -239,14 +243,14 @@ def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
                 return lost
             return super().submit(call)
 
-    with Failing(1) as pool, pytest.raises(hl.ScoringFailed, match=r"layer 0 \(RuntimeError: the worker is gone\);"):
+    with Failing(1) as pool, pytest.raises(ScoringFailed, match=r"layer 0 \(RuntimeError: the worker is gone\);"):
         hl.score_layers(student, teacher, tiny_tokens, num_tokens=128, settings=MATCH, executor=pool, records=kept)
     assert set(kept) == {(1, 128), (2, 128)}
 
 
 def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
     student, teacher = aligned
-    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, hl.TeacherStates(teacher))
+    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, TeacherStates(teacher))
     job, tasks = candidates.ScoringJob(inputs, "add", 0, None), []
 
     class Counting(ThreadPoolExecutor):
@@ -264,7 +268,7 @@ def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
 def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
     study = hl.Study(settings)
     tokens = study.tokens(0, settings.score_tokens, "score")
-    measure = hl.distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
+    measure = distilled_kl(study.aligned("gdn", 0), study.teacher.model, tokens, num_tokens=settings.score_tokens,
                               settings=study.match_settings, inputs=study.scoring_inputs("gdn", 0, tokens))
     sent = pickle.dumps(measure)
     assert len(sent) < 10_000  # names, no weights
@@ -272,7 +276,7 @@ def test_a_search_finds_its_inputs_where_scoring_does(settings, whole):
 
 
 def test_states_travel_without_what_they_remember(aligned, tiny_tokens):
-    states = hl.TeacherStates(aligned[1], 2**20)
+    states = TeacherStates(aligned[1], 2**20)
     expected = states(tiny_tokens.heldout)
     other = pickle.loads(pickle.dumps(states))
     assert (states.used, other.used, other.memory) == (expected.nbytes, 0, 2**20)
@@ -465,7 +469,7 @@ def test_a_full_disk_costs_one_record(settings, whole, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(ledger.os, "replace", full)
-    with pytest.raises(hl.ScoringFailed, match=r"layer 1 \(OSError: .*the disk is full.*the other 2 of 3"):
+    with pytest.raises(ScoringFailed, match=r"layer 1 \(OSError: .*the disk is full.*the other 2 of 3"):
         study.scores("gdn", 0)
     assert [r.parameters["layer"] for r in study.ledger.find("candidate")] == [0, 2]
     assert study.scores("gdn", 0).values == whole.values and len(written) == 4

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.selection.engine.sets import group_size
+from hybridlib.distill.recall import RecallTask
+from hybridlib.distill.settings import DistillationDiverged
+from hybridlib.selection.engine.sets import group_size, match_sets
 from hybridlib.selection.engine.stacked import stacked, stacked_weights
 
 SETTINGS = hl.MatchSettings(batch_tokens=64, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5, weight_decay=0.1)
 SETS = [(), (1,), (2, 0), (0, 1, 2)]
-TASK = hl.RecallTask(pairs=2, queries=2, digits=2)
+TASK = RecallTask(pairs=2, queries=2, digits=2)
 
 
 class Words:
@@ -64,7 +66,7 @@ def test_sets_at_once_are_sets_one_by_one(tiny_teacher, tokens, family, mixer):
     teacher = in_double(tiny_teacher(family))
     student = student_of(teacher, mixer)
     weights = [p.clone() for p in student.parameters()]
-    found = hl.match_sets(student, teacher, tokens, SETS, 512, settings=SETTINGS, recall=TASK, recall_examples=12)
+    found = match_sets(student, teacher, tokens, SETS, 512, settings=SETTINGS, recall=TASK, recall_examples=12)
     expected = one_by_one(student, teacher, tokens, SETS, 512, SETTINGS, recall=TASK, recall_examples=12)
     for layers, result, (history, measured) in zip(SETS, found, expected, strict=True):
         assert result["layers"] == tuple(sorted(layers)) and result["tokens"] == 512 and result["seconds"] > 0
@@ -78,7 +80,7 @@ def test_sets_at_once_are_sets_one_by_one(tiny_teacher, tokens, family, mixer):
 def test_in_single_precision_they_differ_by_rounding(tiny_teacher, tokens):
     teacher = tiny_teacher("llama")
     student = student_of(teacher)
-    found = hl.match_sets(student, teacher, tokens, SETS, 512, settings=SETTINGS)
+    found = match_sets(student, teacher, tokens, SETS, 512, settings=SETTINGS)
     for result, (history, measured) in zip(found, one_by_one(student, teacher, tokens, SETS, 512, SETTINGS)):
         assert result["losses"] == pytest.approx(history.losses, abs=1e-5)
         assert result["kl"] == pytest.approx(measured.kl, abs=1e-5) and result["recall_exact"] is None
@@ -90,7 +92,7 @@ def test_the_trained_weights_are_those_of_single_runs(tiny_teacher, tokens, monk
                         lambda *args: kept.append(stacked(*args)) or kept[0])
     teacher = in_double(tiny_teacher("qwen2"))
     student = student_of(teacher)
-    hl.match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS)
+    match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS)
     order = sorted(SETS, key=lambda layers: tuple(sorted(layers)))
     for c, layers in enumerate(order):
         hybrid = hl.restore(student, teacher, layers)
@@ -107,7 +109,7 @@ def test_the_trained_weights_are_those_of_single_runs(tiny_teacher, tokens, monk
 def test_settings_are_honoured(tiny_teacher, tokens, change):
     teacher = in_double(tiny_teacher("llama"))
     student, settings = student_of(teacher), dataclasses.replace(SETTINGS, **change)
-    found = hl.match_sets(student, teacher, tokens, [(0,), (1, 2)], 256, settings=settings)
+    found = match_sets(student, teacher, tokens, [(0,), (1, 2)], 256, settings=settings)
     for result, (history, _) in zip(found, one_by_one(student, teacher, tokens, [(0,), (1, 2)], 256, settings)):
         assert result["losses"] == pytest.approx(history.losses, rel=1e-7)
 
@@ -115,9 +117,9 @@ def test_settings_are_honoured(tiny_teacher, tokens, change):
 def test_the_size_of_groups_changes_nothing_nor_does_their_order(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("qwen3"))
     student = student_of(teacher)
-    whole = hl.match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS, group=4)
+    whole = match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS, group=4)
     for group in (1, 3):
-        parts = hl.match_sets(student, teacher, tokens, SETS[::-1], 256, settings=SETTINGS, group=group)[::-1]
+        parts = match_sets(student, teacher, tokens, SETS[::-1], 256, settings=SETTINGS, group=group)[::-1]
         for one, other in zip(whole, parts, strict=True):
             assert one["losses"] == pytest.approx(other["losses"], rel=1e-7)
             assert one["kl"] == pytest.approx(other["kl"], rel=1e-5)
@@ -133,7 +135,7 @@ def test_groups_fit_the_memory_that_a_micro_batch_needs(tiny_teacher, tokens):
 def test_a_curve_is_what_shorter_runs_at_the_same_rates_end_with(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("llama"))
     student, settings = student_of(teacher), dataclasses.replace(SETTINGS, warmup=0.0)
-    result, = hl.match_sets(student, teacher, tokens, [(1,)], 256, settings=settings, measure_at=(0, 100, 256),
+    result, = match_sets(student, teacher, tokens, [(1,)], 256, settings=settings, measure_at=(0, 100, 256),
                             recall=TASK, recall_examples=12)
     untrained = hl.evaluate(hl.restore(student, teacher, [1]), teacher, tokens, recall=TASK, recall_examples=12)
     (_, part), = one_by_one(student, teacher, tokens, [(1,)], 128, settings, recall=TASK, recall_examples=12)
@@ -148,7 +150,7 @@ def test_not_a_number_in_one_candidate_is_named_and_kept_there(tiny_teacher, tok
     student = student_of(teacher)
     with torch.no_grad():
         student.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
-    bad, *good = hl.match_sets(student, teacher, tokens, [(0,), (2,), (1, 2)], 256, settings=SETTINGS, measure_at=(0,),
+    bad, *good = match_sets(student, teacher, tokens, [(0,), (2,), (1, 2)], 256, settings=SETTINGS, measure_at=(0,),
                                recall=TASK, recall_examples=12)
     assert re.fullmatch(r"layers \(0,\): match met .* at step 0 in layer 2; try .*", bad["error"])
     assert bad["losses"] == [] and bad["tokens"] == 0 and all(bad[name] is None for name in FIGURES)
@@ -161,9 +163,9 @@ def test_a_candidate_that_breaks_on_the_way_stops_alone(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("llama"))
     student = student_of(teacher)
     settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, mixer_learning_rate=1e3, clip=1e6, warmup=0.5)
-    bad, good = hl.match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
+    bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
                               measure_at=(128, 4096))
-    with pytest.raises(hl.DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
+    with pytest.raises(DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
         hl.match(hl.restore(student, teacher, ()), teacher, tokens, 4096, settings=settings)
     assert re.match(r"layers \(\): match met a number that is not finite at step [1-9]", bad["error"])
     assert 128 < bad["tokens"] == 128 * len(bad["losses"]) < 4096
@@ -183,21 +185,21 @@ def test_bad_calls_are_refused(tiny_teacher, tokens, change, message):
     teacher = tiny_teacher("llama")
     call = {"sets": SETS, "num_tokens": 256, "settings": SETTINGS} | change
     with pytest.raises(ValueError, match=message):
-        hl.match_sets(hl.linearize(teacher), teacher, tokens, call.pop("sets"), call.pop("num_tokens"), **call)
+        match_sets(hl.linearize(teacher), teacher, tokens, call.pop("sets"), call.pop("num_tokens"), **call)
 
 
 def test_students_and_tokens_that_do_not_fit_are_refused(tiny_teacher, tokens, tiny_tokens):
     teacher = tiny_teacher("llama")
     student = hl.linearize(teacher)
     with pytest.raises(ValueError, match="student has softmax layers"):
-        hl.match_sets(hl.restore(student, teacher, [0]), teacher, tokens, SETS, 256)
+        match_sets(hl.restore(student, teacher, [0]), teacher, tokens, SETS, 256)
     with pytest.raises(ValueError, match="num_hidden_layers=2"):
-        hl.match_sets(student, tiny_teacher("llama", layers=2), tokens, SETS, 256)
+        match_sets(student, tiny_teacher("llama", layers=2), tokens, SETS, 256)
     with pytest.raises(ValueError, match="no tokenizer"):
-        hl.match_sets(student, teacher, tiny_tokens, SETS, 256, recall=TASK)
+        match_sets(student, teacher, tiny_tokens, SETS, 256, recall=TASK)
     long = hl.Tokens(torch.zeros(4, 80, dtype=torch.int32), torch.zeros(2, 80, dtype=torch.int32))
     with pytest.raises(ValueError, match="context=80 is beyond the teacher's 64"):
-        hl.match_sets(student, teacher, long, SETS, 256)
+        match_sets(student, teacher, long, SETS, 256)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -206,7 +208,7 @@ def test_on_a_gpu_a_recorded_step_trains_as_an_ordinary_one_and_as_single_runs(t
     teacher = copy.deepcopy(tiny_teacher("llama"))
     student = student_of(teacher, mixer).cuda()
     teacher.cuda()
-    plain, recorded = (hl.match_sets(student, teacher, tokens, SETS, 1024, recall=TASK, recall_examples=12,
+    plain, recorded = (match_sets(student, teacher, tokens, SETS, 1024, recall=TASK, recall_examples=12,
                                      settings=dataclasses.replace(SETTINGS, cuda_graph=on)) for on in (False, True))
     single = one_by_one(student, teacher, tokens, SETS, 1024, SETTINGS)
     for one, other, (history, measured) in zip(plain, recorded, single, strict=True):

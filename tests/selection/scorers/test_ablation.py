@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.selection.scorers.ablation import HALO_CAP, halo_values
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.recall import encode_recall
-from hybridlib.selection.scorers.speculative import acceptance, draft_cost, maximize_over_sets, throughput
+from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall, score_recall
+from hybridlib.selection.scorers.ablation import (HALO_CAP, ablate, halo_values, score_associative_recall, score_halo,
+                                                  score_perplexity)
+from hybridlib.selection.scorers.speculative import (acceptance, draft_cost, maximize_over_sets, score_acceptance,
+                                                     search_skips, throughput)
 
 FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen3", "mistral")
 
@@ -59,7 +61,7 @@ def lab_tokens(lab):
 def test_ablation_is_a_zero_output_projection_and_is_undone(tiny_teacher, tiny_tokens, family, layers):
     teacher, ids = tiny_teacher(family), tiny_tokens.heldout[:2].long()
     before = teacher(input_ids=ids).logits
-    with hl.ablate(teacher, layers):
+    with ablate(teacher, layers):
         ablated = teacher(input_ids=ids).logits
         cached = teacher.generate(ids, max_new_tokens=4, do_sample=False)
     by_hand = silenced(teacher, layers)
@@ -72,7 +74,7 @@ def test_ablation_is_a_zero_output_projection_and_is_undone(tiny_teacher, tiny_t
 def test_ablation_is_undone_after_an_error(tiny_teacher, tiny_tokens):
     teacher, ids = tiny_teacher("qwen3"), tiny_tokens.heldout[:2].long()
     before = teacher(input_ids=ids).logits
-    with pytest.raises(ZeroDivisionError), hl.ablate(teacher, [0, 1]):
+    with pytest.raises(ZeroDivisionError), ablate(teacher, [0, 1]):
         raise ZeroDivisionError
     assert torch.equal(teacher(input_ids=ids).logits, before)
     assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
@@ -81,7 +83,7 @@ def test_ablation_is_undone_after_an_error(tiny_teacher, tiny_tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_perplexity_score_is_the_plain_rise_in_float64(tiny_teacher, tiny_tokens, family):
     teacher, rows = tiny_teacher(family), tiny_tokens.heldout
-    scores = hl.score_perplexity(teacher, tiny_tokens, batch_tokens=48)
+    scores = score_perplexity(teacher, tiny_tokens, batch_tokens=48)
     intact = plain_nats(silenced(teacher, ()), rows)
     rises = [plain_nats(silenced(teacher, [l]), rows) - intact for l in range(3)]
     assert scores.values == pytest.approx(rises, rel=1e-4, abs=1e-5)
@@ -92,17 +94,17 @@ def test_perplexity_score_is_the_plain_rise_in_float64(tiny_teacher, tiny_tokens
 
 
 def test_a_layer_that_carries_nothing_scores_nothing(idle, tiny_tokens):
-    ppl, rad = hl.score_perplexity(idle, tiny_tokens), hl.score_acceptance(idle, tiny_tokens)
+    ppl, rad = score_perplexity(idle, tiny_tokens), score_acceptance(idle, tiny_tokens)
     assert ppl.values[2] == 0 and abs(ppl.measured[2]) == min(map(abs, ppl.values))
     assert rad.ranking[-1] == 2 and rad.measured[2] == pytest.approx(1) and max(rad.measured[:2]) < 0.99
-    found = hl.search_skips(idle, tiny_tokens, 3)
+    found = search_skips(idle, tiny_tokens, 3)
     assert found.layers == (0, 1, 3) and found.acceptance == pytest.approx(1)
 
 
 def test_perplexity_ranks_the_idle_layer_last_where_the_others_help(lab, lab_tokens):
     teacher = copy.deepcopy(lab.model)
     teacher.model.layers[3].self_attn.o_proj.weight.data.zero_()
-    scores = hl.score_perplexity(teacher, lab_tokens)
+    scores = score_perplexity(teacher, lab_tokens)
     assert scores.ranking[-1] == 3 and scores.values[3] == 0
 
 
@@ -130,7 +132,7 @@ def test_a_draft_costs_the_weights_that_it_reads(tiny_teacher):
 
 def test_acceptance_score_is_the_plain_overlap(tiny_teacher, tiny_tokens):
     teacher, rows = tiny_teacher("mistral"), tiny_tokens.heldout
-    scores = hl.score_acceptance(teacher, tiny_tokens, heldout_tokens=64, batch_tokens=32)
+    scores = score_acceptance(teacher, tiny_tokens, heldout_tokens=64, batch_tokens=32)
     p = log_probs(silenced(teacher, ()), rows[:4]).exp()
     for l in range(3):
         overlap = torch.minimum(p, log_probs(silenced(teacher, [l]), rows[:4]).exp()).sum(-1).mean().item()
@@ -166,7 +168,7 @@ def test_a_search_over_few_sets_tries_each_once(size, sets):
 
 def test_skips_found_are_those_of_an_exhaustive_search(tiny_teacher, tiny_tokens):
     teacher, rows = tiny_teacher("llama", layers=5), tiny_tokens.heldout
-    found = hl.search_skips(teacher, tiny_tokens, 2, evaluations=10, gamma=3)
+    found = search_skips(teacher, tiny_tokens, 2, evaluations=10, gamma=3)
     p = log_probs(teacher, rows).exp()
     overlap = {s: torch.minimum(p, log_probs(silenced(teacher, s), rows).exp()).sum(-1).mean().item()
                for s in combinations(range(5), 3)}
@@ -175,8 +177,8 @@ def test_skips_found_are_those_of_an_exhaustive_search(tiny_teacher, tiny_tokens
     assert found.acceptance == pytest.approx(overlap[skipped], rel=1e-4)
     assert found.throughput == pytest.approx(throughput(overlap[skipped], draft_cost(teacher, skipped), 3), rel=1e-4)
     assert found.cost.forward_tokens == (2 + 5 + 10) * rows.numel() and found.cost.passes == 2 + 5 + 10
-    assert found.scores.values == hl.score_acceptance(teacher, tiny_tokens).values
-    assert hl.search_skips(teacher, tiny_tokens, 1.0).acceptance == pytest.approx(1)
+    assert found.scores.values == score_acceptance(teacher, tiny_tokens).values
+    assert search_skips(teacher, tiny_tokens, 1.0).acceptance == pytest.approx(1)
 
 
 def test_halo_values_by_hand_with_the_cap():
@@ -185,14 +187,14 @@ def test_halo_values_by_hand_with_the_cap():
 
 
 def test_halo_measures_each_replaced_layer(lab, lab_tokens):
-    student, task = hl.linearize(lab.model), hl.RecallTask(pairs=4)
+    student, task = hl.linearize(lab.model), RecallTask(pairs=4)
     before = {n: p.clone() for n, p in [*student.named_parameters(), *lab.model.named_parameters()]}
-    scores = hl.score_halo(student, lab.model, lab_tokens, task, num_examples=12, heldout_tokens=256)
-    examples, rows = hl.generate_recall(task, 12), lab_tokens.heldout[:2].long()
+    scores = score_halo(student, lab.model, lab_tokens, task, num_examples=12, heldout_tokens=256)
+    examples, rows = generate_recall(task, 12), lab_tokens.heldout[:2].long()
     recall, sense = [], []
     for l in range(8):
         replaced = hl.restore(student, lab.model, [m for m in range(8) if m != l]).eval()
-        recall.append(hl.score_recall(replaced, lab.tokenizer, examples).exact_match)
+        recall.append(score_recall(replaced, lab.tokenizer, examples).exact_match)
         with torch.no_grad():
             predicted = replaced(input_ids=rows).logits[:, :-1].argmax(-1)
         sense.append((predicted == rows[:, 1:]).double().mean().item())
@@ -205,16 +207,16 @@ def test_halo_measures_each_replaced_layer(lab, lab_tokens):
 
 
 def test_recall_is_lost_with_either_planted_layer_and_the_teacher_is_left(lab):
-    task = hl.RecallTask(pairs=6)
+    task = RecallTask(pairs=6)
     before = {n: p.clone() for n, p in lab.model.named_parameters()}
-    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
+    scores = score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
     assert scores.metric == "ar" and set(scores.ranking[:3]) == {0, 1, 4}  # without layer 0, nothing works
     assert scores.measured == (0, 0, 1, 1, 0, 1, 1, 1)
-    examples = hl.generate_recall(task, 24)
-    intact = hl.score_recall(lab.model, lab.tokenizer, examples).exact_match
+    examples = generate_recall(task, 24)
+    intact = score_recall(lab.model, lab.tokenizer, examples).exact_match
     for l in (1, 6):
-        with hl.ablate(lab.model, [l]):
-            assert scores.measured[l] == hl.score_recall(lab.model, lab.tokenizer, examples).exact_match
+        with ablate(lab.model, [l]):
+            assert scores.measured[l] == score_recall(lab.model, lab.tokenizer, examples).exact_match
     lost = [intact - r for r in scores.measured]
     assert all(abs(v - x) < 0.5 / 24 for v, x in zip(scores.values, lost, strict=True))
     assert len(set(scores.values)) == 8  # ties in accuracy are ordered
@@ -223,13 +225,13 @@ def test_recall_is_lost_with_either_planted_layer_and_the_teacher_is_left(lab):
 
 
 def test_recall_ties_follow_the_likelihood_lost(lab):
-    task = hl.RecallTask(pairs=6)
-    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=4)
+    task = RecallTask(pairs=6)
+    scores = score_associative_recall(lab.model, lab.tokenizer, task, num_examples=4)
     likelihood = []
     for layers in [[], *([l] for l in range(8))]:
         nats = []
-        with hl.ablate(lab.model, layers), torch.no_grad():
-            for example in hl.generate_recall(task, 4):
+        with ablate(lab.model, layers), torch.no_grad():
+            for example in generate_recall(task, 4):
                 prompt, question, answer = (lab.tokenizer(text, add_special_tokens=False).input_ids
                                             for text in (example.prompt, *example.turns[0]))
                 asked = [lab.tokenizer.bos_token_id, *prompt, *question]
@@ -243,27 +245,27 @@ def test_recall_ties_follow_the_likelihood_lost(lab):
 
 
 def test_recall_through_aliases_is_scored_as_multi_hop(lab):
-    task = hl.RecallTask("variable_tracking", pairs=4, hops=2)
-    scores = hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=16)
+    task = RecallTask("variable_tracking", pairs=4, hops=2)
+    scores = score_associative_recall(lab.model, lab.tokenizer, task, num_examples=16)
     assert scores.metric == "ar-mh" and {1, 4} < set(scores.ranking[:4])
     assert scores.measured[1] == scores.measured[4] == 0 and scores.measured[2] > 0.8
 
 
 def test_a_teacher_at_chance_has_no_recall_to_lose(lab, lab_tokens):
-    task = hl.RecallTask("multi_hop", pairs=8, hops=2)
+    task = RecallTask("multi_hop", pairs=8, hops=2)
     with pytest.raises(ValueError, match=r"name='multi_hop', pairs=8.* is beyond the teacher.*give an easier task"):
-        hl.score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
+        score_associative_recall(lab.model, lab.tokenizer, task, num_examples=24)
     with pytest.raises(ValueError, match="beyond the teacher"):
-        hl.score_halo(hl.linearize(lab.model), lab.model, lab_tokens, task, num_examples=24)
+        score_halo(hl.linearize(lab.model), lab.model, lab_tokens, task, num_examples=24)
 
 
 def test_bad_calls_are_refused(tiny_teacher, tiny_tokens, lab):
     teacher = tiny_teacher("llama")
     for layers, message in (([3], "layers holds 3; a layer index is a whole number from 0 to 2"),
                             ([1, 1], "names layer 1 twice")):
-        with pytest.raises(ValueError, match=message), hl.ablate(teacher, layers):
+        with pytest.raises(ValueError, match=message), ablate(teacher, layers):
             pass
-    for score in (hl.score_perplexity, hl.score_acceptance):
+    for score in (score_perplexity, score_acceptance):
         with pytest.raises(ValueError, match="heldout_tokens=15 is not a whole number of at least 16"):
             score(teacher, tiny_tokens, heldout_tokens=15)
         with pytest.raises(ValueError, match="batch_tokens=0 is not a whole number of at least 1"):
@@ -272,7 +274,7 @@ def test_bad_calls_are_refused(tiny_teacher, tiny_tokens, lab):
                                ({"budget": 1, "gamma": 0}, "gamma=0 is not a whole number of at least 1"),
                                ({"budget": 1, "evaluations": 0}, "evaluations=0 is not a whole number of at least 1")):
         with pytest.raises(ValueError, match=message):
-            hl.search_skips(teacher, tiny_tokens, **arguments)
+            search_skips(teacher, tiny_tokens, **arguments)
     with pytest.raises(ValueError, match="acceptance=1.5 is not a number of at least 0 and at most 1"):
         throughput(1.5, 0.5, 4)
     with pytest.raises(ValueError, match="cost=nan is not a number"):
@@ -282,9 +284,9 @@ def test_bad_calls_are_refused(tiny_teacher, tiny_tokens, lab):
     with pytest.raises(ValueError, match="holds 1 layers; the set to start from must hold size=2"):
         maximize_over_sets(len, 4, 2, first=[0])
     with pytest.raises(ValueError, match="num_examples=0 is not a whole number of at least 1"):
-        hl.score_associative_recall(lab.model, lab.tokenizer, num_examples=0)
+        score_associative_recall(lab.model, lab.tokenizer, num_examples=0)
     with pytest.raises(ValueError, match="teacher's context is 1024; use fewer pairs or filler"):
-        hl.score_associative_recall(lab.model, lab.tokenizer, hl.RecallTask(pairs=512), num_examples=1)
+        score_associative_recall(lab.model, lab.tokenizer, RecallTask(pairs=512), num_examples=1)
     student = hl.linearize(teacher)
     with pytest.raises(ValueError, match="student has softmax layers"):
-        hl.score_halo(hl.restore(student, teacher, [0]), teacher, tiny_tokens)
+        score_halo(hl.restore(student, teacher, [0]), teacher, tiny_tokens)

@@ -10,8 +10,9 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hybridlib as hl
+from hybridlib.distill.settings import DistillationDiverged
 from hybridlib.models.branches import gated_model, set_gates
-from hybridlib.selection.scorers.gates import GateSettings
+from hybridlib.selection.scorers.gates import GateSettings, gate_gradient, learned_gates
 
 ROWS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -126,8 +127,8 @@ def test_weights_are_shared_and_frozen_unless_asked(tiny_teacher):
 def test_slopes_and_curvatures_are_those_of_the_plain_kl(tiny_teacher, all_in_float64, mixer, at, skip):
     student, teacher = pair(tiny_teacher, mixer=mixer, other_weights=True)
     first, second = differences(student, teacher, at, skip)
-    slope = hl.gate_gradient(student, teacher, ROWS, at=at, skip=skip)
-    change = hl.gate_gradient(student, teacher, ROWS, at=at, order=2, skip=skip)
+    slope = gate_gradient(student, teacher, ROWS, at=at, skip=skip)
+    change = gate_gradient(student, teacher, ROWS, at=at, order=2, skip=skip)
     for scores, expected, rel in ((slope, first, 1e-5), (change, first + (0.5 - at) * second, 1e-3)):
         assert scores.measured == pytest.approx(expected.mean(1).tolist(), rel=rel, abs=1e-7)
         assert scores.stderr == pytest.approx((expected.std(1) / 3**0.5).tolist(), rel=rel, abs=1e-7)
@@ -140,8 +141,8 @@ def test_slopes_and_curvatures_are_those_of_the_plain_kl(tiny_teacher, all_in_fl
 def test_removal_has_no_slope_where_the_all_softmax_model_is_the_teacher(tiny_teacher, all_in_float64):
     student, teacher = pair(tiny_teacher)
     _, second = differences(student, teacher, 1.0)
-    slope = hl.gate_gradient(student, teacher, ROWS, at=1.0)
-    change = hl.gate_gradient(student, teacher, ROWS, at=1.0, order=2)
+    slope = gate_gradient(student, teacher, ROWS, at=1.0)
+    change = gate_gradient(student, teacher, ROWS, at=1.0, order=2)
     assert slope.measured == pytest.approx((0, 0, 0), abs=1e-9)
     assert change.values == pytest.approx((second / 2).mean(1).tolist(), rel=1e-4) and min(change.values) > 1e-3
 
@@ -152,7 +153,7 @@ def test_training_in_turn_is_stage_2_of_the_restored_hybrid_and_the_slope_is_tak
     student, teacher = pair(tiny_teacher, mixer=mixer)
     tokens = hl.Tokens(ROWS[:1], ROWS)
     settings = hl.MatchSettings(batch_tokens=12, learning_rate=1e-3, mixer_learning_rate=1e-2)
-    found = hl.gate_gradient(student, teacher, tokens, train_tokens=12, settings=settings)  # a step, with layer 0 open
+    found = gate_gradient(student, teacher, tokens, train_tokens=12, settings=settings)  # a step, with layer 0 open
     hybrid = hl.restore(student, teacher, [0])
     hl.match(hybrid, teacher, tokens, 12, settings=settings)
     linear, softmax = copy.deepcopy(student), copy.deepcopy(teacher)
@@ -167,7 +168,7 @@ def test_training_in_turn_is_stage_2_of_the_restored_hybrid_and_the_slope_is_tak
               for step in (-1e-5, 1e-5)]
         expected.append((kl[1] - kl[0]).item() / 2e-5)
     assert found.measured == pytest.approx(expected, rel=1e-4, abs=1e-7)
-    before = hl.gate_gradient(student, teacher, tokens).measured
+    before = gate_gradient(student, teacher, tokens).measured
     assert max(abs(a / b - 1) for a, b in zip(found.measured, before, strict=True)) > 0.02
     assert found.tokens == 12 + 36 and found.cost.forward_tokens == 12 + 36
 
@@ -178,21 +179,21 @@ def test_the_integrated_gradient_sums_to_the_change_of_kl(tiny_teacher):
         for layer in (*student.model.layers, *teacher.model.layers):
             layer.self_attn.o_proj.weight.mul_(0.03)  # KL bends so gently along the way that few midpoints do
     linear, softmax = (kl_at(student, teacher, torch.full((3,), g)).mean().item() for g in (0.0, 1.0))
-    found = hl.gate_gradient(student, teacher, ROWS, steps=16)
+    found = gate_gradient(student, teacher, ROWS, steps=16)
     assert sum(found.values) == pytest.approx(linear - softmax, rel=1e-3) and linear - softmax > 1e-2
     assert found.tokens == 16 * 36 and found.direction == "add"
-    slopes = [hl.gate_gradient(student, teacher, ROWS, at=at).measured for at in (0.25, 0.75)]
-    assert hl.gate_gradient(student, teacher, ROWS, steps=2).measured == pytest.approx(
+    slopes = [gate_gradient(student, teacher, ROWS, at=at).measured for at in (0.25, 0.75)]
+    assert gate_gradient(student, teacher, ROWS, steps=2).measured == pytest.approx(
         [sum(pair) / 2 for pair in zip(*slopes, strict=True)])
 
 
 def test_scores_do_not_depend_on_the_batch_and_take_heldout_rows(tiny_teacher, tiny_tokens):
     student, teacher = pair(tiny_teacher)
-    whole = hl.gate_gradient(student, teacher, tiny_tokens)
-    parts = hl.gate_gradient(student, teacher, tiny_tokens, batch_tokens=48)
+    whole = gate_gradient(student, teacher, tiny_tokens)
+    parts = gate_gradient(student, teacher, tiny_tokens, batch_tokens=48)
     assert parts.measured == pytest.approx(whole.measured) and parts.stderr == pytest.approx(whole.stderr)
-    few = hl.gate_gradient(student, teacher, tiny_tokens, num_tokens=40)
-    assert few.measured == hl.gate_gradient(student, teacher, tiny_tokens.heldout[:2]).measured and few.tokens == 32
+    few = gate_gradient(student, teacher, tiny_tokens, num_tokens=40)
+    assert few.measured == gate_gradient(student, teacher, tiny_tokens.heldout[:2]).measured and few.tokens == 32
 
 
 def one_layer_matters(tiny_teacher):
@@ -211,19 +212,19 @@ def one_layer_matters(tiny_teacher):
 def test_learned_gates_rank_a_destroyed_mixer_above_an_exact_one(tiny_teacher, tiny_tokens):
     student, teacher = one_layer_matters(tiny_teacher)
     settings = GateSettings(batch_tokens=128, learning_rate=0.1)
-    found = hl.learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 80, settings=settings)
+    found = learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 80, settings=settings)
     gates = found.scores.values
     assert found.scores.ranking == (2, 0, 1) and found.layers == (2,) and gates[2] > 0.8 and gates[1] < 0.2
     assert found.scores.metric == "learned_gate" and found.scores.tokens == found.history_tokens[-1] == 128 * 80
     assert found.kl[-1] < 0.5 * found.kl[0] and found.total[0] == pytest.approx(1)
     assert abs(found.total[-1] - 1) < 0.5 and all(math.isnan(x) for x in found.scores.stderr)
-    again = hl.learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 80, settings=settings)
+    again = learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 80, settings=settings)
     assert again.scores.values == gates and again.kl == found.kl
 
 
 def test_the_exact_layer_has_no_slope(tiny_teacher, tiny_tokens):
     student, teacher = one_layer_matters(tiny_teacher)
-    scores = hl.gate_gradient(student, teacher, tiny_tokens)
+    scores = gate_gradient(student, teacher, tiny_tokens)
     assert scores.ranking[0] == 2 and scores.measured[1] == pytest.approx(0, abs=1e-7)
 
 
@@ -233,8 +234,8 @@ def test_nothing_changes_in_student_or_teacher(tiny_teacher):
     before = {(i, n): p.clone() for i, m in enumerate((student, teacher)) for n, p in m.state_dict().items()}
     flags = [p.requires_grad for m in (student, teacher) for p in m.parameters()]
     modules, layer_types = [str(student), str(teacher)], list(student.config.layer_types)
-    hl.gate_gradient(student, teacher, ROWS, order=2)
-    hl.learned_gates(student, teacher, ROWS, 0.4, num_tokens=72, settings=GateSettings(batch_tokens=36))
+    gate_gradient(student, teacher, ROWS, order=2)
+    learned_gates(student, teacher, ROWS, 0.4, num_tokens=72, settings=GateSettings(batch_tokens=36))
     after = {(i, n): p for i, m in enumerate((student, teacher)) for n, p in m.state_dict().items()}
     assert all(torch.equal(p, before[key]) for key, p in after.items())
     assert [p.requires_grad for m in (student, teacher) for p in m.parameters()] == flags
@@ -245,13 +246,13 @@ def test_nothing_changes_in_student_or_teacher(tiny_teacher):
 def test_integer_rows_are_taken_over_and_over(tiny_teacher):
     student, teacher = pair(tiny_teacher)
     settings = GateSettings(batch_tokens=24, start=0.5, penalty=0.0)
-    found = hl.learned_gates(student, teacher, ROWS, 2, num_tokens=100, settings=settings)
+    found = learned_gates(student, teacher, ROWS, 2, num_tokens=100, settings=settings)
     assert found.history_tokens == (24, 48, 72, 96) and found.total[0] == pytest.approx(1.5) and len(found.layers) == 2
-    repeated = hl.learned_gates(student, teacher, ROWS.repeat(4, 1), 2, num_tokens=100, settings=settings)
+    repeated = learned_gates(student, teacher, ROWS.repeat(4, 1), 2, num_tokens=100, settings=settings)
     assert repeated.kl == found.kl
     middle = torch.full((3,), 0.5)
     assert found.kl[0] == pytest.approx(kl_at(student, teacher, middle)[:2].mean().item(), rel=1e-6)
-    answer = hl.learned_gates(student, teacher, ROWS, 2, num_tokens=24, skip=9, settings=settings)
+    answer = learned_gates(student, teacher, ROWS, 2, num_tokens=24, skip=9, settings=settings)
     assert answer.kl[0] == pytest.approx(kl_at(student, teacher, middle, skip=9)[:2].mean().item(), rel=1e-6)
 
 
@@ -259,8 +260,8 @@ def test_training_stops_at_a_loss_that_is_not_finite(tiny_teacher):
     student, teacher = pair(tiny_teacher)
     with torch.no_grad():
         student.model.norm.weight.fill_(math.nan)
-    with pytest.raises(hl.DistillationDiverged, match="step 0"):
-        hl.learned_gates(student, teacher, ROWS, 1, num_tokens=36)
+    with pytest.raises(DistillationDiverged, match="step 0"):
+        learned_gates(student, teacher, ROWS, 1, num_tokens=36)
 
 
 def test_bad_calls_are_refused(tiny_teacher):
@@ -271,16 +272,16 @@ def test_bad_calls_are_refused(tiny_teacher):
                                ({"batch_tokens": 5}, "batch_tokens=5"), ({"train_tokens": -1}, "train_tokens=-1"),
                                ({"train_tokens": 12}, "train_tokens=12 with at=0.0 and tokens a Tensor")):
         with pytest.raises(ValueError, match=message):
-            hl.gate_gradient(student, teacher, ROWS, **arguments)
+            gate_gradient(student, teacher, ROWS, **arguments)
     for rows in (ROWS.float(), ROWS[0], ROWS[:0], [[1, 2]]):
-        for call in (lambda: hl.gate_gradient(student, teacher, rows),
-                     lambda: hl.learned_gates(student, teacher, rows, 1, num_tokens=36)):
+        for call in (lambda: gate_gradient(student, teacher, rows),
+                     lambda: learned_gates(student, teacher, rows, 1, num_tokens=36)):
             with pytest.raises(ValueError, match="tokens is"):
                 call()
     for arguments, message in (({"budget": 4}, "budget=4"), ({"num_tokens": 3}, "num_tokens=3"),
                                ({"skip": -1}, "skip=-1")):
         with pytest.raises(ValueError, match=message):
-            hl.learned_gates(student, teacher, ROWS, **{"budget": 1, "num_tokens": 36} | arguments)
+            learned_gates(student, teacher, ROWS, **{"budget": 1, "num_tokens": 36} | arguments)
     for arguments, message in (({"batch_tokens": 0}, "batch_tokens=0"), ({"learning_rate": 0}, "learning_rate=0"),
                                ({"penalty": -1.0}, "penalty=-1.0"), ({"start": 0.0}, "start=0.0"),
                                ({"start": 1}, "start=1")):

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import hybridlib as hl
+from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models.branches import place
+from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.scorers.postnas import search_once_for_all, train_once_for_all
 
 LAYERS, KEPT = 4, 2
 
@@ -27,8 +30,8 @@ def settings(rate=1e-3, mixer_rate=1e-2):
 
 def test_without_learning_every_placement_is_its_hybrid_and_the_search_finds_the_best(aligned, tiny_tokens):
     student, teacher = aligned
-    found = hl.search_once_for_all(student, teacher, tiny_tokens, KEPT, 64, width=LAYERS, settings=settings(0.0, 0.0))
-    measure = hl.distilled_kl(student, teacher, tiny_tokens, num_tokens=0)
+    found = search_once_for_all(student, teacher, tiny_tokens, KEPT, 64, width=LAYERS, settings=settings(0.0, 0.0))
+    measure = distilled_kl(student, teacher, tiny_tokens, num_tokens=0)
     for layers in [*combinations(range(LAYERS), 1), *combinations(range(LAYERS), KEPT)]:
         assert found.search.values[layers] == pytest.approx(measure(layers), rel=1e-4)
     assert found.layers == min(combinations(range(LAYERS), KEPT), key=measure)
@@ -40,13 +43,13 @@ def test_without_learning_every_placement_is_its_hybrid_and_the_search_finds_the
 def test_training_helps_every_placement_and_moves_nothing_but_the_branches(aligned, tiny_tokens):
     student, teacher = aligned
     before = [{n: p.clone() for n, p in model.named_parameters()} for model in (student, teacher)]
-    model, history = hl.train_once_for_all(student, teacher, tiny_tokens, KEPT, 4096, settings=settings())
+    model, history = train_once_for_all(student, teacher, tiny_tokens, KEPT, 4096, settings=settings())
     for old, new in zip(before, (student, teacher), strict=True):
         assert all(torch.equal(old[n], p) for n, p in new.named_parameters())
     for layers in combinations(range(LAYERS), KEPT):
         place(model, layers)
         untrained = hl.restore(student, teacher, layers)
-        assert hl.heldout_kl(model, teacher, tiny_tokens)[0] < hl.heldout_kl(untrained, teacher, tiny_tokens)[0]
+        assert heldout_kl(model, teacher, tiny_tokens)[0] < heldout_kl(untrained, teacher, tiny_tokens)[0]
     after, branches = dict(model.named_parameters()), 0
     for l in range(LAYERS):
         for branch, own in (("linear", student), ("softmax", teacher)):
@@ -59,7 +62,7 @@ def test_training_helps_every_placement_and_moves_nothing_but_the_branches(align
 
 def test_the_seed_draws_the_placements(aligned, tiny_tokens):
     student, teacher = aligned
-    runs = [hl.search_once_for_all(student, teacher, tiny_tokens, KEPT, 256, settings=settings(), seed=seed)
+    runs = [search_once_for_all(student, teacher, tiny_tokens, KEPT, 256, settings=settings(), seed=seed)
             for seed in (0, 0, 1)]
     assert runs[0].losses == runs[1].losses != runs[2].losses and runs[0].search == runs[1].search
 
@@ -69,10 +72,10 @@ def test_bad_input_is_refused(aligned, tiny_tokens):
     for arguments, changes, message in (((0, 64), {}, "budget=0"), ((KEPT, 8), {}, "num_tokens=8"),
                                         ((KEPT, 64), {"width": 0}, "width=0"), ((KEPT, 64), {"seed": -1}, "seed=-1")):
         with pytest.raises(ValueError, match=f"^{message}"):
-            hl.search_once_for_all(student, teacher, tiny_tokens, *arguments, **changes)
+            search_once_for_all(student, teacher, tiny_tokens, *arguments, **changes)
     with pytest.raises(ValueError, match="softmax layers"):
-        hl.search_once_for_all(hl.restore(student, teacher, [0]), teacher, tiny_tokens, KEPT, 64)
-    model, _ = hl.train_once_for_all(student, teacher, tiny_tokens, KEPT, 64, settings=settings())
+        search_once_for_all(hl.restore(student, teacher, [0]), teacher, tiny_tokens, KEPT, 64)
+    model, _ = train_once_for_all(student, teacher, tiny_tokens, KEPT, 64, settings=settings())
     with pytest.raises(ValueError, match="layers holds 4"):
         place(model, [4])
     with pytest.raises(ValueError, match="^past_key_values was given to a once-for-all student"):
