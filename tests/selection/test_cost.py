@@ -13,7 +13,7 @@ import hybridlib as hl
 from hybridlib.models.branches import gated_model
 from hybridlib.models.passes import last_hidden
 from hybridlib.selection.cost import Cost, Meter, forward_flops, held_beside, training_flops
-from hybridlib.selection.engine import measure as candidates
+from hybridlib.selection.engine import inputs, measure as candidates
 
 TIME = 12  # tokens of a row; few enough that a mixer runs its projections one by one
 
@@ -158,7 +158,7 @@ def test_a_part_of_a_job_counts_what_earlier_parts_left(memory):
 def test_candidates_leave_out_what_lay_there_before_the_scoring(aligned, tiny_tokens, monkeypatch):
     student, teacher = aligned
     asked, real = [], candidates.Meter
-    monkeypatch.setattr(candidates, "held_beside", lambda *models: asked.append(models) or 7)
+    monkeypatch.setattr(inputs, "held_beside", lambda *models: asked.append(models) or 7)
     monkeypatch.setattr(candidates, "Meter", lambda *models, beside: asked.append(beside) or real(*models))
     hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
     assert asked == [(teacher, student), 7, 7, 7]

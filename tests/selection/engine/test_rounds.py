@@ -26,7 +26,7 @@ from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models import passes
 from hybridlib.models.passes import TeacherStates
 from hybridlib.records import ledger
-from hybridlib.selection.engine import measure as candidates, rounds as scoring, workers
+from hybridlib.selection.engine import inputs as inputs_module, measure as candidates, rounds as scoring, workers
 from hybridlib.selection.engine.measure import distilled_kl
 from hybridlib.selection.engine.rounds import ScoringFailed
 
@@ -322,7 +322,7 @@ def test_what_a_worker_warms_up_on_is_not_what_it_scores_with(settings, monkeypa
     study = hl.Study(settings)
     study.aligned("gdn", 0)
     job = candidates.ScoringJob(study.scoring_inputs("gdn", 0, study.tokens(0, 512, "score")), "add", 512, None, MATCH)
-    candidates._load.cache_clear()
+    inputs_module._load.cache_clear()
     monkeypatch.setattr(workers, "_ready", SimpleNamespace(wait=lambda seconds: None), raising=False)
     assert workers._load(job, 64) is None
     inputs = job.inputs.load()
@@ -384,7 +384,7 @@ def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tm
 KILLED = """
 import sys, time
 import hybridlib as hl
-from hybridlib import candidates
+from hybridlib.selection.engine import measure as candidates
 
 settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
 
