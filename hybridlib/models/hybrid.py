@@ -261,7 +261,7 @@ def linearize(teacher: nn.Module, mixer: str = "gdn", *, seed: int = 0, kv_trans
     for layer, teacher_layer in zip(student.model.layers, teacher.model.layers):
         layer.self_attn.init_gates(generator)
         layer.self_attn.init_from_attention(teacher_layer.self_attn, kv_transfer)
-    return student.train()
+    return student.eval()
 
 
 def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn.Module:
@@ -280,7 +280,7 @@ def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn
     for l in range(hybrid.config.num_hidden_layers):
         source = teacher if l in layers else student
         hybrid.model.layers[l].self_attn.load_state_dict(source.model.layers[l].self_attn.state_dict())
-    return hybrid.train()
+    return hybrid.eval()
 
 
 def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, teacher=None) -> nn.Module:

@@ -15,11 +15,8 @@ from functools import partial
 
 from hybridlib.checks import check_choice, check_int, check_number
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.recall import RecallTask
-from hybridlib.distill.stages import match
-from hybridlib.models.hybrid import restore
-from hybridlib.selection.cost import Cost, Meter, heldout_size, one_run_a_layer_flops
+from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
 from hybridlib.selection.rules import SCORES_NEEDED, budget_layers, select
 from hybridlib.selection.scorers.ablation import TaskTooHard, score_associative_recall, score_halo, score_perplexity
 from hybridlib.selection.scorers.gates import GateSettings, gate_gradient, gate_gradient_flops, learned_gates
@@ -27,6 +24,8 @@ from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scorers.postnas import search_once_for_all
 from hybridlib.selection.scorers.speculative import search_skips
 from hybridlib.selection.scores import LayerScores
+from hybridlib.selection.engine.candidates import Job, measure_set
+from hybridlib.selection.engine.inputs import LoadedInputs
 from hybridlib.selection.search import SearchResult, beam, exhaustive
 
 __all__ = ["MOST_SETS", "Selection", "by_all_sets", "by_beam", "by_gate_gradient", "by_halo", "by_learned_gates",
@@ -253,7 +252,7 @@ class _Distilled:
     """
 
     def __init__(self, study, mixer, seed):
-        self.study, self.mixer, self.seed, self.costs, self._student = study, mixer, seed, {}, None
+        self.study, self.mixer, self.seed, self.costs, self._job = study, mixer, seed, {}, None
 
     def __call__(self, layers):
         study, num_layers = self.study, self.study.num_layers
@@ -271,15 +270,12 @@ class _Distilled:
         return found["kl"]
 
     def _measure(self, layers):
-        study, teacher = self.study, self.study.teacher.model
-        if self._student is None:
-            self._student = study.aligned(self.mixer, self.seed)
-        tokens, count, meter = _heldout(study, self.seed), study.settings.score_tokens, Meter(teacher, self._student)
-        hybrid = restore(self._student, teacher, layers)
-        spent = match(hybrid, teacher, tokens, count, settings=study.match_settings).tokens[-1] if count else 0
-        kl, error = heldout_kl(hybrid, teacher, tokens)
-        meter.stage_2(hybrid, teacher, spent, heldout_size(tokens, None), tokens.context)
-        return {"kl": kl, "kl_stderr": error, "tokens": spent, "cost": meter.cost().to_dict()}
+        study = self.study
+        if self._job is None:
+            inputs = LoadedInputs(study.aligned(self.mixer, self.seed), study.teacher.model, _heldout(study, self.seed))
+            self._job = Job(inputs, study.settings.score_tokens, study.match_settings)
+        figures = measure_set(self._job, layers)
+        return {name: figures[name] for name in ("kl", "kl_stderr", "tokens", "cost")}
 
 
 def _search(find: Callable[..., SearchResult], study, mixer, seed, **options):
