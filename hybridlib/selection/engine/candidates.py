@@ -212,7 +212,7 @@ class _Bill:
         device, bills = describe_device(str(next(inputs.student.parameters()).device)), []
         for i, (meter, model) in enumerate(zip(self.meters, models, strict=True)):
             meter.stage_2(model, inputs.teacher, trained, measured, inputs.context, 0 if i and taught else taught)
-            cost = meter.cost() if count == 1 else replace(meter.cost(), seconds=seconds)
+            cost = replace(meter.cost(), seconds=seconds)
             bills.append({"seconds": seconds, "cost": cost.to_dict(), "device": device})
         return bills
 

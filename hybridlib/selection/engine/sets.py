@@ -144,8 +144,7 @@ def _match_group(job, sets, measure_at):
 
 def _result(layers, measured, curve):
     """A set's result from its figures, the last of them at its end, and those that its curve shows."""
-    error = next((figures["error"] for figures in measured if "error" in figures), None)
-    end = measured[-1]
+    end, error = measured[-1], measured[-1].get("error")
     result = {"layers": layers, **{name: None if error else end[name] for name in FIGURES},
               "tokens": end["tokens"], "losses": end["loss"], "loss_tokens": end["loss_tokens"],
               "curve": [{name: figures[name] for name in ("tokens", "kl", "recall_exact")}

@@ -189,7 +189,7 @@ def test_the_shared_step_goes_on_from_checkpoints_from_memory_or_from_the_start(
                 alone[layer, 512], abs=1e-5)
     assert len(recorded) == 12
     monkeypatch.setattr(candidates, "shares_step", lambda job: False)  # and a run alone from its checkpoint
-    assert candidates.measure_sets(job, [(1,)], 512, 256)[1]["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
+    assert candidates.measure_set(job, (1,), 512, 256)["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
 
 
 @pytest.mark.parametrize("every", [5_000_000, 256])
@@ -214,7 +214,7 @@ def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligne
     broken, kept = hl.restore(student, teacher, []), Kept()
     with torch.no_grad():
         broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
-    arguments = dict(direction="remove", num_tokens=512, settings=MATCH, engine=Engine(group=1))
+    arguments = dict(direction="remove", num_tokens=512, settings=MATCH)
     named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
     with pytest.raises(ScoringFailed, match=named):
         hl.score_layers(broken, teacher, tiny_tokens, **arguments, engine=Engine(records=kept))
