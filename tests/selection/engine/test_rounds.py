@@ -144,10 +144,10 @@ def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_toke
     student, teacher = aligned
     still, kept = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9), Kept()
     stop = hl.EarlyStop(2, 256, window=3)
-    score = {"num_tokens": 2048, "settings": still, "group": group}
-    whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop)
-    part = hl.score_layers(student, teacher, tiny_tokens, **score,
-                           early_stop=dataclasses.replace(stop, heldout_tokens=32), engine=Engine(records=kept))
+    score = {"num_tokens": 2048, "settings": still}
+    whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop, engine=Engine(group=group))
+    part = hl.score_layers(student, teacher, tiny_tokens, **score, engine=Engine(group=group, records=kept),
+                           early_stop=dataclasses.replace(stop, heldout_tokens=32))
     assert part.values == pytest.approx(whole.values, abs=1e-7) and part.history[0] != whole.history[0]
     assert part.history[-1] == part.values and part.history_tokens == whole.history_tokens == (256, 512, 768)
     assert sorted(kept) == sorted([*itertools.product(range(3), (256, 512, 768), (32,)),
