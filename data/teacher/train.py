@@ -4,10 +4,10 @@
 
 The folder holds .parquet files with a column `text`; a file whose name starts with `heldout` is only measured on.
 The tokenizer (byte-level BPE, numbers in groups of three digits) is learned first, then the model: a share of every
-batch is packed text, the rest recall tasks of `hybridlib.distill.recall` (train split). Hidden weight matrices are trained by
-Muon, the rest by AdamW. Contexts grow along training. With --plant, the circuit that recall needs is there from the
-start, see `plant_induction`. Writes model.safetensors (bfloat16), config, tokenizer, `training.json` (what was run
-and measured), the model card README.md made from it, and SHA256SUMS.
+batch is packed text, the rest recall tasks of `hybridlib.distill.recall` (train split). Muon trains hidden weight
+matrices, AdamW the rest. Contexts grow along training. With --plant, the circuit that recall needs is there from the
+start, see `plant_induction`. The script writes model.safetensors (bfloat16), config, tokenizer, `training.json` (its
+settings, log and figures), the model card README.md made from it, and SHA256SUMS.
 """
 
 from __future__ import annotations
