@@ -245,7 +245,7 @@ tokens, context {context}), made to be distilled on two CPU cores. It models Eng
 
 | | |
 |---|---|
-| data | {settings[recall_share]:.0%} of each batch: `hybridlib.distill.recall`, train split; the rest: text, see below |
+| data | {settings[recall_share]:.0%} of each batch: `hybridlib.distill.recall`, train split; the rest text, see below |
 | training | {tokens:,} tokens in {steps:,} steps, {seconds:,.0f} s on: {device}; torch {torch} |
 | contexts | {settings[contexts]} tokens, shares {settings[shares]} |
 | rates | Muon {settings[muon_lr]}, AdamW {settings[lr]}, falling to 0 over the last {settings[decay_share]:.0%} |
