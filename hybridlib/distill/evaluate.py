@@ -47,8 +47,11 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
     heldout_tokens : held-out tokens to measure on, None for all.
     batch_tokens : tokens a forward pass.
 
-    Raises ValueError if there are fewer held-out tokens than one row. Perplexity is over all next tokens of a row.
+    Raises ValueError if there are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
+    Perplexity is over all next tokens of a row.
     """
+    if recall is not None and tokens.tokenizer is None:
+        raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
     sums, kl = torch.zeros(3, dtype=torch.float64), []
     with evaluation_mode(model):
         for ids, teacher_states in _batches(model, teacher, tokens, heldout_tokens, batch_tokens):
@@ -60,7 +63,7 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
             sums += torch.tensor([nats, _nats(teacher_logits, ids).sum().item(), agreement], dtype=torch.float64)
     nats, teacher_nats, agreement = (sums / len(kl)).tolist()
     figures = (*mean_stderr(kl), math.exp(nats), math.exp(teacher_nats), agreement, len(kl) * tokens.context)
-    if recall is None:
+    if recall is None or tokens.tokenizer is None:
         return Evaluation(*figures)
     score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
     return Evaluation(*figures, score.exact_match, score.stderr)

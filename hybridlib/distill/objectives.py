@@ -127,7 +127,7 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
                               temperature, min(chunk, student_hidden[..., 0].numel()), compute, gradients)
 
 
-def check_divergence(kind: str, alpha: float | None, beta: float | None, name: str = "kind") -> tuple[Any, Any]:
+def check_divergence(kind: str, alpha: Any, beta: Any, name: str = "kind") -> tuple[Any, Any]:
     """Return alpha and beta, or their defaults; raise ValueError unless they suit `kind` as `divergence` says."""
     check_choice(name, kind, _KINDS)
     for parameter, value in (("alpha", alpha), ("beta", beta)):

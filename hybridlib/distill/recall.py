@@ -218,7 +218,7 @@ def judge(predicted: torch.Tensor, input_ids: torch.Tensor, shift: list[int], en
     for row, (_, spans) in enumerate(encoded):
         for start, end in spans:
             start, end = start + shift[row], end + shift[row]
-            hits = (predicted[row, start - 1:end - 1] == input_ids[row, start:end]).sum().item()
+            hits = int((predicted[row, start - 1:end - 1] == input_ids[row, start:end]).sum())
             yield hits == end - start, hits, end - start
 
 

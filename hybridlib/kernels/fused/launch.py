@@ -41,7 +41,7 @@ override_segments: int | None = None  # the same in a forward pass and its backw
 override_follows: bool | None = None  # the same in a forward pass and its backward pass
 watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
-_HALF = {  # kernel: up to 64 dims, 128 dims
+_HALF: dict[str, Launch | tuple[Launch, Launch]] = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 3, 64), Launch(4, 3, 32)),
     "delta_rule.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
@@ -55,7 +55,7 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "linear_attention.value_gradients": Launch(8, 2, 64),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
-_FLOAT32 = {  # gated linear attention: 64 dims at most
+_FLOAT32: dict[str, Launch | tuple[Launch, Launch]] = {  # gated linear attention: 64 dims at most
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
@@ -73,13 +73,13 @@ _FLOAT32 = {  # gated linear attention: 64 dims at most
 def how(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Launch:
     """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
     table = _FLOAT32 if dtype == torch.float32 else _HALF
-    rows = override.get(kernel) or table[kernel]
-    use = rows if isinstance(rows, Launch) else rows[max(key_dim, value_dim) > 64]
+    entry = override.get(kernel) or table[kernel]
+    use = entry if isinstance(entry, Launch) else entry[max(key_dim, value_dim) > 64]
     most = value_dim if kernel.startswith("delta_rule") else key_dim
     return use if use.width <= most else use._replace(width=most)
 
 
-_compiled = {}  # kernels by what they were compiled for: Triton's own look-up takes most of a launch
+_compiled: dict = {}  # kernels by the key of a call: Triton's own look-up takes most of a launch
 
 
 class Place:
