@@ -112,7 +112,7 @@ TREE = {"__init__": "", "checks": "", "records/__init__": "", "records/ledger": 
      "house.selection.engine.rounds imports house.selection.scorers.gates"),
     ({"selection/search": "import house.selection.scorers"},
      "house.selection.search imports house.selection.scorers"),
-    ({"selection/rules": "import house.selection.scores", "selection/scores": "import house.selection.rules"}, "circle: "),
+    ({"selection/rules": "import house.selection.cost", "selection/cost": "import house.selection.rules"}, "circle: "),
     ({"records/queue": ""}, "records/queue.py hides a module"),
     ({"study/torch/__init__": ""}, "study/torch hides a module"),
 ])
