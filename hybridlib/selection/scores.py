@@ -37,6 +37,10 @@ class LayerScores:
         """Layers, the one most worth keeping first; ties go to the lower index."""
         return tuple(sorted(range(len(self.values)), key=lambda l: (-self.values[l], l)))
 
+    def best(self, count: int) -> tuple[int, ...]:
+        """The `count` layers most worth keeping, ascending."""
+        return tuple(sorted(self.ranking[:count]))
+
     def to_dict(self) -> dict:
         return asdict(self)
 
