@@ -12,7 +12,7 @@ from hybridlib.selection.engine.rounds import EarlyStop
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scores import LayerScores
-from hybridlib.study.methods import SELECTORS
+from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.settings import StudySettings, notebook_settings
 from hybridlib.study.study import Study
 

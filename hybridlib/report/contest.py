@@ -11,7 +11,7 @@ from hybridlib.checks import check_choice
 from hybridlib.report.style import format_interval, format_number
 from hybridlib.report.verdicts import OWN
 from hybridlib.selection.agreement import RANGES, contiguity, interval, jaccard, paired_difference, spearman
-from hybridlib.study.methods import SELECTORS, find_selector
+from hybridlib.study.catalogue import SELECTORS, find_selector
 from hybridlib.study.contest import Contest, _COSTS
 
 __all__ = ["about", "advice", "agreement_of_sets", "aside", "cost_table", "cost_words", "front", "front_words",

@@ -21,7 +21,7 @@ from hybridlib.report.plots import as_table
 from hybridlib.report.style import (COLOURS, INK, MUTED, PALE, dodge, finish, format_interval, format_number,
                                     house_style, look, new_figure)
 from hybridlib.selection.agreement import RANGES, interval, spearman
-from hybridlib.study.methods import SELECTORS
+from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.oracle import METRICS, OTHER_SEEDS, any_set, settling, values
 
 __all__ = ["about_oracle", "additive_words", "best_sets", "interaction_map", "interaction_words", "judged_table",

@@ -15,7 +15,7 @@ from hybridlib.records.ledger import Ledger
 from hybridlib.selection.agreement import bootstrap_interval, kendall, pairwise, spearman
 from hybridlib.selection.cost import Cost
 from hybridlib.study.contest import Contest
-from hybridlib.study.methods import SELECTORS
+from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
 

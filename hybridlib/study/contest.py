@@ -14,7 +14,7 @@ import pandas as pd
 from hybridlib.records.ledger import Ledger
 from hybridlib.selection.cost import Cost
 from hybridlib.selection.scorers.ablation import TaskTooHard
-from hybridlib.study.methods import SELECTORS, find_selector
+from hybridlib.study.catalogue import SELECTORS, find_selector
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 

@@ -25,7 +25,7 @@ from hybridlib.selection.agreement import spearman
 from hybridlib.selection.engine.sets import match_sets
 from hybridlib.selection.scorers.ablation import TaskTooHard
 from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, rank_of, regret
-from hybridlib.study.methods import SELECTORS
+from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 

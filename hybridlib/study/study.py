@@ -30,7 +30,7 @@ from hybridlib.selection.engine.rounds import EarlyStop
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scores import LayerScores
-from hybridlib.study.methods import run_selector, score_parameters
+from hybridlib.study.catalogue import run_selector, score_parameters
 from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
 
