@@ -86,7 +86,7 @@ def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32",
 def operator_with(operator: str, backend: str) -> Callable:
     """The linear operator with one of `BACKENDS`: a function with the arguments of `kernels`, without `backend`."""
     if backend in peers.PEERS:
-        return peers.peer_operator(backend, operator)
+        return peers.gated_delta_rule(backend)
     return functools.partial(getattr(kernels, operator), backend=backend)
 
 

@@ -2,9 +2,6 @@
 
 ``"flash_qla"`` is FlashQLA's gated delta rule (https://github.com/QwenLM/FlashQLA), written in TileLang and compiled at
 the first call. ``"transformers"`` is the chunked gated delta rule that Qwen3.5 runs where no kernels are installed.
-``"naive"`` are the functions that flash-linear-attention gives as a reference: the gated delta rule in chunks, gated
-linear attention a token at a time. They are loaded from their files, since that package cannot be imported without
-Triton.
 """
 
 from __future__ import annotations
@@ -14,39 +11,29 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-__all__ = ["PEERS", "peer_operator", "why_not"]
+__all__ = ["PEERS", "gated_delta_rule", "why_not"]
 
-PEERS = ("flash_qla", "transformers", "naive")
-_NAIVE = {"gated_delta_rule": ("gated_delta_rule", "naive_chunk_gated_delta_rule"),
-          "gated_linear_attention": ("gla", "naive_recurrent_gla")}
+PEERS = ("flash_qla", "transformers")
 
 
-def peer_operator(peer: str, operator: str) -> Callable:
-    """An operator by a peer: a function of q, k, v and the gates that returns output and final state."""
+def gated_delta_rule(peer: str) -> Callable:
+    """The gated delta rule by a peer: a function of q, k, v, log_decay and beta that returns output and final state."""
     if peer == "flash_qla":
         return _flash_qla
-    if peer == "transformers":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of flash-linear-attention, which is imported where Triton is: no GPU
-            from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
-        plain = inspect.unwrap(torch_chunk_gated_delta_rule)  # it is wrapped in what runs kernels where they are
-        return functools.partial(plain, output_final_state=True)
-    return functools.partial(_naive(operator), output_final_state=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flash-linear-attention, which is imported where Triton is: no GPU
+        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+    plain = inspect.unwrap(torch_chunk_gated_delta_rule)  # it is wrapped in what runs kernels where they are
+    return functools.partial(plain, output_final_state=True)
 
 
 def why_not(peer: str, operator: str, dim: int, dtype: str, device: torch.device) -> str | None:
     """Why a peer cannot run an operator at keys and values of `dim`, in one sentence; None if it can."""
-    if peer == "naive":
-        missing = [package for name, package in (("fla", "fla-core"), ("einops", "einops"))
-                   if importlib.util.find_spec(name) is None]
-        return f"{missing[0]} is not installed (pip install {missing[0]})" if missing else None
-    title = {"flash_qla": "FlashQLA", "transformers": "transformers' Qwen3.5"}[peer]
     if operator != "gated_delta_rule":
-        return f"{title} has the gated delta rule, not {operator.replace('_', ' ')}"
+        return f"{peer} has the gated delta rule, not {operator.replace('_', ' ')}"
     if peer == "transformers":
         missing = importlib.util.find_spec("transformers.models.qwen3_5") is None
         return "this version of transformers has no Qwen3.5" if missing else None
@@ -82,13 +69,3 @@ def _flash_qla(q, k, v, log_decay, beta, scale=None, initial_state=None):
 def _borders(batch, time, device):
     """The borders of packed sequences (batch + 1,): one tensor a shape, since FlashQLA waits to read a new one."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * time
-
-
-@functools.cache
-def _naive(operator):
-    folder, name = _NAIVE[operator]
-    root = Path(importlib.util.find_spec("fla").submodule_search_locations[0])
-    spec = importlib.util.spec_from_file_location(f"_fla_naive_{folder}", root / "ops" / folder / "naive.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)

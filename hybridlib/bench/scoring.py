@@ -130,7 +130,7 @@ class _Runner:
         self.student, rows = study.aligned(s.mixer, 0), study.tokens(0, s.engine_tokens, "score")
         self.tokens = Tokens(rows.train, rows.heldout[:s.engine_heldout_tokens // s.context], rows.tokenizer,
                              rows.source, rows.seed)
-        self.recorded = study.match_settings
+        self.recorded = s.match_settings
         self.eager = replace(self.recorded, compile=False, cuda_graph=False)
         step = self.recorded.step_rows(s.context) * s.context
         self.early_stop = EarlyStop(s.budget, max(step, s.engine_tokens // s.engine_points), s.engine_window,

@@ -1,4 +1,4 @@
-"""The parameters that notebooks share."""
+"""The parameters of experiments, which notebooks share."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from hybridlib.checks import check_choice, check_device, check_int, check_number
+from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.models.mixers import MIXERS
 from hybridlib.selection.rules import budget_layers
 
-__all__ = ["NotebookSettings", "StudySettings", "notebook_settings"]
+__all__ = ["RunSettings", "StudySettings", "notebook_settings"]
 
 
 @dataclass(frozen=True)
-class NotebookSettings:
-    """The parameters of every notebook that trains; a notebook's `parameters` cell uses these names.
+class RunSettings:
+    """The parameters that every kind of experiment takes.
 
     Parameters
     ----------
     teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
-    context : tokens a row. batch_tokens : tokens a step.
+    context : tokens a row.
+    batch_tokens : tokens a step.
     budget : share (float) or count (int) of softmax layers.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     results : folder of records; ``""`` is ``data/results/local`` of the checkout.
@@ -51,8 +53,8 @@ class NotebookSettings:
 
 
 @dataclass(frozen=True)
-class StudySettings(NotebookSettings):
-    """The parameters of a study: those of `NotebookSettings`, and what it trains and measures.
+class StudySettings(RunSettings):
+    """The parameters of a `Study`, `RunSettings` among them; a notebook's `parameters` cell has the same names.
 
     Parameters
     ----------
@@ -84,6 +86,18 @@ class StudySettings(NotebookSettings):
         check_number("match_learning_rate", self.match_learning_rate, 0)
         check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
         check_int("recall_pairs", self.recall_pairs, 2)
+
+    @property
+    def align_settings(self) -> AlignSettings:
+        """The settings of stage 1."""
+        return AlignSettings(batch_tokens=self.batch_tokens, learning_rate=self.align_learning_rate, compile=True,
+                             cuda_graph=True)
+
+    @property
+    def match_settings(self) -> MatchSettings:
+        """The settings of stage 2, for candidates and hybrids alike."""
+        return MatchSettings(batch_tokens=self.batch_tokens, learning_rate=self.match_learning_rate,
+                             mixer_learning_rate=self.mixer_learning_rate, compile=True, cuda_graph=True)
 
 
 def notebook_settings(namespace: Mapping, form: type = StudySettings):
