@@ -75,7 +75,7 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
     cell = parameters_cell(name)
     lines = ast.parse(cell.source).body
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
-    assert [line.target.id for line in lines] == NAMES[name]
+    assert sorted(line.target.id for line in lines) == sorted(NAMES[name])
     assert all("  # " in cell.source.splitlines()[line.lineno - 1] for line in lines)
     assert code_cells(name)[0] is cell
     settings = run_head(name)["settings"]
@@ -88,7 +88,7 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
     values = profile(name)
-    assert list(values) == NAMES[NOTEBOOKS[0]]
+    assert sorted(values) == sorted(NAMES[NOTEBOOKS[0]])
     StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
 
 
@@ -96,7 +96,7 @@ def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_profile_of_one_notebook_sets_every_parameter_to_an_allowed_value(name, notebook):
     values = profile(name, notebook)
-    assert list(values) == NAMES[notebook]
+    assert sorted(values) == sorted(NAMES[notebook])
     SETTINGS[notebook](**values | {"device": "cpu"})
 
 
@@ -182,7 +182,7 @@ def test_runs_of_the_notebooks_of_selectors_show_sets_agreement_quality_and_cost
     assert "**GA-S2** against **uniform**" in verdicts["selectors"]
     assert "**gate gradient** against **GA-S2**: 1/" in verdicts["cost_of_selection"]
     assert "KL (nats a token) against FLOPs (estimated), from the cheapest: **" in verdicts["cost_of_selection"]
-    assert "the engine took" in verdicts["engine"] and "Jaccard of the best layers" in verdicts["engine"]
+    assert "5 times as fast at a Jaccard of at least 0.9 at every budget is" in verdicts["engine"]
     assert {r.parameters["loop"] for r in Ledger(smoke_results).find("scoring_speed")} == {"plain", "engine"}
     assert len(Ledger(smoke_results).find("contest")) == 1  # the second notebook read what the first had found
 
@@ -194,10 +194,11 @@ def test_a_run_of_the_notebook_of_speeds_measures_draws_and_says_each_part(execu
     for name, figures in (("operators", 1), ("step", 1), ("loss", 2), ("decoding", 2)):
         assert sum("image/svg+xml" in output.get("data", {}) for output in outputs[name]) == figures, name
     verdict = "".join(outputs["verdict"][0].data["text/markdown"])
-    assert "times its memory floor" in verdict and "hybridlib's loop is" in verdict and "100% softmax: cache" in verdict
-    assert "cases (" in verdict and "vocabulary 60, float32, with gradients: **hybridlib**" in verdict
-    assert verdict.count("Not measured in this run.") == 0
-    assert sum("text/html" in output.get("data", {}) for output in outputs["exactness"] + outputs["objectives"]) >= 3
+    for line in ("Operators: ", "Exactness: ", "Training step, align: ", "Training step, match: ", "25% softmax: "):
+        assert line in verdict
+    shown = {name: sum("text/html" in output.get("data", {}) for output in outputs[name]) for name in outputs}
+    assert all(shown[name] >= 1 for name in ("operators", "exactness", "objectives", "loss", "decoding"))
+    assert shown["gpu"] >= 9 and sum("image/svg+xml" in output.get("data", {}) for output in outputs["gpu"]) == 8
     kinds = {r.kind for r in Ledger(smoke_results)}
     assert {"copy_speed", "operator_speed", "operator_exactness", "objective_speed", "step_speed",
             "decoding_speed"} <= kinds

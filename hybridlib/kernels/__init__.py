@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridlib.checks import check_choice, check_number
-from hybridlib.kernels import chunked, fla, fused, reference
+from hybridlib.kernels import chunked, fla_adapter, fused, reference
 
 __all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated_linear_attention"]
 
@@ -126,7 +126,7 @@ def available_backends() -> dict[str, str | None]:
     ``"fla"`` may run forward and still be refused when gradients of the gated delta rule are wanted (Hopper GPUs with
     Triton 3.4 to 3.7.0 and no TileLang).
     """
-    return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla.why_not()}
+    return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla_adapter.why_not()}
 
 
 _accepted: set = set()  # calls that passed the checks and run fused: a second check would take longer than the kernels
@@ -153,7 +153,7 @@ def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlen
         if not compiling and len(_accepted) < 1000:
             _accepted.add(call)
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
-    run = getattr({"reference": reference, "chunked": chunked, "fla": fla}[backend], operator)
+    run = getattr({"reference": reference, "chunked": chunked, "fla": fla_adapter}[backend], operator)
     return _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens)
 
 
@@ -220,7 +220,7 @@ def _why_not_fla(operator, inputs, initial_state):
     gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs.values(), initial_state))
     delta_rule = operator == "gated_delta_rule"
-    reason = fla.why_not(delta_rule_gradients=delta_rule and gradients)
+    reason = fla_adapter.why_not(delta_rule_gradients=delta_rule and gradients)
     if reason is not None:
         return reason
     if not v.is_cuda:
