@@ -13,15 +13,14 @@ from matplotlib.lines import Line2D
 from hybridlib.checks import check_choice
 from hybridlib.records.ledger import Record
 from hybridlib.report.plots import heat_map
-from hybridlib.report.style import (COLOURS, INK, MEASURES, MUTED, dodge, finish, format_interval, house_style,
-                                    label_of, look, new_figure)
+from hybridlib.report.style import (INK, MEASURES, MUTED, finish, format_interval, house_style, label_of, look,
+                                    new_figure)
 from hybridlib.report.tables import as_table
 from hybridlib.selection.agreement import RANGES, interval, spearman
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.oracle import METRICS, any_set, values
 
-__all__ = ["best_sets", "interaction_map", "interaction_table", "judged_table", "landscape", "seed_agreement",
-           "settling_curves", "settling_table"]
+__all__ = ["best_sets", "interaction_map", "interaction_table", "judged_table", "landscape", "seed_agreement"]
 
 _BEST = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
@@ -56,49 +55,6 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
                    Line2D([], [], **_BEST, label="best set")]
         return finish(figure, handles + [Line2D([], [], **look(i, line=False), label=_title(name))
                                          for i, name in enumerate(names)])
-
-
-def settling_curves(frame: pd.DataFrame, metric: str = "kl") -> Figure:
-    """Spearman correlation of the ranking of sets along training with that at the end, a line a size, mean over seeds.
-
-    `frame` is that of `oracle.settling` by `metric`. Bars span the seeds; points stand side by side, whatever lies
-    between them.
-    """
-    check_choice("metric", metric, METRICS)
-    rows = frame.dropna(subset=["spearman_end"])
-    if rows.empty:
-        raise ValueError("frame has no ranking to follow; measure sets at two points of training at least")
-    with house_style():
-        figure, axes = new_figure(7, 3)
-        sizes, points = sorted(rows["size"].unique()), sorted(rows["tokens"].unique())
-        for i, (size, beside) in enumerate(zip(sizes, dodge(len(sizes), 0.08))):
-            seeds = rows[rows["size"] == size].groupby("tokens")["spearman_end"].agg(["mean", "min", "max"])
-            x = np.searchsorted(points, seeds.index) + beside
-            axes.plot(x, seeds["mean"], **look(i), markeredgecolor="white", markeredgewidth=0.5)
-            axes.vlines(x, seeds["min"], seeds["max"], color=COLOURS[i % 7], linewidth=1)
-        axes.set_ylim(min(0.9, axes.get_ylim()[0]), 1.01)
-        axes.set_xlim(-0.5, len(points) - 0.5)
-        axes.set_xticks(range(len(points)), [f"{point:,}" for point in points])
-        axes.grid(axis="y")
-        axes.set_xlabel("tokens of stage 2")
-        axes.set_ylabel(f"Spearman with the end, by {MEASURES[metric].name}")
-        return finish(figure, [Line2D([], [], **look(i), label=f"{size} layer{'s' * (size != 1)}")
-                               for i, size in enumerate(sizes)])
-
-
-def settling_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Whether the ranking of the sets of a size has settled, a row a size: `oracle.settling` at its last point.
-
-    Columns: ``sets``; the tokens of that point; Spearman's correlation of the ranking there with that of the end, in
-    the worst seed (nan if all sets have one value); how far the set that is best there is from the best at the end,
-    mean over seeds; and of the values at the end how many sets share the best one and how many values there are, the
-    most and the fewest of a seed.
-    """
-    last = frame[frame["tokens"] == frame["tokens"].max()].groupby("size")
-    return pd.DataFrame({"sets": last["sets"].first(), "tokens of stage 2": last["tokens"].first(),
-                         "Spearman with the end, worst seed": last["spearman_next"].agg(pd.Series.min, skipna=False),
-                         "regret of the best set there": last["early_regret"].mean(),
-                         "sets that share the best value": last["tied"].max(), "values": last["distinct"].min()})
 
 
 def seed_agreement(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
@@ -149,7 +105,7 @@ def judged_table(judged: pd.DataFrame, records: Sequence[Record], size: int) -> 
     for metric in measured:
         ranks = rows.groupby("selector")[f"{metric}_rank"].agg(["min", "max"]).astype("Int64").loc[table.index]
         table[f"rank by {MEASURES[metric].name}"] = [_range(*ends) for ends in ranks.to_numpy()]
-    table = table.loc[rows.groupby("selector")["kl_regret"].mean().sort_values(kind="stable").index]
+    table = table.loc[rows.groupby("selector", sort=False)["kl_regret"].mean().sort_values(kind="stable").index]
     drawn = {heading: f"{any_set(records, size, metric):.4f}" for metric, heading in zip(measured, headings.values())}
     return pd.concat([table.rename(_title), pd.DataFrame(drawn, index=["a set drawn at random"])]).fillna(
         "\u2013").rename_axis(f"of {rows['sets'].iloc[0]} sets")

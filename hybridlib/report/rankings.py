@@ -19,7 +19,7 @@ import pandas as pd
 from hybridlib.bench.scoring import loop_rankings, loop_words
 from hybridlib.checks import check_int
 from hybridlib.records.ledger import Ledger
-from hybridlib.report.contest import aside, mean_agreement, spread
+from hybridlib.report.contest import _range as spread, mean_agreement
 from hybridlib.report.style import format_interval, format_number
 from hybridlib.selection.agreement import bootstrap_interval, kendall, spearman
 from hybridlib.selection.cost import Cost
@@ -151,7 +151,7 @@ def repeat_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S
             continue
         one, mean = ([spearman(values[title][s], of[s]) for s in seeds] for of in (values[reference], both))
         lines.append(f"- **{title}**: Spearman {spread(one)} with one run of {reference}, {spread(mean)} with the "
-                     f"mean of its two{aside(rows[rows['selector'] == title])}.")
+                     "mean of its two.")
     return "\n".join(lines)
 
 

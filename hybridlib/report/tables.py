@@ -71,8 +71,8 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
         line = dict(zip(by, key)) | {"runs": len(part)}
         for name, heading in headings.items():
             numbers = part[name].dropna().to_numpy(dtype=float)
-            within = (0.0, np.inf) if name.endswith("regret") else RANGES.get(name)
-            line[heading] = format_interval(*interval(numbers, within=within), digits) if len(numbers) else "\u2013"
+            text = format_interval(*interval(numbers, within=_range(name)), digits) if len(numbers) else "\u2013"
+            line[heading] = text
         table.append(line)
     return pd.DataFrame(table).set_index(by)
 
@@ -97,6 +97,13 @@ def checked_rows(frame: pd.DataFrame, columns: Sequence[str], value: str | None 
     if rows.empty:
         raise ValueError(f"frame has no row{'' if value is None else f' with a {value!r}'}; there is nothing to show")
     return rows
+
+
+def _range(column):
+    """What the numbers of a column can be; None if that is not known."""
+    if column.endswith("regret"):
+        return 0.0, np.inf
+    return next((within for name, within in RANGES.items() if column.startswith(name)), None)
 
 
 def _count(count, run):

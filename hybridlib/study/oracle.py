@@ -112,7 +112,7 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
     that a record of this kind or of ``"oracle_piece"`` has, measured alike, is not measured again, unless the study
     recomputes.
 
-    Cost: `oracle_tokens` for each set, and the measurements, each of which is a pass over the test rows and the prompts.
+    Cost: `oracle_tokens` for each set, and a pass over the test rows and the prompts for each measurement.
     """
     s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
     num_layers, tokens = study.num_layers, s.oracle_tokens
@@ -127,7 +127,7 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
 
     def compute_piece(part):
         whole = study.tokens(seed, tokens)
-        rows = Tokens(whole.train, whole.heldout[:s.oracle_heldout_tokens // whole.context], whole.tokenizer, whole.source,
+        rows = Tokens(whole.train, whole.heldout[:s.oracle_heldout_tokens // s.context], whole.tokenizer, whole.source,
                       whole.seed)
         results = measure(study.aligned(s.mixer, seed), study.teacher.model, rows, part, tokens, settings=settings,
                           group=group, recall=task, recall_examples=s.recall_examples, measure_at=s.measure_at)
