@@ -23,8 +23,8 @@ def main():
         raise SystemExit("data/results/h100 has no record of the oracle or of a contest; run notebooks/oracle.ipynb "
                          "and notebooks/selectors.ipynb on a GPU first")
     folder.mkdir(exist_ok=True)
-    landscape(oracle.oracle_table(records), oracle.judge(records, choices), selectors=SELECTORS).savefig(
-        folder / "oracle.png")
+    table = oracle.oracle_table(records)
+    landscape(table, oracle.judge(table, choices), selectors=SELECTORS).savefig(folder / "oracle.png")
     quality_and_cost(recorded, "kl", log=True).savefig(folder / "cost.png")
 
 

@@ -13,12 +13,12 @@ from matplotlib.lines import Line2D
 from hybridlib.checks import check_choice
 from hybridlib.records.ledger import Record
 from hybridlib.report.plots import heat_map
-from hybridlib.report.style import (INK, MEASURES, MUTED, finish, format_interval, house_style, label_of, look,
+from hybridlib.report.style import (INK, MEASURES, MUTED, finish, format_interval, format_number, house_style, label_of, look,
                                     new_figure)
 from hybridlib.report.tables import as_table
 from hybridlib.selection.agreement import RANGES, interval, spearman
 from hybridlib.study.catalogue import SELECTORS
-from hybridlib.study.oracle import METRICS, any_set, values
+from hybridlib.study.oracle import METRICS, values
 
 __all__ = ["best_sets", "interaction_map", "interaction_table", "judged_table", "landscape", "seed_agreement"]
 
@@ -90,24 +90,25 @@ def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("size")
 
 
-def judged_table(judged: pd.DataFrame, records: Sequence[Record], size: int) -> pd.DataFrame:
+def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.DataFrame:
     """Regret and rank of each selector's set among all sets of `size`, by KL and by recall, the least regret first.
 
-    Regrets have 95% intervals over seeds. The last line is the mean regret of all sets, what a set drawn at random has.
-    Empty if no set of that size was judged.
+    Regrets are means over seeds with 95% intervals. The last line has the mean regret of all sets of the `table`: what
+    a set drawn at random has. Empty if no set of that size was judged.
     """
-    rows = judged[judged["size"] == size]
+    rows, every_set = judged[judged["size"] == size], table[table["size"] == size]
     if rows.empty:
         return pd.DataFrame()
-    measured = [metric for metric in METRICS if f"{metric}_regret" in rows]
-    headings = {f"{metric}_regret": f"regret by {MEASURES[metric].name}" for metric in measured}
-    table = as_table(rows, "selector", headings, digits=4)
-    for metric in measured:
-        ranks = rows.groupby("selector")[f"{metric}_rank"].agg(["min", "max"]).astype("Int64").loc[table.index]
-        table[f"rank by {MEASURES[metric].name}"] = [_range(*ends) for ends in ranks.to_numpy()]
-    table = table.loc[rows.groupby("selector", sort=False)["kl_regret"].mean().sort_values(kind="stable").index]
-    drawn = {heading: f"{any_set(records, size, metric):.4f}" for metric, heading in zip(measured, headings.values())}
-    return pd.concat([table.rename(_title), pd.DataFrame(drawn, index=["a set drawn at random"])]).fillna(
+    headings = {f"{metric}_regret": f"regret by {MEASURES[metric].name}" for metric in METRICS
+                if rows[f"{metric}_regret"].notna().any()}
+    shown = as_table(rows, "selector", headings, digits=4)
+    for regret, heading in headings.items():
+        ranks = rows.groupby("selector")[regret.replace("regret", "rank")].agg(["min", "max"]).loc[shown.index]
+        shown[heading.replace("regret", "rank")] = [f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+                                                    for low, high in ranks.to_numpy()]
+    order = rows.groupby("selector", sort=False)["kl_regret"].mean().sort_values(kind="stable").index
+    drawn = {heading: format_number(every_set[regret].mean(), 4) for regret, heading in headings.items()}
+    return pd.concat([shown.loc[order].rename(_title), pd.DataFrame(drawn, index=["a set drawn at random"])]).fillna(
         "\u2013").rename_axis(f"of {rows['sets'].iloc[0]} sets")
 
 
@@ -149,11 +150,6 @@ def interaction_table(maps: np.ndarray) -> pd.DataFrame:
 def _title(selector):
     """A selector's title; of a search over the record, and of other seeds, the name."""
     return SELECTORS[selector].title if selector in SELECTORS else selector
-
-
-def _range(low, high):
-    """``3``, ``3 to 5``; a dash where there is no rank."""
-    return "\u2013" if pd.isna(low) else f"{low}" if low == high else f"{low} to {high}"
 
 
 def _set(layers):

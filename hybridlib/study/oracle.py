@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -25,12 +25,12 @@ from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.agreement import spearman
 from hybridlib.selection.engine.sets import match_sets
 from hybridlib.selection.scorers.ablation import TaskTooHard
-from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, rank_of, regret
+from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, regret
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "any_set", "choices",
+__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "choices",
            "interaction_maps", "judge", "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling",
            "values"]
 
@@ -148,10 +148,21 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained."""
-    return pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
-                          **{name: row[name] for name in _FIGURES}}
-                         for record in records for row in record.metrics["sets"] if "error" not in row])
+    """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained.
+
+    Among the sets of its size and seed, ``sets`` of them, a set has for each metric its ``{metric}_regret`` (0 for the
+    best, in units of the metric) and its ``{metric}_rank`` (1 is best, equals share it); nan where it was not measured.
+    """
+    table = pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
+                           **{name: row[name] for name in _FIGURES}}
+                          for record in records for row in record.metrics["sets"] if "error" not in row])
+    table = table.astype(dict.fromkeys(METRICS, float))
+    for metric in METRICS:
+        lower = table[metric] if metric == "kl" else -table[metric]
+        rivals = lower.groupby([table["seed"], table["size"]])
+        table[f"{metric}_regret"] = lower - rivals.transform("min")
+        table[f"{metric}_rank"] = rivals.rank(method="min")
+    return table.assign(sets=table.groupby(["seed", "size"])["kl"].transform("count"))
 
 
 def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dict[tuple[int, ...], float]:
@@ -236,39 +247,35 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
     return study.record("choices", parameters, compute)
 
 
-def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
-    """Every chosen set against all sets of its size: a row a selector, seed and size.
+def judge(table: pd.DataFrame, chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
+    """Every chosen set against all sets of its size: a row a selector, seed and size, with the columns of `table`.
 
     Parameters
     ----------
-    records : of `oracle_record`, one a seed.
+    table : of `oracle_table`.
     chosen : records of `choices`, or mappings with ``seed`` and ``choices``, {selector, layers} each.
 
-    Columns: ``layers``; ``sets``, how many of the size were measured; and for each metric that was measured its value,
-    ``{metric}_regret`` (0 for the best; of recall, the best share less its own) and ``{metric}_rank`` (1 is best).
     With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The
     best of many measured values is a lucky one, so even the set that is best in truth has some regret.
 
     Raises ValueError for a set that was not measured.
     """
-    rows, by_seed = [], {record.seed: record for record in records}
+    rows, seeds = [], table["seed"].nunique()
     for choice in chosen:
         seed, metrics = (choice.seed, choice.metrics) if isinstance(choice, Record) else (choice["seed"], choice)
-        rows += [_judged(by_seed[seed], c["selector"], c["layers"]) for c in metrics["choices"] if seed in by_seed]
-    tables = {seed: values(record) for seed, record in by_seed.items()}
-    shared = [layers for layers in tables[records[0].seed] if all(layers in v for v in tables.values())] if rows else []
-    for seed, size in product(by_seed, sorted({len(s) for s in shared} & {row["size"] for row in rows})):
-        others = [table for other, table in tables.items() if other != seed]
-        if others:
-            best = min((s for s in shared if len(s) == size), key=lambda s: (sum(v[s] for v in others), s))
-            rows.append(_judged(by_seed[seed], OTHER_SEEDS, best))
-    return pd.DataFrame(rows, columns=None if rows else ["selector", "seed", "size", "layers", "sets"])
-
-
-def any_set(records: Sequence[Record], size: int, metric: str = "kl") -> float:
-    """Mean regret of all sets of `size`: what a set drawn at random has on average."""
-    tables = [[v for layers, v in values(record, metric).items() if len(layers) == size] for record in records]
-    return float(np.mean([np.mean(table) - min(table) for table in tables]))
+        rows += [{"selector": c["selector"], "seed": seed, "layers": tuple(sorted(c["layers"]))}
+                 for c in metrics["choices"] if (table["seed"] == seed).any()]
+    judged = pd.DataFrame(rows, columns=["selector", "seed", "layers"]).merge(table, "left", ["seed", "layers"])
+    if judged["kl"].isna().any():
+        layers, seed = judged.loc[judged["kl"].isna(), ["layers", "seed"]].iloc[0]
+        raise ValueError(f"layers={layers} were not measured with seed {seed}; give sets of the table")
+    if seeds == 1:
+        return judged
+    by_set = table.groupby("layers")["kl"]
+    others = (by_set.transform("sum") - table["kl"])[by_set.transform("count") == seeds]
+    best = table.loc[others.groupby([table["seed"], table["size"]]).idxmin()]
+    best = best[best["size"].isin(judged["size"])].assign(selector=OTHER_SEEDS)
+    return pd.concat([judged, best], ignore_index=True)
 
 
 def interaction_maps(records: Sequence[Record], metric: str = "kl") -> np.ndarray:
@@ -348,18 +355,6 @@ def _alignment(record):
 
 def _depth(v):
     return 1 + max((layers[-1] for layers in v if layers), default=0)
-
-
-def _judged(record, selector, layers):
-    layers = tuple(sorted(layers))
-    row = {"selector": selector, "seed": record.seed, "size": len(layers), "layers": layers}
-    for metric in METRICS:
-        table = values(record, metric)
-        if metric == "kl" or table:
-            rank, count = rank_of(layers, table)
-            row |= {"sets": count, metric: table[layers] if metric == "kl" else 1 - table[layers],
-                    f"{metric}_regret": regret(layers, table), f"{metric}_rank": rank}
-    return row
 
 
 def _without_losses(row):

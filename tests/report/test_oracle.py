@@ -14,17 +14,17 @@ def test_judged_selectors_stand_beside_a_random_set_and_the_best_first():
     truth = {s: 1.0 + sum(s) for s in oracle.sets_of_sizes(4)}
     records = [made_up({s: v + 1e-3 * seed * len(s) for s, v in truth.items()}, seed) for seed in range(3)]
     sets = [{"selector": "bad", "layers": [2, 3]}, {"selector": "ga-s2", "layers": [0, 1]}]
-    judged = oracle.judge(records, [{"seed": seed, "choices": sets} for seed in range(3)])
-    table = oracle_report.judged_table(judged, records, 2)
+    chosen, every_set = [{"seed": seed, "choices": sets} for seed in range(3)], oracle.oracle_table(records)
+    table = oracle_report.judged_table(judged := oracle.judge(every_set, chosen), every_set, 2)
     assert list(table.index) == ["GA-S2", oracle.OTHER_SEEDS, "bad", "a set drawn at random"]
     assert list(table.columns) == ["runs", "regret by held-out KL", "rank by held-out KL"]
     assert table["rank by held-out KL"].tolist()[:3] == ["1", "1", "6"] and table.index.name == "of 6 sets"
     pairs = [v for s, v in truth.items() if len(s) == 2]
     assert table.loc["bad", "regret by held-out KL"].startswith(f"{truth[2, 3] - min(pairs):.4f} [")
     assert table.iloc[-1, 1] == f"{np.mean(pairs) - min(pairs):.4f}"
-    assert oracle_report.judged_table(judged, records, 3).empty
-    both = [made_up(drawn(4, s), s, drawn(4, s)) for s in (0, 1)]
-    table = oracle_report.judged_table(oracle.judge(both, [{"seed": s, "choices": sets} for s in (0, 1)]), both, 2)
+    assert oracle_report.judged_table(judged, every_set, 3).empty
+    every_set = oracle.oracle_table([made_up(drawn(4, s), s, drawn(4, s)) for s in (0, 1)])
+    table = oracle_report.judged_table(oracle.judge(every_set, chosen[:2]), every_set, 2)
     assert {"regret by recall", "rank by recall"} <= set(table.columns)
 
 
@@ -63,12 +63,12 @@ def test_best_sets_are_named_by_size_and_seed():
 def test_figures_show_what_they_are_given():
     recall = {s: len(s) / 4 for s in oracle.sets_of_sizes(4)}
     records = [made_up(drawn(4, s), s, recall) for s in (0, 1)]
-    judged = oracle.judge(records, [{"seed": s, "choices": [{"selector": "S", "layers": [0]}]} for s in (0, 1)])
-    figure = oracle_report.landscape(oracle.oracle_table(records), judged, selectors=["S", "absent"])
+    table = oracle.oracle_table(records)
+    judged = oracle.judge(table, [{"seed": s, "choices": [{"selector": "S", "layers": [0]}]} for s in (0, 1)])
+    figure = oracle_report.landscape(table, judged, selectors=["S", "absent"])
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["every set", "best set", "S"]
     assert len(figure.axes[0].lines[0].get_ydata()) == 16
-    alone = oracle_report.landscape(oracle.oracle_table(records), oracle.judge(records, []), "recall_exact",
-                                    selectors=["S"])
+    alone = oracle_report.landscape(table, oracle.judge(table, []), "recall_exact", selectors=["S"])
     assert [t.get_text() for t in alone.legends[0].get_texts()] == ["every set", "best set"]
     assert alone.axes[0].lines[1].get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert alone.axes[0].get_ylabel() == "recall (share exact)"
@@ -77,6 +77,6 @@ def test_figures_show_what_they_are_given():
     assert len(numbers) == 6  # of the lower triangle; columns from layer 0, rows from layer 1
     assert numbers[0.5, 0.5] == f"{maps.mean(0)[1, 0]:.3f}".replace("-", "\u2212")
     for broken in (lambda: oracle_report.interaction_map(maps[0]),
-                   lambda: oracle_report.landscape(oracle.oracle_table(records).assign(kl=None))):
+                   lambda: oracle_report.landscape(table.assign(kl=None))):
         with pytest.raises(ValueError):
             broken()
