@@ -9,7 +9,7 @@ import pandas as pd
 
 from hybridlib.checks import check_choice
 from hybridlib.report.style import MEASURES, format_interval, format_number, label_of
-from hybridlib.report.tables import as_table, neighbour_counts
+from hybridlib.report.tables import neighbour_counts
 from hybridlib.report.verdicts import outcome, verdict
 from hybridlib.selection.agreement import RANGES, interval, jaccard, spearman
 from hybridlib.study.catalogue import find_selector
@@ -59,8 +59,9 @@ def cost_table(contest: Contest) -> pd.DataFrame:
 def neighbours(contest: Contest) -> pd.DataFrame:
     """Whether the layers of each selector's sets lie beside one another, mean over seeds: see `neighbour_counts`."""
     counts = neighbour_counts(contest.chosen.assign(num_layers=contest.num_layers))
-    return as_table(counts, "selector", {"pairs": "pairs of neighbours", "expected": "in random sets",
-                                         "probability": "random sets with as many"}, digits=2)
+    return counts.groupby("selector", sort=False).agg(**{
+        "pairs of neighbours": ("pairs", "mean"), "in random sets": ("expected", "mean"),
+        "share of random sets with as many": ("probability", "mean")})
 
 
 def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:

@@ -101,7 +101,7 @@ def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.Dat
         return pd.DataFrame()
     headings = {f"{metric}_regret": f"regret by {MEASURES[metric].name}" for metric in METRICS
                 if rows[f"{metric}_regret"].notna().any()}
-    shown = as_table(rows, "selector", headings, digits=4)
+    shown = as_table(rows, "selector", headings, digits=4).astype({"runs": str})
     for regret, heading in headings.items():
         ranks = rows.groupby("selector")[regret.replace("regret", "rank")].agg(["min", "max"]).loc[shown.index]
         shown[heading.replace("regret", "rank")] = [f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"

@@ -101,9 +101,10 @@ def checked_rows(frame: pd.DataFrame, columns: Sequence[str], value: str | None 
 
 def _range(column):
     """What the numbers of a column can be; None if that is not known."""
-    if column.endswith("regret"):
+    if column.endswith("regret") or column in ("rmse", "tied", "distinct"):
         return 0.0, np.inf
-    return next((within for name, within in RANGES.items() if column.startswith(name)), None)
+    known = RANGES | {"r2": (-np.inf, 1.0)}
+    return next((within for name, within in known.items() if column.startswith(name)), None)
 
 
 def _count(count, run):
