@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 from hybridlib.checks import check_choice
 from hybridlib.records.ledger import Record
 from hybridlib.report.plots import heat_map
-from hybridlib.report.style import (INK, MEASURES, MUTED, finish, format_interval, format_number, house_style, label_of, look,
-                                    new_figure)
+from hybridlib.report.style import (INK, MEASURES, MUTED, finish, format_interval, format_number, house_style,
+                                    label_of, look, new_figure)
 from hybridlib.report.tables import as_table
+from hybridlib.report.verdicts import direction
 from hybridlib.selection.agreement import RANGES, interval, spearman
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.oracle import METRICS, values
@@ -101,14 +102,14 @@ def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.Dat
         return pd.DataFrame()
     headings = {f"{metric}_regret": f"regret by {MEASURES[metric].name}" for metric in METRICS
                 if rows[f"{metric}_regret"].notna().any()}
-    shown = as_table(rows, "selector", headings, digits=4).astype({"runs": str})
+    ranked = as_table(rows, "selector", headings, digits=4).astype({"runs": str})
     for regret, heading in headings.items():
-        ranks = rows.groupby("selector")[regret.replace("regret", "rank")].agg(["min", "max"]).loc[shown.index]
-        shown[heading.replace("regret", "rank")] = [f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+        ranks = rows.groupby("selector")[regret.replace("regret", "rank")].agg(["min", "max"]).loc[ranked.index]
+        ranked[heading.replace("regret", "rank")] = [f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
                                                     for low, high in ranks.to_numpy()]
     order = rows.groupby("selector", sort=False)["kl_regret"].mean().sort_values(kind="stable").index
     drawn = {heading: format_number(every_set[regret].mean(), 4) for regret, heading in headings.items()}
-    return pd.concat([shown.loc[order].rename(_title), pd.DataFrame(drawn, index=["a set drawn at random"])]).fillna(
+    return pd.concat([ranked.loc[order].rename(_title), pd.DataFrame(drawn, index=["a set drawn at random"])]).fillna(
         "\u2013").rename_axis(f"of {rows['sets'].iloc[0]} sets")
 
 
@@ -135,14 +136,13 @@ def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits
 
 def interaction_table(maps: np.ndarray) -> pd.DataFrame:
     """The interaction of every pair of layers, from the most negative on: ``layers``, the mean over seeds with its 95%
-    interval, and whether that excludes 0, as `verdicts.outcome` says it. Pairs that were not measured are left out."""
+    interval, and whether that excludes 0, see `verdicts.direction`. Pairs that were not measured are left out."""
     maps, rows = np.asarray(maps, dtype=float), []
     for i, j in combinations(range(maps.shape[1]), 2):
         if np.isfinite(maps[:, i, j]).all():
             mean, low, high = interval(maps[:, i, j])
-            rows.append({"layers": _set((i, j)), "mean": mean, "low": low, "high": high, "against 0":
-                         "one seed cannot tell" if len(maps) == 1 else "lower" if high < 0 else "higher" if low > 0
-                         else "not told apart"})
+            rows.append({"layers": _set((i, j)), "mean": mean, "low": low, "high": high,
+                         "against 0": direction(low, high, len(maps))})
     return pd.DataFrame(rows, columns=["layers", "mean", "low", "high", "against 0"]).sort_values("mean").set_index(
         "layers")
 

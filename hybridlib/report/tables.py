@@ -103,8 +103,8 @@ def _range(column):
     """What the numbers of a column can be; None if that is not known."""
     if column.endswith("regret") or column in ("rmse", "tied", "distinct"):
         return 0.0, np.inf
-    known = RANGES | {"r2": (-np.inf, 1.0)}
-    return next((within for name, within in known.items() if column.startswith(name)), None)
+    ranges = RANGES | {"r2": (-np.inf, 1.0)}
+    return next((within for name, within in ranges.items() if column.startswith(name)), None)
 
 
 def _count(count, run):

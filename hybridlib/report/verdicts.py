@@ -15,7 +15,7 @@ from hybridlib.selection.agreement import (RANGES, bootstrap_interval, chance_ja
 from hybridlib.selection.rules import select
 from hybridlib.selection.scores import LayerScores
 
-__all__ = ["outcome", "rankings", "recorded_hybrids", "verdict", "verdicts"]
+__all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdict", "verdicts"]
 
 
 def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
@@ -43,9 +43,15 @@ def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4)
     mean, low, high = paired_difference(pairs[a], pairs[b], within=RANGES[value])
     if high - low < 1e-9 * abs(mean):  # shares of few prompts can differ by the same step on every seed
         low = high = float("nan")
-    word = ("one seed cannot tell" if len(pairs) == 1 else "lower" if high < 0 else "higher" if low > 0
-            else "not told apart")
-    return " ".join(filter(None, [format_interval(mean, low, high, digits), MEASURES[value].unit])) + f": {word}"
+    number = f"{format_interval(mean, low, high, digits)} {MEASURES[value].unit}".strip()
+    return f"{number}: {direction(low, high, len(pairs))}"
+
+
+def direction(low: float, high: float, seeds: int) -> str:
+    """What an interval over `seeds` allows to say of a difference."""
+    if seeds == 1:
+        return "one seed cannot tell"
+    return "lower" if high < 0 else "higher" if low > 0 else "not told apart"
 
 
 def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:

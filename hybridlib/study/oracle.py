@@ -117,8 +117,8 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
     s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
     num_layers, tokens = study.num_layers, s.oracle_tokens
     check_int("seed", seed, 0)
-    wanted = sets_of_sizes(num_layers, s.sizes) if sets is None else [check_layers(one, num_layers) for one in sets]
-    if not wanted:
+    sets = sets_of_sizes(num_layers, s.sizes) if sets is None else [check_layers(layers, num_layers) for layers in sets]
+    if not sets:
         raise ValueError("sets is empty; give at least one set of layers")
     common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
               "num_tokens": tokens, "measure_at": list(s.measure_at), "settings": settings.numbers(),
@@ -137,14 +137,14 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
         records = [] if s.recompute else [record for kind in ("oracle", "oracle_piece")
                                           for record in study.ledger.find(kind, **common)]
         measured = {tuple(row["layers"]): row for record in records for row in record.metrics["sets"]}
-        missing = [layers for layers in wanted if layers not in measured]
+        missing = [layers for layers in sets if layers not in measured]
         for part in (missing[begin:begin + s.piece] for begin in range(0, len(missing), s.piece)):
             record = study.record("oracle_piece", common | {"sets": [list(p) for p in part]},
                                   partial(compute_piece, part))
             measured |= {tuple(row["layers"]): row for row in record.metrics["sets"]}
-        return {"sets": [measured[layers] for layers in wanted], "tokens": tokens * len(wanted)}
+        return {"sets": [measured[layers] for layers in sets], "tokens": tokens * len(sets)}
 
-    return study.record("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute)
+    return study.record("oracle", common | {"sets": [list(layers) for layers in sets]}, compute)
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
