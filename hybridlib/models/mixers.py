@@ -88,11 +88,13 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
 class _Mixer(nn.Module):
     """Projections, output norm and gate of both mixers.
 
-    A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `gate_projections` and `mix`.
+    A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `state_flops`, those of its recurrence
+    for each entry of the state (`selection.cost.forward_flops`), `init_gates`, `gate_projections` and `mix`.
     Attribute `backend` names the backend of `hybridlib.kernels`, at first ``"auto"``.
     """
 
     operator: str
+    state_flops: int
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -195,6 +197,7 @@ class GatedDeltaNet(_Mixer):
     """
 
     operator = "gated_delta_rule"
+    state_flops = 7  # decay 1, reading what is stored under the key 2, writing 2, reading 2
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -230,6 +233,7 @@ class GatedLinearAttention(_Mixer):
     """
 
     operator = "gated_linear_attention"
+    state_flops = 5  # decay 1, writing 2, reading 2
 
     def __init__(self, config, layer_idx: int, rank: int = 16, temperature: float = 16.0):
         super().__init__(config, layer_idx)

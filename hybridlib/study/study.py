@@ -252,7 +252,7 @@ class Study:
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
-        """The folder where a run longer than one checkpoint interval saves its state; it goes once the run has ended."""
+        """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
         folder = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
         yield folder if num_tokens > settings.checkpoint_every else None
         shutil.rmtree(folder, ignore_errors=True)
