@@ -63,7 +63,7 @@ def test_the_training_script_runs_on_a_folder_of_text(script, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", [
         "train.py", "--text", str(tmp_path / "text"), "--out", str(out), "--vocab", "600", "--tokens", "4096",
         "--batch-tokens", "512", "--contexts", "64", "128", "--shares", "0.5", "0.5", "--layers", "5", "--width", "64",
-        "--heads", "4", "--kv-heads", "2", "--ffn", "64", "--device", "cpu", "--float32"])
+        "--heads", "4", "--kv-heads", "2", "--ffn", "64", "--recall-examples", "8", "--device", "cpu", "--float32"])
     script.main()
     record = json.loads((out / "training.json").read_text())
     assert record["tokens"] == 4096 and record["log"][-1]["text_nats"] < math.log(600)

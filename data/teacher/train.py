@@ -209,7 +209,8 @@ def windowed(model, window: int):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, heldout: np.ndarray, context: int) -> dict:
+def measure(model, tokenizer, heldout: np.ndarray, context: int, examples: int) -> dict:
+    """Return the loss on held-out text in nats a token, and exact match on recall tasks of `examples` examples each."""
     model.eval()
     rows = torch.from_numpy(heldout[:64 * (context + 1)].astype(np.int64)).view(64, context + 1)
     nats = []
@@ -227,12 +228,11 @@ def measure(model, tokenizer, heldout: np.ndarray, context: int) -> dict:
         "multi_hop_8_2": RecallTask("multi_hop", pairs=8, hops=2),
         "variable_tracking_4_2": RecallTask("variable_tracking", pairs=4, hops=2),
     }.items():
-        examples = generate_recall(task, 200, seed=1)
-        longest = max(len(encode_recall(e, tokenizer)[0]) for e in examples)
-        full, short = score_recall(model, tokenizer, examples), score_recall(cut, tokenizer, examples)
+        recall = generate_recall(task, examples, seed=1)
+        longest = max(len(encode_recall(e, tokenizer)[0]) for e in recall)
+        full, short = score_recall(model, tokenizer, recall), score_recall(cut, tokenizer, recall)
         figures[name] = {"exact_match": full.exact_match, "stderr": full.stderr, "examples": full.answers,
                          "longest_tokens": longest, "exact_match_window_16": short.exact_match}
-    model.train()
     return figures
 
 
@@ -285,17 +285,16 @@ def publish(out: Path) -> None:
     record, config = json.loads((out / "training.json").read_text()), json.loads((out / "config.json").read_text())
     rows = [f"| {name} | {r['longest_tokens']} | {r['exact_match']:.3f} +- {r['stderr']:.3f} "
             f"| {r['exact_match_window_16']:.3f} |" for name, r in record["figures"].items() if isinstance(r, dict)]
-    def spelled(v):
-        return "" if v is True else " " + " ".join(map(str, v if isinstance(v, list) else [v]))
-
-    given = [f"--{k.replace('_', '-')}{spelled(v)}"
-             for k, v in record["settings"].items() if v is not False and v is not None and k != "device"]
+    options = {k: v if isinstance(v, list) else [v] for k, v in record["settings"].items()
+               if v is not False and v is not None and k != "device"}
+    command = [f"--{k.replace('_', '-')}" + "".join(f" {x}" for x in values if x is not True)
+               for k, values in options.items()]
     start = PLANTED if record["settings"]["plant"] else UNPLANTED
     if (out / "random_start.json").exists():
         control = json.loads((out / "random_start.json").read_text())
         start += CONTROL.format(**control, found=control["figures"]["key_value_16"]["exact_match"])
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
-                                               context=config["max_position_embeddings"], command=" ".join(given),
+                                               context=config["max_position_embeddings"], command=" ".join(command),
                                                start=start))
     names = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
@@ -319,6 +318,7 @@ def main():
     ap.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512], help="grown along training")
     ap.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.3, 0.4], help="share of tokens at each context")
     ap.add_argument("--recall-share", type=float, default=0.5)
+    ap.add_argument("--recall-examples", type=int, default=200, help="of each recall task that is measured at the end")
     ap.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of a recall prompt's tokens")
     ap.add_argument("--answer-weight", type=float, default=4.0, help="loss weight of an answer's tokens")
     ap.add_argument("--lr", type=float, default=1e-2, help="AdamW: embeddings and norms")
@@ -344,19 +344,15 @@ def main():
     else:
         tokenizer = learn_tokenizer(texts[:1500], a.vocab, a.seed)
     tokenizer.save_pretrained(a.out)
+
     def pack(docs):
         return np.concatenate([np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16)
                                for i in range(0, len(docs), 64)
                                for ids in tokenizer(docs[i:i + 64], add_special_tokens=False)["input_ids"]])
 
     need = int(a.tokens * (1 - a.recall_share)) + 100_000
-    kept, size = [], 0
-    for text in texts:
-        kept.append(text)
-        size += len(text) // 4
-        if size > need:
-            break
-    stream, heldout = pack(kept), pack(heldout[:100])
+    lengths = np.cumsum([len(text) // 4 for text in texts])  # about so many tokens
+    stream, heldout = pack(texts[:int(np.searchsorted(lengths, need, side="right")) + 1]), pack(heldout[:100])
 
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=a.width, num_hidden_layers=a.layers,
                          num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, intermediate_size=a.ffn,
@@ -408,7 +404,7 @@ def main():
     seconds = time.time() - began
 
     model.to(torch.bfloat16).save_pretrained(a.out)
-    figures = measure(model.float(), tokenizer, heldout, a.contexts[-1])
+    figures = measure(model.float(), tokenizer, heldout, a.contexts[-1], a.recall_examples)
     settings = {k: v for k, v in vars(a).items() if k not in ("out", "text", "tokenizer")}
     settings["seconds"] = a.seconds if math.isfinite(a.seconds) else None
     record = {"settings": settings,

@@ -9,6 +9,7 @@ import torch
 
 import hybridlib as hl
 from hybridlib.distill.evaluate import heldout_kl
+from hybridlib.distill.recall import RecallTask
 
 
 def test_the_teacher_measured_against_itself_loses_nothing(tiny_teacher, tiny_tokens):
@@ -34,14 +35,15 @@ def test_figures_are_those_of_the_plain_formulas(tiny_teacher, tiny_tokens):
     assert heldout_kl(hybrid, teacher, tiny_tokens)[0] == pytest.approx(measured.kl, rel=1e-5)
 
 
-def test_fewer_held_out_tokens_are_the_first_rows_and_the_mode_is_kept(tiny_teacher, tiny_tokens):
+def test_fewer_held_out_tokens_are_the_first_rows(tiny_teacher, tiny_tokens):
     teacher = tiny_teacher()
-    hybrid = hl.linearize(teacher).train()
+    hybrid = hl.linearize(teacher)
     few = hl.Tokens(tiny_tokens.train, tiny_tokens.heldout[:3])
     assert heldout_kl(hybrid, teacher, tiny_tokens, heldout_tokens=50) == heldout_kl(hybrid, teacher, few)
-    assert hybrid.training
     with pytest.raises(ValueError, match="heldout_tokens=15 is not a whole number of at least 16"):
         heldout_kl(hybrid, teacher, tiny_tokens, heldout_tokens=15)
+    with pytest.raises(ValueError, match="tokens.tokenizer=None cannot encode recall"):
+        hl.evaluate(hybrid, teacher, tiny_tokens, recall=RecallTask())
 
 
 def test_measuring_builds_no_graph_and_leaves_gradients_on(tiny_teacher, tiny_tokens):

@@ -259,16 +259,22 @@ def test_bad_arguments_are_refused(arguments, message):
         divergence_from_hidden(**(good | arguments))
 
 
+SIZES = [(torch.float32, 200, 200), (torch.float32, 37, 64), (torch.bfloat16, 37, 64)]  # dtype, vocab, its padded width
+SIZED = ("forward", "reverse", "js 0.2", "ab 0.2 0.7")  # one of each kind of the kernel, in all sizes
+
+
 def kernel_errors():
     """Print, for each kind, dtype and size, the kernel's relative errors; runs under Triton's interpreter."""
     from hybridlib.distill import objectives
     from hybridlib.kernels.divergence import loss_and_gradient
+    from tests.kernels.interpreter import patch_language_once
 
+    patch_language_once()
     errors = []
     for name, k in KINDS.items():
         settings = (k["kind"], k.get("alpha"), k.get("beta", 0.5 if k["kind"] == "jensen_shannon" else None))
-        for dtype, vocab, width in ((torch.float32, 200, 200), (torch.float32, 37, 64), (torch.bfloat16, 37, 64)):
-            logits = [3 * x for x in tensors((3, width), (3, width))]
+        for dtype, vocab, width in SIZES if name in SIZED else SIZES[:1]:
+            logits = [3 * x for x in tensors((2, width), (2, width))]
             for x in logits:
                 x[:, vocab:] = math.nan  # padding
             teacher, student = (x.to(dtype)[:, :vocab] for x in logits)
@@ -298,13 +304,12 @@ def kernel_errors():
 
 @TRITON
 def test_the_kernel_agrees_with_the_spelled_out_sums_under_the_interpreter():
-    script = "import test_objectives; test_objectives.kernel_errors()"
-    here = Path(__file__).resolve().parent
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    script = "from tests.distill import test_objectives; test_objectives.kernel_errors()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 3 * len(KINDS) + 1
+    assert len(errors) == len(KINDS) + 2 * len(SIZED) + 1
     for name, dtype, loss, gradient in errors:
         assert loss < 5e-6 and gradient < (1e-2 if "bfloat16" in dtype else 1e-5), (name, dtype, loss, gradient)
 

@@ -17,45 +17,16 @@ from hybridlib import kernels
 from hybridlib.kernels import fused, step
 from hybridlib.kernels.fused import launch
 from hybridlib.models.mixers import MixerState, build_mixer
+from tests.kernels.cases import DECAYS, OPERATORS, error, make_inputs
+from tests.kernels.interpreter import interpret_as_gpus_compute
 
-OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
 NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_state"],
          "gla": ["o", "state", "q", "k", "v", "log_decay", "initial_state"]}
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, Frobenius
-DECAYS = ["mild", "none", "near none", "strong", "mixed", "strong, then mild"]
 
 ON_GPU = [(operator, dtype) for operator in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def make_inputs(operator, time, key_dim, value_dim, dtype, decay="mild", beta="random", repeat_keys=False, batch=2,
-                heads=3, sequences=None, device="cpu"):
-    """Inputs with values of `dtype`, log_decay and the initial state in float32."""
-    random = torch.Generator().manual_seed(time)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random)
-
-    q = torch.nn.functional.normalize(normal(batch, time, heads, key_dim), dim=-1)
-    k = torch.nn.functional.normalize(normal(batch, 1 if repeat_keys else time, heads, key_dim), dim=-1)
-    k = k.expand(batch, time, heads, key_dim)
-    v = normal(batch, time, heads, value_dim)
-    uniform = torch.rand(batch, time, heads, *([key_dim] if operator == "gla" else []), generator=random)
-    early = (torch.arange(time) < time // 2).view(1, time, *[1] * (uniform.dim() - 2))
-    log_decay = {
-        "mild": -0.1 * uniform,
-        "none": 0 * uniform,
-        "near none": -1e-6 * uniform,
-        "strong": 0 * uniform - 20,
-        "mixed": torch.where(uniform < 0.5, -20, -0.01 * uniform),
-        "strong, then mild": torch.where(early, -20, -0.01 * uniform),
-    }[decay]
-    strength = torch.rand(batch, time, heads, generator=random)
-    strength = {"random": strength, "zero": 0 * strength, "one": 0 * strength + 1}[beta]
-    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), log_decay] + ([strength.to(dtype)] if operator == "gdn" else [])
-    state = normal(batch if sequences is None else sequences, heads, key_dim, value_dim)
-    return [x.to(device) for x in inputs], state.to(device)
 
 
 def run(operator, inputs, state, backend, dtype=None, **options):
@@ -71,12 +42,6 @@ def run(operator, inputs, state, backend, dtype=None, **options):
     weights = [torch.randn(x.shape, generator=random).bfloat16().to(x) for x in (o, final)]
     wanted = inputs if state is None else inputs + [state]
     return [o.detach(), final.detach(), *torch.autograd.grad((o, final), wanted, weights)]
-
-
-def error(found, truth):
-    """Relative Frobenius error; 0 where both are zero."""
-    difference = (found.double() - truth).norm()
-    return 0.0 if difference == 0 else (difference / truth.norm()).item()
 
 
 def gradients_agree_when_compiled(operator, inputs, state, **options):
@@ -101,36 +66,21 @@ def check(operator, inputs, state, bound, **options):
     return found
 
 
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", [*ON_GPU, ("gdn", torch.float16), ("gla", torch.float16)])
-@pytest.mark.parametrize("decay", DECAYS)
-def test_decays(operator, dtype, decay):
-    if dtype == torch.float16 and decay.startswith("strong"):
-        pytest.skip("exp(-20) is 0 in float16")
-    check(operator, *make_inputs(operator, 130, 64, 64, dtype, decay, device="cuda"), BOUNDS[dtype])
+SQUARE = {"key_dim": 64, "value_dim": 64}
+CASES = [*(SQUARE | {"decay": decay} for decay in DECAYS), *(SQUARE | {"time": time} for time in (1, 63, 64, 65, 4097)),
+         *({"key_dim": key_dim, "value_dim": value_dim} for key_dim, value_dim in (
+             (32, 32), (128, 128), (32, 128), (128, 64), (64, 128), (64, 32)))]
+WRITES = [SQUARE | {"beta": beta, "repeat_keys": repeat} for beta in ("zero", "one", "random")
+          for repeat in (True, False)]
+HALF = [SQUARE | {"decay": decay} for decay in DECAYS if not decay.startswith("strong")]  # exp(-20) is 0 in float16
 
 
 @on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("time", [1, 63, 64, 65, 4097])
-def test_lengths(operator, dtype, time):
-    check(operator, *make_inputs(operator, time, 64, 64, dtype, device="cuda"), BOUNDS[dtype])
-
-
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (128, 128), (32, 128), (128, 64), (64, 128), (64, 32)])
-def test_dims(operator, dtype, key_dim, value_dim):
-    check(operator, *make_inputs(operator, 130, key_dim, value_dim, dtype, device="cuda"), BOUNDS[dtype])
-
-
-@on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("beta", ["zero", "one", "random"])
-@pytest.mark.parametrize("repeat_keys", [True, False])
-def test_delta_rule_writes(dtype, beta, repeat_keys):
-    inputs, state = make_inputs("gdn", 130, 64, 64, dtype, beta=beta, repeat_keys=repeat_keys, device="cuda")
-    check("gdn", inputs, state, BOUNDS[dtype])
+@pytest.mark.parametrize("operator, dtype, case", [
+    *((*kind, case) for kind in ON_GPU for case in CASES), *((*kind, case) for kind in ON_GPU[:2] for case in WRITES),
+    *((operator, torch.float16, case) for operator in OPERATORS for case in HALF)])
+def test_kernels_against_the_recurrence(operator, dtype, case):
+    check(operator, *make_inputs(operator, dtype=dtype, device="cuda", **{"time": 130} | case), BOUNDS[dtype])
 
 
 def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, device="cpu", **compiled):
@@ -236,22 +186,12 @@ def check_mixer_steps(name, half, qk_norm=False, device="cpu"):
 
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_steps(operator, dtype, decay):
-    check_steps(operator, 64, 64, dtype, decay, time=400, device="cuda")
-
-
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("key_dim, value_dim", [(16, 16), (32, 32), (128, 128), (256, 256), (64, 256), (256, 32)])
-def test_steps_of_other_dims(operator, dtype, key_dim, value_dim):
-    check_steps(operator, key_dim, value_dim, dtype, device="cuda")
-
-
-@on_gpu
-@pytest.mark.parametrize("beta", ["zero", "one"])
-def test_steps_that_write_nothing_or_all(beta):
-    check_steps("gdn", 64, 64, torch.float32, beta=beta, device="cuda")
+@pytest.mark.parametrize("key_dim, value_dim, options", [
+    *((64, 64, {"decay": decay, "time": 400}) for decay in DECAYS),
+    *((*dims, {}) for dims in ((16, 16), (32, 32), (128, 128), (256, 256), (64, 256), (256, 32))),
+    *((64, 64, {"beta": beta}) for beta in ("zero", "one"))])
+def test_steps(operator, dtype, key_dim, value_dim, options):
+    check_steps(operator, key_dim, value_dim, dtype, device="cuda", **options)
 
 
 @on_gpu
@@ -529,56 +469,6 @@ def test_refuses_what_it_cannot_run(monkeypatch, dtype, dim, said):
         kernels.gated_delta_rule(*inputs, backend="fused")
 
 
-def interpret_as_gpus_compute():
-    """Make Triton's interpreter round as GPUs do and look after every address; for a process of its own."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def round_to_nearest(self, x, to):  # the interpreter cuts the last bits off, GPUs round
-        if x.dtype.scalar.is_fp32() and to.scalar.is_bf16():
-            rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
-            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
-        return cast(self, x, to)
-
-    def index_by_item(tensor, scope):  # since numpy 2.4, int() refuses arrays of one element
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def remember_storages(self, *arguments):
-        placed = place(self, *arguments)
-        storages = [x.untyped_storage() for x in placed[0] if isinstance(x, torch.Tensor)]
-        spans[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
-        return placed
-
-    class Memory:
-        """The interpreter's memory, where all elements of a load or store must lie in one of the kernel's arguments."""
-
-        @staticmethod
-        def check(pointers, mask, size):
-            first = np.asarray(pointers)[np.asarray(mask)]
-            if first.size:
-                low, high = int(first.min()), int(first.max()) + size
-                assert any(start <= low and high <= end for start, end in spans), "outside of a kernel's arguments"
-
-        def load(self, pointers, mask, other, dtype):
-            self.check(pointers, mask, np.dtype(dtype).itemsize)
-            return memory.load(pointers, mask, other, dtype)
-
-        def store(self, pointers, value, mask):
-            self.check(pointers, mask, value.dtype.itemsize)
-            return memory.store(pointers, value, mask)
-
-        def __getattr__(self, name):
-            return getattr(memory, name)
-
-    spans, memory = [], interpreter._interpreter
-    interpreter._interpreter = Memory()
-    place, interpreter.GridExecutor._init_args_hst = interpreter.GridExecutor._init_args_hst, remember_storages
-    cast, interpreter.InterpreterBuilder.create_fp_trunc = interpreter.InterpreterBuilder.cast_impl, round_to_nearest
-    interpreter.InterpreterBuilder.cast_impl = round_to_nearest
-    patch, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, index_by_item
-
-
 def interpreted_checks():
     """Run kernels in Triton's interpreter, in a process of its own: small shapes, the same code.
 
@@ -648,7 +538,7 @@ def interpreted_checks_of_segments():
                 launch.override_segments = number
                 inputs, state = make_inputs(operator, 150, 32, 32, dtype, decay, batch=2 if number == 2 else 1, heads=1)
                 check(operator, inputs, None if number == 2 else state, bound)
-            inputs, state = make_inputs(operator, 140, 32, 64, dtype, batch=1, heads=2, sequences=3)
+            inputs, state = make_inputs(operator, 140, 32, 64, dtype, batch=1, heads=1, sequences=3)
             launch.override_segments = 3
             check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 140]))
     launch.override_segments = 2

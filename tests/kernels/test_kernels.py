@@ -12,39 +12,18 @@ import torch
 from hybridlib import kernels
 from hybridlib.bench import operators as benchmarks
 from hybridlib.kernels import chunked, fla_adapter, gated_delta_rule, gated_linear_attention, reference
+from tests.kernels import cases
+from tests.kernels.cases import OPERATORS, error
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 8, 12
 TOLERANCE = 1e-5  # relative, Frobenius
-OPERATORS = {"gdn": "gated_delta_rule", "gla": "gated_linear_attention"}
 
 
-def make_inputs(operator, time, decay="mild", beta="random", repeat_keys=False, with_state=True, seed=0, **sizes):
+def make_inputs(operator, time, decay="mild", with_state=True, **options):
     """Float64 inputs whose values are exact in float32, and the initial state (or None)."""
-    random = torch.Generator().manual_seed(seed)
-    batch, heads = sizes.get("batch", BATCH), sizes.get("heads", HEADS)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random)
-
-    q = torch.nn.functional.normalize(normal(batch, time, heads, KEY_DIM), dim=-1)
-    k = torch.nn.functional.normalize(normal(batch, 1 if repeat_keys else time, heads, KEY_DIM), dim=-1)
-    k = k.expand(batch, time, heads, KEY_DIM)
-    v = normal(batch, time, heads, VALUE_DIM)
-    uniform = torch.rand(batch, time, heads, *([KEY_DIM] if operator == "gla" else []), generator=random)
-    early = (torch.arange(time) < time // 2).view(1, time, *[1] * (uniform.dim() - 2))
-    log_decay = {
-        "mild": -0.1 * uniform,
-        "none": 0 * uniform,
-        "near none": -1e-6 * uniform,
-        "strong": 0 * uniform - 20,
-        "mixed": torch.where(uniform < 0.5, -20, -0.01 * uniform),
-        "strong, then mild": torch.where(early, -20, -0.01 * uniform),
-    }[decay]
-    strength = torch.rand(batch, time, heads, generator=random)
-    strength = {"random": strength, "zero": 0 * strength, "one": 0 * strength + 1}[beta]
-    inputs = [q, k, v, log_decay] + ([strength] if operator == "gdn" else [])
-    state = normal(batch, heads, KEY_DIM, VALUE_DIM).double() if with_state else None
-    return [x.double() for x in inputs], state
+    options = {"batch": BATCH, "heads": HEADS, "seed": 0} | options
+    inputs, state = cases.make_inputs(operator, time, KEY_DIM, VALUE_DIM, torch.float32, decay, **options)
+    return [x.double() for x in inputs], state.double() if with_state else None
 
 
 def run(module, operator, inputs, state, dtype, **options):
@@ -56,12 +35,6 @@ def run(module, operator, inputs, state, dtype, **options):
     loss = sum((x * torch.randn(x.shape, generator=random).to(x)).sum() for x in (o, final))
     sources = inputs + ([] if state is None else [state])
     return [o.detach(), final.detach(), *torch.autograd.grad(loss, sources)]
-
-
-def error(found, truth):
-    """Relative Frobenius error; 0 where both are zero."""
-    difference = (found.double() - truth).norm()
-    return 0.0 if difference == 0 else (difference / truth.norm()).item()
 
 
 def check_against_recurrence(operator, inputs, state, **options):

@@ -7,22 +7,15 @@ import torch
 
 from hybridlib import kernels
 from hybridlib.kernels import step
+from tests.kernels.cases import make_inputs
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention")
 
 
-def inputs(operator, dtype=torch.float32, time=40, batch=2, heads=3, key_dim=8, value_dim=12):
-    """q, k, v, log_decay (and beta) of (batch, time, heads, ...) and a first state."""
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, batch, time, heads, key_dim, generator=g, dtype=torch.float64)
-    v = torch.randn(batch, time, heads, value_dim, generator=g, dtype=torch.float64)
-    state = torch.randn(batch, heads, key_dim, value_dim, generator=g, dtype=torch.float64)
-    if operator == "gated_delta_rule":
-        k = torch.nn.functional.normalize(k, dim=-1)
-        gates = -torch.rand(batch, time, heads, generator=g).double(), torch.rand(batch, time, heads, generator=g)
-    else:
-        gates = (-torch.rand(batch, time, heads, key_dim, generator=g).double() / 4,)
-    return [x.to(dtype) for x in (q, k, v, *gates)], state.to(dtype)
+def inputs(operator, dtype=torch.float32):
+    """q, k, v, log_decay (and beta) of (2, 40, 3, ...) and a first state."""
+    tensors, state = make_inputs("gdn" if operator == OPERATORS[0] else "gla", 40, 8, 12, torch.float32)
+    return [x.to(dtype) for x in tensors], state.to(dtype)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
