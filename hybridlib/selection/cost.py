@@ -14,13 +14,9 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import nn
 
-from hybridlib.models.mixers import GatedDeltaNet, GatedLinearAttention
 from hybridlib.records.provenance import describe_device
 
 __all__ = ["Cost", "Meter", "forward_flops", "held_beside", "heldout_size", "one_run_a_layer_flops", "training_flops"]
-
-_STATE_FLOPS = {GatedDeltaNet: 7, GatedLinearAttention: 5}  # for each entry of the state: see `forward_flops`
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -101,7 +97,7 @@ class Meter:
         self._flops, self._started = 0.0, time.perf_counter()
 
     def forward(self, model: nn.Module, tokens: int, context: float, *, head: bool = True, passes: int = 1) -> None:
-        """Count `tokens`, of all `passes` together, that `model` read in rows of `context`, its `head` among them."""
+        """Count `tokens`, of all `passes`, that `model` read in rows of `context`; with its output `head`, or without."""
         self._forward += tokens
         self._passes += passes
         self._flops += tokens * forward_flops(model if head else model.model, context)
@@ -200,8 +196,8 @@ def _flops(module, context):
     for part in module.modules():
         if isinstance(part, nn.Linear):
             products += 2 * part.weight.numel()
-        elif type(part) in _STATE_FLOPS:
-            mixing += _STATE_FLOPS[type(part)] * part.num_heads * part.head_dim ** 2
+        elif hasattr(part, "state_flops"):
+            mixing += part.state_flops * part.num_heads * part.head_dim ** 2
         elif hasattr(part, "q_proj") and hasattr(part, "head_dim"):
             mixing += 4 * part.q_proj.out_features * context
     return products, mixing

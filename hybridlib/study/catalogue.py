@@ -13,11 +13,10 @@ from functools import cache, partial
 
 from hybridlib.checks import check_int, check_number
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.recall import RecallTask
-from hybridlib.distill.stages import match
-from hybridlib.models.hybrid import restore
-from hybridlib.selection.cost import Cost, Meter, heldout_size, one_run_a_layer_flops
+from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
+from hybridlib.selection.engine.candidates import Job, measure_set
+from hybridlib.selection.engine.inputs import LoadedInputs
 from hybridlib.selection.rules import SCORES_NEEDED, budget_layers, select
 from hybridlib.selection.scorers.ablation import score_associative_recall, score_halo, score_perplexity
 from hybridlib.selection.scorers.gates import GateSettings, gate_gradient, gate_gradient_flops, learned_gates
@@ -304,15 +303,12 @@ def _distilled_kl(study, mixer, seed, costs):
     Single layers are measured as GA-S2 does and all layers but one as GR-S2 does, so their scores serve here. Costs
     are those of all sets that the search asks for, also where another search measured some of them before.
     """
-    s, num_layers, teacher = study.settings, study.num_layers, study.teacher.model
-    student = cache(lambda: study.aligned(mixer, seed))
+    s, num_layers = study.settings, study.num_layers
+    inputs = cache(lambda: LoadedInputs(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)))
 
     def distil(layers):
-        tokens, meter, hybrid = _rows(study, seed), Meter(teacher, student()), restore(student(), teacher, layers)
-        spent = s.score_tokens and match(hybrid, teacher, tokens, s.score_tokens, settings=s.match_settings).tokens[-1]
-        kl, error = heldout_kl(hybrid, teacher, tokens)
-        meter.stage_2(hybrid, teacher, spent, heldout_size(tokens, None), tokens.context)
-        return {"kl": kl, "kl_stderr": error, "tokens": spent, "cost": meter.cost().to_dict()}
+        figures = measure_set(Job(inputs(), s.score_tokens, s.match_settings), layers)
+        return {name: figures[name] for name in ("kl", "kl_stderr", "tokens", "cost")}
 
     def measure(layers):
         if len(layers) in (1, num_layers - 1):

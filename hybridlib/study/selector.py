@@ -1,4 +1,4 @@
-"""What a selector is, how it is declared and how it is run. `hybridlib.study.catalogue` declares them all."""
+"""What a selector is, how it is declared, and how it is run; `hybridlib.study.catalogue` declares all."""
 
 from __future__ import annotations
 

@@ -20,13 +20,14 @@ from hybridlib.distill.corpus import Tokens, load_tokens
 from hybridlib.distill.evaluate import evaluate
 from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import MatchSettings
-from hybridlib.distill.stages import align, match
-from hybridlib.models.hybrid import linearize, load_hybrid, restore
+from hybridlib.distill.stages import align
+from hybridlib.models.hybrid import linearize, load_hybrid
 from hybridlib.models.teachers import SMOLLM2, Teacher, load_teacher
 from hybridlib.records.folders import results_folder
 from hybridlib.records.ledger import Ledger, Record
-from hybridlib.selection.engine.inputs import ScoringInputs, weights_sha256
-from hybridlib.selection.engine.rounds import EarlyStop
+from hybridlib.selection.engine.candidates import Job, measure_set
+from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs, weights_sha256
+from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scores import LayerScores
@@ -112,7 +113,7 @@ class Study:
             before = score_layers(student, teacher, tokens, metric="mse")
             with self._checkpoint("align", parameters, self.settings.align_tokens, settings) as checkpoint:
                 history = align(student, teacher, tokens, self.settings.align_tokens, settings=settings,
-                                checkpoint=checkpoint)
+                                checkpoint=checkpoint and checkpoint / "align.safetensors")
             after = score_layers(student, teacher, tokens, metric="mse")
             measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,12 +147,11 @@ class Study:
         def compute():
             student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
             inputs = self.scoring_inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
+            engine = Engine(self.executor, self.group, records=records, inputs=inputs,
+                            checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem)
             return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
-                                early_stop=early_stop, executor=self.executor, group=self.group, inputs=inputs,
-                                records=records,
-                                checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem
-                                ).to_dict()
+                                early_stop=early_stop, engine=engine).to_dict()
 
         return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
@@ -192,14 +192,11 @@ class Study:
                       "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
 
         def compute():
-            hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
-            tokens = self.tokens(seed, s.match_tokens)
+            inputs = LoadedInputs(self.aligned(mixer, seed), self.teacher.model, self.tokens(seed, s.match_tokens))
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings) as checkpoint:
-                history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings,
-                                checkpoint=checkpoint)
-            measured = evaluate(hybrid, self.teacher.model, tokens, recall=self.recall_task)
-            return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
-                    "tokens": history.tokens[-1], "train_seconds": history.seconds}
+                figures = measure_set(Job(inputs, s.match_tokens, settings, evaluation=True, recall=self.recall_task,
+                                          checkpoints=checkpoint), layers)
+            return {name: value for name, value in figures.items() if name not in ("seconds", "device")}
 
         return self.record("hybrid", parameters, compute)
 
@@ -221,7 +218,7 @@ class Study:
         for name, by_seed in selections.items():
             for seed, layers in by_seed.items():
                 record = self.hybrid(layers, mixer, seed)
-                scalars = {k: v for k, v in record.metrics.items() if not isinstance(v, list)}
+                scalars = {k: v for k, v in record.metrics.items() if not isinstance(v, (list, dict))}
                 rows.append({"selector": name, "seed": seed, "layers": tuple(record.parameters["layers"]), **scalars})
         return pd.DataFrame(rows)
 
@@ -255,10 +252,10 @@ class Study:
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
-        """The file to which a run of more than `checkpoint_every` tokens saves its state; removed when the run ends."""
-        path = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
-        yield path if num_tokens > settings.checkpoint_every else None
-        path.unlink(missing_ok=True)
+        """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
+        folder = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
+        yield folder if num_tokens > settings.checkpoint_every else None
+        shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
         """The record of (kind, parameters).
@@ -287,19 +284,20 @@ class StudyRecords:
     def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters
 
-    def find(self, layer, tokens, part=None):
-        parameters = self._of(layer, tokens, part)
+    def find(self, candidate, tokens, heldout_tokens=None):
+        parameters = self._of(candidate, tokens, heldout_tokens)
         path = self.study.ledger.path("candidate", parameters)
         if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
             return None
         return self.study.ledger.run("candidate", parameters, dict).metrics
 
-    def keep(self, layer, tokens, found, part=None):
-        parameters = self._of(layer, tokens, part)
+    def keep(self, candidate, tokens, figures, heldout_tokens=None):
+        parameters = self._of(candidate, tokens, heldout_tokens)
         self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
-        metrics = {name: value for name, value in found.items() if name != "device"}
-        self.study.ledger.add("candidate", parameters, metrics, seconds=found["seconds"], device=found["device"])
+        metrics = {name: value for name, value in figures.items() if name != "device"}
+        self.study.ledger.add("candidate", parameters, metrics, seconds=figures["seconds"], device=figures["device"])
 
-    def _of(self, layer, tokens, part):
+    def _of(self, layer, tokens, heldout_tokens):
         until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
-        return self.parameters | {"layer": layer} | until | ({} if part is None else {"measured_tokens": part})
+        part = {} if heldout_tokens is None else {"measured_tokens": heldout_tokens}
+        return self.parameters | {"layer": layer} | until | part

@@ -9,7 +9,7 @@ import pytest
 
 import hybridlib as hl
 from hybridlib.selection.cost import Cost, one_run_a_layer_flops
-from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.rules import RULES
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import gate_gradient_flops
