@@ -90,8 +90,8 @@ def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
         Operators and objective are hybridlib's own, so that the comparison is of the scoring and not of the step.
     ``"engine"``
         `score_layers` as a `Study` calls it: the teacher's states shared, steps compiled and recorded on a GPU, layers
-        trained together where `Engine.group_of` says so, and stopped by `EarlyStop`. Every candidate is a record on disk,
-        and checkpoints are written where a study's are; both are thrown away after.
+        trained together where `Engine.group_of` says so, and stopped by `EarlyStop`. Every candidate is a record on
+        disk, and checkpoints are written where a study's are; both are thrown away after.
     ``"shared"``, ``"recorded"``, ``"together"``
         The same without early stopping, to see the share of each part: states shared, nothing else; steps compiled
         and recorded, too (left out on a CPU, where it changes nothing); or all layers, or as many as memory holds, in

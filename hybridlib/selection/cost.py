@@ -18,6 +18,7 @@ from hybridlib.records.provenance import describe_device
 
 __all__ = ["Cost", "Meter", "forward_flops", "held_beside", "heldout_size", "one_run_a_layer_flops", "training_flops"]
 
+
 @dataclass(frozen=True)
 class Cost:
     """What was spent.
@@ -97,7 +98,7 @@ class Meter:
         self._flops, self._started = 0.0, time.perf_counter()
 
     def forward(self, model: nn.Module, tokens: int, context: float, *, head: bool = True, passes: int = 1) -> None:
-        """Count `tokens`, of all `passes` together, that `model` read in rows of `context`, its `head` among them."""
+        """Count `tokens`, in all `passes`, that `model` read in rows of `context`, with or without its output `head`."""
         self._forward += tokens
         self._passes += passes
         self._flops += tokens * forward_flops(model if head else model.model, context)

@@ -12,6 +12,7 @@ from hybridlib.distill.recall import RecallTask
 from hybridlib.report import rankings
 from hybridlib.selection.agreement import spearman
 from hybridlib.selection.cost import Cost
+from hybridlib.selection.engine import candidates
 from hybridlib.study import contest as c, study as study_module
 
 
@@ -32,7 +33,8 @@ def test_agreement_of_scores_is_the_mean_over_seeds_of_those_that_have_numbers(k
 
 def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
     teacher, real = tiny_teacher(layers=4), hl.evaluate
-    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    for module in (study_module, candidates):  # no tokenizer here
+        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
     settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=["uniform"])

@@ -32,9 +32,8 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
                recall_examples: int = 200, measure_at: Sequence[int] = ()) -> list[dict]:
     """Stage 2 and evaluation of many layer sets of one aligned student, a group of them at once.
 
-    Each set is trained as ``match(restore(student, teacher, set), teacher, tokens, num_tokens)`` would train it, on the
-    same rows in the same order, with its own gradient norm to clip, and measured as `evaluate` would measure it. The
-    numbers differ by rounding only.
+    Each set is trained as ``match(restore(student, teacher, set), teacher, tokens, num_tokens)`` would train it, and
+    measured as `evaluate` would measure it; the numbers differ by rounding only.
 
     Parameters
     ----------
@@ -44,27 +43,20 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     sets : for each candidate, the layers that are softmax: none to all, in any order.
     num_tokens : tokens to train each candidate on, at least one row.
     settings : of stage 2. `compile` is not offered here and `checkpoint_every` has no meaning.
-    group : candidates at a time; the figures do not depend on it. None: as many as half of a GPU's free memory, or a
-        quarter of a machine's memory, holds by an estimate: weights, gradients and AdamW's two moments, and for each
-        layer and token of a micro batch four bytes times 16 widths, 10 widths of all heads and 4 of the MLP. Groups
-        are then evened out.
+    group : candidates at a time, on which the figures do not depend; None for `group_size`.
     recall, recall_examples : a task to score as `evaluate` does, None to leave recall out, and examples of it.
     measure_at : tokens after which to measure on the way, 0 to `num_tokens`; rounded up to whole steps.
 
     Returns
     -------
     list of dict, one for each set in the order given
-        ``layers``; ``kl``, ``kl_stderr``, ``perplexity``, ``top1_agreement``, ``recall_exact``, ``recall_stderr``, as
-        in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and ``loss_tokens``, the tokens at the
-        end of each; ``curve``, for each of `measure_at` a dict of ``tokens``, ``kl``, ``recall_exact``; ``seconds``,
-        wall time of its group divided by the group's size. Where `distill.match` would raise `DistillationDiverged`,
-        the sentence is in ``error``, the figures are None, and losses and curve end before; the other candidates are
-        not touched by that.
+        ``layers``; `FIGURES`, as in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and
+        ``loss_tokens``, the tokens at the end of each; ``curve``, for each of `measure_at` a dict of ``tokens``,
+        ``kl``, ``recall_exact``; ``seconds``, its share of its group's. Where `distill.match` would raise
+        `DistillationDiverged`, the sentence is in ``error``, the figures are None, and losses and curve end before.
 
-    Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape.
-
-    Cost: that of the single runs, less the launches that they share and all teacher's passes but one a group. Memory
-    grows with the group. Meant for small teachers: a candidate that fills the GPU alone gains nothing.
+    Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape. Meant
+    for small teachers: a candidate that fills the GPU alone gains nothing.
     """
     settings = settings or MatchSettings()
     sets = _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_at)
@@ -113,7 +105,11 @@ def _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_
 
 
 def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
-    """How many candidates to train at once, by memory; see `match_sets`."""
+    """How many candidates, up to `most`, half of a GPU's free memory or a quarter of a machine's memory holds.
+
+    By an estimate: weights, gradients and AdamW's two moments, and for each layer and token of a micro batch four bytes
+    times 16 widths, 10 widths of all heads and 4 of the MLP.
+    """
     config, parameter = student.config, next(student.parameters())
     weights = sum(p.numel() for p in student.parameters())
     rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)

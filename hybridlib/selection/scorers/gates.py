@@ -37,47 +37,32 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     Parameters
     ----------
     student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
-    tokens : `corpus.Tokens`, whose held-out rows are used, or any integer tensor (rows, context), prompts of a recall
-        task for one. Rows are of one length, without padding.
-    at : gate of all layers, 0 <= at <= 1: 0 adds attention to the linear student, 1 removes it from the all-softmax
-        model.
-    order : 1, the slope g' = dKL/dg_l. 2, with the curvature h = d2KL/dg_l^2: what KL changes as gate l alone goes
-        from 0 to 1, to second order, g' + (1 - 2 at) h / 2.
+    tokens : `corpus.Tokens`, whose held-out rows are used, or an integer tensor (rows, context) without padding.
+    at : gate of all layers: 0 adds attention to the linear student, 1 removes it from the all-softmax model.
+    order : 1, the slope g' = dKL/dg_l; 2, the change of KL as gate l alone goes from 0 to 1, to second order,
+        g' + (1 - 2 at) h / 2 with the curvature h = d2KL/dg_l^2.
     steps : 1 takes the slope at `at`. More take its mean over so many midpoints of the diagonal from all 0 to all 1
-        (integrated gradient); over layers it then sums to KL(all 1) - KL(all 0), up to the error of the midpoint
-        rule. Only with order 1 and at 0.
+        (integrated gradients), which over layers sums to KL(all 1) - KL(all 0). Only with order 1 and at 0.
     skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
-    num_tokens : tokens to measure on, None for all rows.
-    batch_tokens : tokens a forward pass; the scores do not depend on it.
-    train_tokens : first train copies of the weights, all in one gated model, in a stage 2 of so many tokens in which
-        each row has the gate of one layer open, the layers taking turns; 0 for none. Only at 0 and with `tokens` a
-        `corpus.Tokens`.
+    num_tokens : tokens to measure on, None for all rows; batch_tokens : tokens a forward pass.
+    train_tokens : tokens of a stage 2 of copies of the weights, all in one gated model, before the slope is taken: each
+        row has one layer's gate open, the layers taking turns. Only at 0 and with `corpus.Tokens`.
     settings : of that stage 2; it runs without CUDA graphs and ``torch.compile``.
 
     Returns
     -------
     `LayerScores` of metric ``"gate"``, direction ``"remove"`` if `at` is 1 and ``"add"`` otherwise. `measured` is the
-    slope (order 1) or the change predicted (order 2) in nats a token, mean and standard error over rows; `values` is
-    its negative. `tokens` counts those that went forward and backward through the gated model, in training too.
+    slope or the predicted change in nats a token, mean and standard error over rows; `values` is its negative.
 
     Raises ValueError for arguments outside these, or a student as `gated_model` refuses it.
 
-    Cost: for each token measured on, one forward pass of the teacher, and of the gated model (both branches in every
-    layer, weights frozen) `steps` passes forward and backward. Order 2 takes 1 + 2 L of them, with L layers: the
-    curvature is the central difference of the slope at gates eps^(1/3) to either side, eps of the weights' dtype
-    (0.005 in float32), in that dtype, with an error of second order in that distance. (An exact second backward pass
-    would also be one for each layer, and the kernels of attention and mixers offer none.) That is more than the L
-    forward passes of ``score_layers(num_tokens=0)``, which measures what order 2 predicts: use it to see why slopes
-    err. Training costs a pass of the teacher, and of the gated model forward and backward with its weights, for each of
-    its tokens; it is one for all layers, where GA-S2 has one a layer.
+    Cost: for each token, one forward pass of the teacher and `steps` passes of the gated model, forward and backward,
+    with frozen weights; order 2 takes 1 + 2 L of them, for the curvature is the central difference of slopes at
+    eps^(1/3) to either side (eps of the weights' dtype): attention's kernels offer no second backward pass.
 
-    Assumptions: the slope at a corner stands for the whole way to the next one, and layers do not interact. Neither
-    is sure: the norm of a mixer's output (at the first token it sees only the sign of q.k) can make KL bend within a
-    gate of 0.01, and then order 2 may err more than order 1. Where student and teacher share all weights but
-    attention, KL is least, 0, at gates of 1: the slope there is 0 but for rounding, and only order 2 ranks layers for
-    removal. GA-S2 itself ranks layers anew on other text, if its stage 2 is short; selector ``"ga-s2-again"`` says how
-    far, and so what agreement with it means. Source: ours; the diagonal is that of integrated gradients (arXiv
-    1703.01365).
+    Assumes that the slope at a corner stands for the whole way to the next one, and that layers do not interact. Where
+    student and teacher share all weights but attention, KL is 0, its least, at gates of 1: the slope there is rounding,
+    and only order 2 ranks layers for removal. Source: ours; the diagonal is that of arXiv 1703.01365.
     """
     check_number("at", at, 0, 1)
     check_int("order", order, 1, 2)
@@ -166,7 +151,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class LearnedGates:
-    """What `learned_gates` found: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
+    """The result of `learned_gates`: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
 
     After `history_tokens[i]` tokens, the step's KL was `kl[i]` nats a token and the gates it ran with summed to
     `total[i]`. `scores.tokens` and `scores.seconds` are what training cost; the standard errors are nan, for there is
@@ -189,27 +174,20 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     Parameters
     ----------
     student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
-    tokens : `corpus.Tokens`, whose training rows are taken in their order, or any integer tensor (rows, context), over
-        and over in its order. Rows are of one length, without padding.
+    tokens : `corpus.Tokens`, whose training rows are read, or an integer tensor (rows, context), over and over.
     budget : share or count of softmax layers, see `selection.budget_layers`; it gives K.
-    num_tokens : tokens to train on, at least one row; whole steps of `settings.batch_tokens`, at least one.
+    num_tokens : tokens to train on, in whole steps of ``settings.batch_tokens``.
     skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
 
-    Returns
-    -------
-    `LearnedGates`; its scores are of direction ``"add"`` and metric ``"learned_gate"``.
+    Returns `LearnedGates` of direction ``"add"`` and metric ``"learned_gate"``. Raises ValueError for arguments outside
+    these or a student as `gated_model` refuses it, `DistillationDiverged` at the first loss that is not finite.
 
-    Raises ValueError for arguments outside these or a student as `gated_model` refuses it, `DistillationDiverged` at
-    the first loss that is not finite. There is no randomness beyond the order of `tokens`.
+    Cost: for each token, a pass of the teacher and one of the gated model forward and backward.
 
-    Cost: for each training token, one forward pass of the teacher and one pass forward and backward of the gated
-    model (both branches in every layer); the optimizer holds L numbers.
-
-    Source: FlashMorph (arXiv 2606.30562): one gate a layer, all weights frozen, trained together on synthetic
-    long-context retrieval with a regularizer towards linear, then cut to the budget. Chosen here, its code not being
-    public: the sigmoid, the start at K / L, KL to the teacher as the loss, the squared penalty that holds the sum at K
-    from both sides, and ties to the lower layer. To follow its data, give recall prompts as `tokens` and their length
-    as `skip`. Assumption: gates between 0 and 1 order the layers as whole ones would.
+    Source: FlashMorph (arXiv 2606.30562): one gate a layer, weights frozen, trained on synthetic long-context retrieval
+    with a regularizer towards linear, then cut to the budget. Chosen here, its code not being public: the sigmoid, the
+    start at K / L, KL to the teacher, the penalty that holds the sum at K from both sides, ties to the lower layer.
+    Assumes that gates between 0 and 1 order the layers as whole ones would.
     """
     settings = settings or GateSettings()
     num_layers = student.config.num_hidden_layers

@@ -44,13 +44,11 @@ def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
     A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
 
     Cost of ``"kl"``, with L layers: L times `num_tokens` of training, less if stopped early; L times the held-out
-    tokens, forward, at every measurement, of which there is one, or with `early_stop` one after every `measure_every`
-    tokens; and one pass of the teacher over the rows of both, as far as `memory` holds them. Of ``"mse"``: one pass of
-    the teacher, without its output head, and of each mixer, over the held-out tokens.
+    tokens at every measurement; and one pass of the teacher over both, as far as ``engine.memory`` holds its states.
+    Of ``"mse"``: one pass of the teacher, without its output head, and of each mixer over the held-out tokens.
 
-    Assumes that layers can be scored one at a time, though they are kept together; that a short stage 2 ranks them as
-    a long one would; and that what lowers the KL on held-out text (for ``"mse"``, what a layer's own output lost) is
-    what the hybrid is to be good at. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    Assumes that layers can be scored one at a time, though they are kept together, and that a short stage 2 ranks them
+    as a long one would. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
     """
     check_choice("direction", direction, ("add", "remove"))
     check_choice("metric", metric, ("kl", "mse"))

@@ -75,12 +75,10 @@ def search_once_for_all(student, teacher, tokens, budget: float | int, num_token
     Cost: `num_tokens` forward through the teacher, forward and backward through the student; at most
     L + width (K - 1)(2L - K) / 2 times the held-out rows through both.
 
-    Assumes that weights shared by all placements rank them as weights trained for each would; and, as smaller sets are
-    measured on the way to K although training saw sets of K alone, that these still rank.
-
-    Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code not being public: KL to the teacher as the
-    loss, in training and in the search (theirs searches by a task's score); sets of the budget's size, drawn evenly;
-    all weights but attention and mixers frozen.
+    Assumes that weights shared by all placements rank them as weights trained for each would, also those of fewer
+    layers that the search measures on its way. Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code
+    not being public: KL to the teacher in training and search (theirs searches by a task's score); sets of the budget's
+    size, drawn evenly; all weights but attention and mixers frozen.
     """
     check_int("width", width, 1)
     num_layers, context = student.config.num_hidden_layers, tokens.context
