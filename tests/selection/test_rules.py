@@ -19,6 +19,12 @@ def scores(values, direction="add", metric="kl"):
     return hl.LayerScores(direction, metric, values, values, (0.0,) * len(values), 0, 0.0)
 
 
+def spread(layers):
+    """The widest gap between neighbours in a set, less the narrowest."""
+    gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
+    return max(gaps, default=0) - min(gaps, default=0)
+
+
 GA = scores([0.1, 0.9, 0.5, 0.2, 0.8, 0.0])                   # 1 4 2 3 0 5
 GR = scores([0.9, 0.1, 0.8, 0.7, 0.2, 0.6], "remove")        # 0 2 3 5 4 1
 S1 = scores([0.0, 0.0, 0.3, 0.2, 0.1, 0.9], metric="mse")    # 5 2 3 4 0 1
@@ -35,15 +41,15 @@ def test_average_is_of_ranks_and_ties_go_to_ga():
     assert hl.select("avg", 4, scores=[GR, GA]) == (0, 1, 2, 4)
 
 
-def test_uniform_takes_the_centres_of_equal_blocks():
+@pytest.mark.parametrize("offset", ["centre", "start", "end"])
+def test_uniform_takes_the_centres_of_equal_blocks_and_every_offset_as_many_layers(offset):
     assert hl.select("uniform", 2, num_layers=8) == (2, 6)
     assert hl.select("uniform", 0.25, num_layers=28) == (2, 6, 10, 14, 18, 22, 26)
-    for layers in range(1, 40):
-        for count in range(1, layers + 1):
-            kept = hl.select("uniform", count, num_layers=layers)
-            gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
-            assert len(set(kept)) == count and 0 <= kept[0] and kept[-1] < layers
-            assert not gaps or max(gaps) - min(gaps) <= 1
+    for num_layers in range(1, 40):
+        for count in range(1, num_layers + 1):
+            layers = hl.select("uniform", count, num_layers=num_layers, offset=offset)
+            assert len(set(layers)) == count and list(layers) == sorted(layers)
+            assert 0 <= layers[0] and layers[-1] < num_layers and (offset == "start" or spread(layers) <= 1)
 
 
 def test_random_is_seeded_and_every_layer_gets_its_turn():
@@ -53,7 +59,9 @@ def test_random_is_seeded_and_every_layer_gets_its_turn():
     assert min(counts) > 65 and max(counts) < 135
 
 
-def test_manual_is_checked_and_sorted():
+def test_first_last_and_manual():
+    assert hl.select("first", 3, num_layers=8) == (0, 1, 2) and hl.select("last", 0.25, num_layers=8) == (6, 7)
+    assert hl.select("first", 1.0, num_layers=4) == hl.select("last", 4, num_layers=4) == (0, 1, 2, 3)
     assert hl.select("manual", layers=[5, 1], num_layers=8) == (1, 5)
     for layers, message in (([8], "0 to 7"), ([1, 1], "twice"), (None, "give the layer indices")):
         with pytest.raises(ValueError, match=message):
@@ -79,6 +87,9 @@ def test_unknown_selectors_and_wrong_scores_are_refused():
         hl.select("gr-s2", 0.5, scores=GA)
     with pytest.raises(ValueError, match="'avg' needs"):
         hl.select("avg", 0.5, scores=GA)
+    for name in ("smart", "ga-s2-spaced"):
+        with pytest.raises(ValueError, match=f"'{name}' needs scores of score_layers\\(direction='add', metric='kl'"):
+            hl.select(name, 0.5, scores=[GR, S1])
 
 
 PUBLISHED = list(csv.DictReader((ROOT / "data/published/layer_sets.csv").read_text(encoding="utf-8").splitlines()))
@@ -90,11 +101,6 @@ def published(selector):
             if r["selector"] == selector]
 
 
-def test_first_and_last():
-    assert hl.select("first", 3, num_layers=8) == (0, 1, 2) and hl.select("last", 0.25, num_layers=8) == (6, 7)
-    assert hl.select("first", 1.0, num_layers=4) == hl.select("last", 4, num_layers=4) == (0, 1, 2, 3)
-
-
 def test_offsets_give_the_published_uniform_sets():
     rows = published("UNIFORM")
     assert len(rows) > 10
@@ -103,20 +109,11 @@ def test_offsets_give_the_published_uniform_sets():
         assert hl.select("uniform", len(layers), num_layers=num_layers, offset="end" if ends else "start") == layers
 
 
-@pytest.mark.parametrize("offset", ["centre", "start", "end"])
-def test_every_offset_keeps_as_many_layers_as_asked(offset):
-    for layers in range(1, 40):
-        for count in range(1, layers + 1):
-            kept = hl.select("uniform", count, num_layers=layers, offset=offset)
-            assert len(set(kept)) == count and list(kept) == sorted(kept) and 0 <= kept[0] and kept[-1] < layers
-
-
 def placements(num_layers, count):
     """SMART's placements by brute force: ends in the first and last L // K layers, gaps that differ least."""
     block = num_layers // count
     for layers in combinations(range(num_layers), count):
-        gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
-        if layers[0] < block and layers[-1] >= num_layers - block and (not gaps or max(gaps) - min(gaps) <= 1):
+        if layers[0] < block and layers[-1] >= num_layers - block and spread(layers) <= 1:
             yield layers
 
 
@@ -139,16 +136,14 @@ def test_published_smart_sets_are_placements_of_the_rule():
     rows = published("SMART")
     assert len(rows) > 10
     for _, num_layers, layers in rows:
-        gaps = [b - a for a, b in zip(layers, layers[1:], strict=False)]
         block = num_layers // len(layers)
-        assert layers[0] < block and layers[-1] >= num_layers - block and max(gaps) - min(gaps) <= 1
+        assert layers[0] < block and layers[-1] >= num_layers - block and spread(layers) <= 1
         wanted = scores([float(l in layers) for l in range(num_layers)])
         assert hl.select("smart", len(layers), scores=wanted) == layers
 
 
 def test_smart_places_a_deep_model_at_once():
-    kept = hl.select("smart", 60, scores=scores([l * 37 % 101 for l in range(126)]))
-    assert len(set(kept)) == 60
+    assert len(set(hl.select("smart", 60, scores=scores([l * 37 % 101 for l in range(126)])))) == 60
 
 
 def test_spacing_without_a_penalty_is_ga_and_with_a_large_one_forbids_neighbours_while_it_can():
@@ -182,9 +177,3 @@ def test_a_spacing_penalty_is_in_units_of_the_spread():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         hl.select("ga-s2-spaced", 2, scores=GA, **options)
-
-
-@pytest.mark.parametrize("name", ["smart", "ga-s2-spaced"])
-def test_placements_on_scores_need_those_of_adding(name):
-    with pytest.raises(ValueError, match=f"'{name}' needs scores of score_layers\\(direction='add', metric='kl'"):
-        hl.select(name, 0.5, scores=[GR, S1])

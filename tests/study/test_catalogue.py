@@ -8,12 +8,13 @@ from itertools import combinations
 import pytest
 
 import hybridlib as hl
-from hybridlib.selection.cost import one_run_a_layer_flops
+from hybridlib.selection.cost import Cost, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.rules import RULES
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import gate_gradient_flops
 from hybridlib.study import study as study_module
+from hybridlib.study.selector import scorer
 
 LAYERS, KEPT = 4, 2
 SMALL = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=128, match_tokens=128,
@@ -95,30 +96,23 @@ def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_s
             ] == ["multi_hop"] and first.values != found.values
 
 
-@pytest.mark.parametrize(("count", "able", "asked"), [
-    (9, lambda task: task.pairs <= 4 and task.name == "variable_tracking",
-     "scores of the task variable_tracking, 4 pairs"),
-    (10, lambda task: task.pairs < 4, "scores of the task multi_hop, 2 pairs")])
-def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch, count, able, asked):
-    def refuse(task, *rest):
-        if not able(task):
-            raise ablation.TaskTooHard(f"{task.name} with {task.pairs} pairs is beyond it")
-    monkeypatch.setattr(ablation, "_refuse_chance", refuse)
-    assert lab_study().selection("ar-mh", num_examples=count).note == asked
-    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
-    assert f"scores of the task {task['name']}, {task['pairs']} pairs" == asked
-
-
-def test_recall_over_two_hops_is_refused_where_the_teacher_follows_no_chain(lab_study, monkeypatch):
-    tried = []
+def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):
+    tried, able = [], lambda task: False
 
     def refuse(task, *rest):
         tried.append((task.name, task.pairs))
-        raise ablation.TaskTooHard(f"{task.name} is beyond it")
+        if not able(task):
+            raise ablation.TaskTooHard(f"{task.name} is beyond it")
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
         lab_study().select("ar-mh", num_examples=8)
     assert tried == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
+    for count, name, pairs in ((9, "variable_tracking", 4), (10, "multi_hop", 2)):
+        able = lambda task: (task.name, task.pairs) == (name, pairs)  # noqa: E731
+        note = lab_study().selection("ar-mh", num_examples=count).note
+        task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
+        assert note == f"scores of the task {task['name']}, {task['pairs']} pairs"
+        assert (task["name"], task["pairs"]) == (name, pairs)
 
 
 def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
@@ -191,10 +185,30 @@ def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
 
 def test_the_names_are_those_of_the_rules_and_each_is_described():
     assert set(RULES) - {"manual"} <= set(hl.SELECTORS)
-    for name, selector in hl.SELECTORS.items():
-        assert selector.title and selector.source and selector.assumes and selector.cost, name
-        assert selector.needs in ("nothing", "teacher", "student", "stage 2"), name
-    assert len({selector.title for selector in hl.SELECTORS.values()}) == len(hl.SELECTORS)
+    for name, one in hl.SELECTORS.items():
+        assert one.title and one.source and one.assumes and one.cost, name
+        assert one.needs in ("nothing", "teacher", "student", "stage 2"), name
+    assert len({one.title for one in hl.SELECTORS.values()}) == len(hl.SELECTORS)
+
+
+def test_a_selector_is_added_in_one_place(make):
+    calls = []
+
+    @scorer("even", "even layers", "a test", "teacher", "even layers matter", "nothing", options={"sign": 1},
+            record=lambda settings, num_layers, seed, sign: {"selector": "even", "sign": sign}, note="sign {sign}")
+    def even(study, mixer, seed, own):
+        calls.append(own)
+        values = tuple(own["sign"] * float(l % 2 == 0) for l in range(study.num_layers))
+        return hl.LayerScores("remove", "even", values, values, values, 0, 0.0, Cost())
+
+    try:
+        assert make().select("even") == make().select("even", "gla", 1) == (0, 2)
+        odd = make().selection("even", sign=-1)
+        assert (odd.layers, odd.values, odd.note) == ((1, 3), (-1.0, 0.0, -1.0, 0.0), "sign -1")
+        assert [own["sign"] for own in calls] == [1, -1]
+        assert make().ledger.find("score", selector="even", sign=-1, teacher="tiny", heldout_tokens=64)
+    finally:
+        del hl.SELECTORS["even"]
 
 
 def test_searches_find_what_plain_loops_find(make, measured):

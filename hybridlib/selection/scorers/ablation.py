@@ -60,16 +60,13 @@ def silence_each(teacher, tokens, heldout_tokens: int | None, batch_tokens: int,
     Parameters
     ----------
     teacher : a causal LM of a supported family.
-    tokens : whose held-out rows are read.
-    heldout_tokens : held-out tokens to read, None for all.
+    tokens : whose held-out rows are read; heldout_tokens : how many held-out tokens at most, None for all.
     batch_tokens : tokens a forward pass.
     desc : of the progress bar.
     prepare : takes the rows in batches, lets the intact teacher read them once, and gives a function that lets the
         silenced teacher read them and gives a number a row, (rows,).
 
-    Returns
-    -------
-    The mean over rows and its standard error, a number a layer each, and the cost, L + 1 passes.
+    Returns the mean over rows and its standard error, a number a layer each, and the cost, L + 1 passes.
     """
     check_family(teacher.config)
     num_layers = teacher.config.num_hidden_layers
@@ -119,20 +116,13 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
         ``RecallTask("multi_hop", pairs=8, hops=2)``.
     num_examples, seed : prompts of the task, and the seed that draws them.
 
-    Returns
-    -------
-    LayerScores
-        Metric ``"ar"`` or ``"ar-mh"``. `measured` is the exact match with the layer silenced, with its binomial
-        standard error. `values` is the exact match lost. Accuracies often tie, so less than half an answer is added,
-        x / (2 + 2 abs(x)) answers for a log likelihood lower by x nats an answer token: it only ever orders ties.
+    Returns `LayerScores` of metric ``"ar"`` or ``"ar-mh"``. `measured` is the exact match with the layer silenced, with
+    its binomial standard error. `values` is the exact match lost; as accuracies often tie, less than half an answer is
+    added, x / (2 + 2 abs(x)) answers for a log likelihood lower by x nats an answer token, which only orders ties.
 
-    Raises
-    ------
-    ValueError
-        An example is longer than the teacher's context.
-    TaskTooHard
-        The teacher is at chance, so that no layer can lose anything: its exact match is not above 1 / pairs, a guess
-        among the answers that stand in the prompt, by more than two standard errors of such guessing.
+    Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher is at chance:
+    its exact match is not above 1 / pairs, a guess among the answers that stand in the prompt, by more than two
+    standard errors of such guessing.
     """
     check_family(teacher.config)
     meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)

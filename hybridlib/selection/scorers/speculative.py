@@ -53,11 +53,8 @@ def acceptance(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
 def throughput(acceptance: float, cost: float, gamma: int) -> float:
     """Tokens in the time of one teacher pass: (1 - a^(gamma+1)) / ((1 - a)(gamma c + 1)) (arXiv 2211.17192, thm 3.8).
 
-    Parameters
-    ----------
-    acceptance : a, of a drafted token, 0 to 1; taken as the same and independent for each.
-    cost : c, time of a draft's pass over that of a teacher's, 0 to 1.
-    gamma : tokens drafted before the teacher checks them all in one pass.
+    Of `gamma` tokens that are drafted before the teacher checks all in one pass, each is accepted with the probability
+    `acceptance`, a, independently; `cost`, c, is the time of a draft's pass over that of a teacher's. Both are 0 to 1.
     """
     check_number("acceptance", acceptance, 0, 1)
     check_number("cost", cost, 0, 1)
@@ -66,7 +63,7 @@ def throughput(acceptance: float, cost: float, gamma: int) -> float:
 
 
 def draft_cost(model, skipped: Iterable[int]) -> float:
-    """Share of the teacher's weights that a draft reads: decoding one sequence takes the time of reading them.
+    """Share of the teacher's weights that a draft reads, which is its share of the time to decode one sequence.
 
     Input embeddings are looked up, not read; the output head is read. Keys and values are left out, so for long texts
     a draft is cheaper than this.
@@ -110,13 +107,8 @@ def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evalua
     passes over the held-out tokens. Source: arXiv 2505.22135; Bayesian optimization of skipped layers: arXiv
     2309.08168.
 
-    Parameters
-    ----------
-    teacher, tokens, heldout_tokens, batch_tokens : as for `score_acceptance`.
-    budget : share or count of layers to keep, see `selection.budget_layers`.
-    gamma : drafted tokens a check, see `throughput`.
-    evaluations : sets to try at most.
-    seed : of the search.
+    `budget` is of the layers to keep, see `budget_layers`; `gamma` as in `throughput`; at most `evaluations` sets are
+    tried, in a search with `seed`; the other parameters are as in `silence_each`.
     """
     check_family(teacher.config)
     check_int("gamma", gamma, 1)
@@ -148,17 +140,11 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
 
     A point stands for the set of its `size` largest coordinates. A Gaussian process models `value` on sets: mean 0 and
     variance 1 after standardizing, covariance exp(-d / (2 s^2)) for sets that differ in d layers, s by its likelihood.
-    After `first`, if given, and as many random sets as there are layers (at most half of `evaluations`), each
-    evaluation goes to the set with the highest expected improvement among random points and points near the best one.
+    After the `first` set and as many random sets as there are layers (at most half of `evaluations`), each evaluation
+    goes to the set with the highest expected improvement among random points and points near the best one.
 
-    Parameters
-    ----------
-    value : of a set, given as an ascending tuple; called at most once for each.
-    num_layers : L.
-    size : layers in a set.
-    evaluations : calls at most; fewer if there are fewer sets, and then all are tried.
-    seed : of the random points.
-    first : a set to start from.
+    `value` takes a set as an ascending tuple and is called at most once for each, at most `evaluations` times. If there
+    are fewer sets, all are tried. `seed` draws the random points.
     """
     check_int("size", size, 0, num_layers)
     check_int("evaluations", evaluations, 1)
@@ -193,7 +179,7 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
 
 
 def _expected_improvement(x, y, candidates):
-    """Of each candidate over the largest y, under a Gaussian process that saw y (points,) at x (points, layers)."""
+    """Of each candidate over the largest y, under a Gaussian process fitted to y (points,) at x (points, layers)."""
     y = (y - y.mean()) / (y.std() + 1e-12)
 
     def covariance(a, b, scale):
@@ -205,9 +191,9 @@ def _expected_improvement(x, y, candidates):
         weights = cho_solve(factor, y)
         fits.append((-y @ weights / 2 - np.log(np.diag(factor[0])).sum(), scale, factor, weights))
     _, scale, factor, weights = max(fits, key=lambda fit: fit[0])
-    seen = covariance(x, candidates, scale)  # (points, candidates)
-    mean = seen.T @ weights
-    spread = np.sqrt((1 - (seen * cho_solve(factor, seen)).sum(0)).clip(1e-12))
+    cross = covariance(x, candidates, scale)  # (points, candidates)
+    mean = cross.T @ weights
+    spread = np.sqrt((1 - (cross * cho_solve(factor, cross)).sum(0)).clip(1e-12))
     gain = mean - y.max()
     return gain * norm.cdf(gain / spread) + spread * norm.pdf(gain / spread)
 

@@ -67,17 +67,11 @@ def test_ablation_is_a_zero_output_projection_and_is_undone(tiny_teacher, tiny_t
     by_hand = silenced(teacher, layers)
     torch.testing.assert_close(ablated.double(), by_hand(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(cached, by_hand.generate(ids, max_new_tokens=4, do_sample=False))
-    assert torch.equal(teacher(input_ids=ids).logits, before)
-    assert bool(layers) != torch.equal(ablated, before)
-
-
-def test_ablation_is_undone_after_an_error(tiny_teacher, tiny_tokens):
-    teacher, ids = tiny_teacher("qwen3"), tiny_tokens.heldout[:2].long()
-    before = teacher(input_ids=ids).logits
-    with pytest.raises(ZeroDivisionError), ablate(teacher, [0, 1]):
+    with pytest.raises(ZeroDivisionError), ablate(teacher, layers):
         raise ZeroDivisionError
     assert torch.equal(teacher(input_ids=ids).logits, before)
     assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
+    assert bool(layers) != torch.equal(ablated, before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,19 +87,16 @@ def test_perplexity_score_is_the_plain_rise_in_float64(tiny_teacher, tiny_tokens
     assert (scores.cost.forward_tokens, scores.cost.passes) == (4 * rows.numel(), 4)
 
 
-def test_a_layer_that_carries_nothing_scores_nothing(idle, tiny_tokens):
+def test_a_layer_that_carries_nothing_scores_nothing(idle, tiny_tokens, lab, lab_tokens):
     ppl, rad = score_perplexity(idle, tiny_tokens), score_acceptance(idle, tiny_tokens)
     assert ppl.values[2] == 0 and abs(ppl.measured[2]) == min(map(abs, ppl.values))
     assert rad.ranking[-1] == 2 and rad.measured[2] == pytest.approx(1) and max(rad.measured[:2]) < 0.99
     found = search_skips(idle, tiny_tokens, 3)
     assert found.layers == (0, 1, 3) and found.acceptance == pytest.approx(1)
-
-
-def test_perplexity_ranks_the_idle_layer_last_where_the_others_help(lab, lab_tokens):
-    teacher = copy.deepcopy(lab.model)
+    teacher = copy.deepcopy(lab.model)  # whose other layers help
     teacher.model.layers[3].self_attn.o_proj.weight.data.zero_()
-    scores = score_perplexity(teacher, lab_tokens)
-    assert scores.ranking[-1] == 3 and scores.values[3] == 0
+    ppl = score_perplexity(teacher, lab_tokens)
+    assert ppl.ranking[-1] == 3 and ppl.values[3] == 0
 
 
 def test_acceptance_of_two_classes_in_closed_form():
@@ -187,7 +178,7 @@ def test_halo_values_by_hand_with_the_cap():
 
 
 def test_halo_measures_each_replaced_layer(lab, lab_tokens):
-    student, task = hl.linearize(lab.model), RecallTask(pairs=4)
+    student, task = hl.linearize(lab.model).train(), RecallTask(pairs=4)
     before = {n: p.clone() for n, p in [*student.named_parameters(), *lab.model.named_parameters()]}
     scores = score_halo(student, lab.model, lab_tokens, task, num_examples=12, heldout_tokens=256)
     examples, rows = generate_recall(task, 12), lab_tokens.heldout[:2].long()
