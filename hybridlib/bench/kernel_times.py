@@ -98,7 +98,7 @@ def _add_times(launches, calls, device, repeats):
 def split_calls(names: Sequence[str], seconds: Sequence[float], call: Sequence[str]) -> np.ndarray:
     """The times of kernels that ran one after another as (calls, kernels of a call), from the last call back.
 
-    A first call that was not seen whole is left out. Raises RuntimeError if `names` is not `call` over and over.
+    An incomplete first call is left out. Raises RuntimeError if `names` is not `call` over and over.
     """
     count = len(names) // len(call)
     size = count * len(call)

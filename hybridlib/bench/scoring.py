@@ -84,29 +84,23 @@ class CostSettings(SelectorSettings):
 def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
     """Score all layers, by adding, by each loop of a study's `CostSettings`. Record kind ``"scoring_speed"``.
 
-    ``"plain"``
-        The loop without an engine: for each layer ``restore``, ``match`` and ``heldout_kl``. Every candidate has its
-        own pass of the teacher over the rows that it trains on and is measured on; nothing is compiled or recorded.
-        Operators and objective are hybridlib's own, so that the comparison is of the scoring and not of the step.
-    ``"engine"``
-        `score_layers` as a `Study` calls it: the teacher's states shared, steps compiled and recorded on a GPU, layers
-        trained together where `task_size` says so, and stopped by `EarlyStop`. Every candidate is a record on disk,
-        and checkpoints are written where a study's are; both are thrown away after.
-    ``"shared"``, ``"recorded"``, ``"together"``
-        The same without early stopping, to see the share of each part: states shared, nothing else; steps compiled
-        and recorded, too (left out on a CPU, where it changes nothing); or all layers, or as many as memory holds, in
-        one stacked model (recorded on a GPU).
-    ``"workers"``
-        As ``"recorded"`` (on a CPU, ``"shared"``), by processes on this machine, each with a GPU of its own. The time
-        to start a process and load the inputs is ``start_seconds``, not in ``seconds``.
+    - ``"plain"``: for each layer ``restore``, ``match`` and ``heldout_kl``, each with its own passes of the teacher,
+      nothing compiled or recorded; hybridlib's own operators and objective, so that scoring is compared, not steps.
+    - ``"engine"``: `score_layers` as a `Study` calls it, the teacher's states shared, steps compiled and recorded on a
+      GPU, layers trained together where `task_size` says so, and stopped by `EarlyStop`. Records and checkpoints are
+      written as a study's are, and thrown away after.
+    - ``"shared"``, ``"recorded"``, ``"together"``: the same without early stopping, to see the share of each part:
+      states shared, nothing else; steps compiled and recorded, too (left out on a CPU, where it changes nothing); or
+      all layers, or as many as memory holds, in one stacked model (recorded on a GPU).
+    - ``"workers"``: as ``"recorded"`` (on a CPU, ``"shared"``), by processes on this machine, each with a GPU of its
+      own. The time to start them and load the inputs is ``start_seconds``, not in ``seconds``.
 
     `workers` : processes, at most one a GPU; 0 for as many as there are GPUs.
 
-    A row a loop, in the order of `ENGINES`; none if the settings name none. Metrics: ``seconds``, from the aligned
-    student of seed 0 to the last score, compiling included; ``tokens`` of training; ``values``, ``history`` and
-    ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes``, the peak of memory as in `Cost`. A step and a
-    measurement before it load kernels and memory that all loops need, in each worker too. A loop that cannot run has
-    its ``reason`` instead of numbers. Raises ValueError for a number of workers that this machine cannot have.
+    A row a loop, in the order of `ENGINES`. Metrics: ``seconds``, from the aligned student of seed 0 to the last score,
+    compiling included, after a step and a measurement that load what all loops need; ``tokens`` of training;
+    ``values``, ``history`` and ``history_tokens`` as in `LayerScores`; ``peak_bytes``, the peak of memory as in `Cost`.
+    Raises ValueError for a number of workers that this machine cannot have.
     """
     s, device = study.settings, study.teacher.model.device
     count = count_workers(workers, device) if "workers" in s.engine_loops else 0
