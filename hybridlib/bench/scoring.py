@@ -28,8 +28,8 @@ from hybridlib.models.hybrid import restore
 from hybridlib.records.ledger import Ledger
 from hybridlib.selection.agreement import spearman
 from hybridlib.selection.cost import Meter
-from hybridlib.selection.engine.measure import ScoringJob
-from hybridlib.selection.engine.rounds import EarlyStop, task_size
+from hybridlib.selection.engine.candidates import Job
+from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.engine.sets import group_size
 from hybridlib.selection.engine.workers import count_workers, pool_of_workers
 from hybridlib.selection.scorers.importance import score_layers
@@ -56,7 +56,7 @@ class CostSettings(SelectorSettings):
     engine_points : measurements along a candidate's training, of which `engine_window` must agree on the best layers
         for the engine to stop, see `EarlyStop`.
     engine_stop_heldout_tokens : held-out tokens for measurements that are not the last, 0 for as many as for that.
-    engine_group : layers that train together, 0 for the rule of `task_size`.
+    engine_group : layers that train together, 0 for the rule of `Engine.group_of`.
     """
 
     engine_loops: list[str] = ("plain", "engine")
@@ -87,7 +87,7 @@ def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
     - ``"plain"``: for each layer ``restore``, ``match`` and ``heldout_kl``, each with its own passes of the teacher,
       nothing compiled or recorded; hybridlib's own operators and objective, so that scoring is compared, not steps.
     - ``"engine"``: `score_layers` as a `Study` calls it, the teacher's states shared, steps compiled and recorded on a
-      GPU, layers trained together where `task_size` says so, and stopped by `EarlyStop`. Records and checkpoints are
+      GPU, layers trained together where `Engine.group_of` says so, and stopped by `EarlyStop`. Records and checkpoints are
       written as a study's are, and thrown away after.
     - ``"shared"``, ``"recorded"``, ``"together"``: the same without early stopping, to see the share of each part:
       states shared, nothing else; steps compiled and recorded, too (left out on a CPU, where it changes nothing); or
@@ -137,7 +137,7 @@ class _Runner:
         """How many layers train together."""
         layers, wanted = self.study.num_layers, self.study.settings.engine_group or None
         if loop == "engine":
-            return task_size(self.student, self.tokens, self.recorded, wanted)
+            return Engine(group=wanted).group_of(self.student, self.tokens, self.recorded)
         if loop == "together":
             return wanted or -(-layers // -(-layers // group_size(self.student, self.tokens, self.eager, layers)))
         return 1
@@ -154,9 +154,8 @@ class _Runner:
         if loop == "plain":
             metrics, peak = self._plain(self.common["num_tokens"]), None
         else:
-            with self._temporary_records() as folder:
-                scores = self._score(**folder, group=self.group(loop),
-                                     settings=self.eager if loop == "shared" else self.recorded,
+            with self._temporary_engine(group=self.group(loop)) as engine:
+                scores = self._score(engine=engine, settings=self.eager if loop == "shared" else self.recorded,
                                      early_stop=self.early_stop if loop == "engine" else None)
             metrics, peak = _metrics(scores), scores.cost.peak_memory
         wait(self.teacher.device)
@@ -181,23 +180,23 @@ class _Runner:
         """The loop whose tasks go to processes; these start and load before ``seconds`` begin."""
         num_tokens = self.common["num_tokens"]
         inputs = replace(self.study.scoring_inputs(self.common["mixer"], 0, self.tokens), max_tokens=num_tokens)
-        job = ScoringJob(inputs, "add", num_tokens, self.common["heldout_tokens"], self.recorded)
-        with self._temporary_records() as folder:
+        job = Job(inputs, num_tokens, self.recorded, self.common["heldout_tokens"])
+        with self._temporary_engine(inputs=inputs) as engine:
             begun = time.perf_counter()
             with pool_of_workers(job, self.workers, warm_up=self.tokens.context) as pool:
                 started = time.perf_counter()
-                scores = self._score(**folder, heldout_tokens=job.heldout_tokens, settings=self.recorded,
-                                     executor=pool, inputs=inputs)
+                scores = self._score(engine=replace(engine, executor=pool), heldout_tokens=job.heldout_tokens,
+                                     settings=self.recorded)
                 seconds = time.perf_counter() - started
         return _metrics(scores) | {"seconds": seconds, "start_seconds": started - begun, "peak_bytes": None}
 
     @contextmanager
-    def _temporary_records(self):
-        """`score_layers`' ``records`` and ``checkpoints`` as a study has them, in a folder that is then removed."""
+    def _temporary_engine(self, **how):
+        """An engine with ``records`` and ``checkpoints`` as a study has them, in a folder that is then removed."""
         study = copy.copy(self.study)
         with tempfile.TemporaryDirectory(dir=study.ledger.folder) as folder:
             study.ledger = Ledger(folder, device=study.ledger.device, commit=study.ledger.commit)
-            yield {"records": StudyRecords(study, self.common), "checkpoints": Path(folder) / "models"}
+            yield Engine(records=StudyRecords(study, self.common), checkpoints=Path(folder) / "models", **how)
 
 
 def _metrics(scores):

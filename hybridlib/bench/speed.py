@@ -26,7 +26,7 @@ from hybridlib.models.teachers import Teacher, load_teacher
 from hybridlib.records.folders import results_folder
 from hybridlib.records.ledger import Ledger
 from hybridlib.selection.rules import budget_layers
-from hybridlib.study.settings import RunSettings
+from hybridlib.study.settings import NotebookSettings
 
 __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "recorded_speed"]
 
@@ -40,8 +40,8 @@ _EFFORT = ("repeats", "max_seconds", "steps", "new_tokens", "data", "revision", 
 
 
 @dataclass(frozen=True)
-class SpeedSettings(RunSettings):
-    """The parameters of the notebook ``mixers_and_speed``: those of `RunSettings`, of the step, and these.
+class SpeedSettings(NotebookSettings):
+    """The parameters of the notebook ``mixers_and_speed``: those of `NotebookSettings`, of the step, and these.
 
     Parameters
     ----------

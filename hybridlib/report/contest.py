@@ -1,55 +1,35 @@
-"""Tables of selectors: what they choose, how good it is, what choosing costs."""
+"""Tables of a contest: what the selectors are, what choosing cost, how alike they choose, which one to use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from hybridlib.checks import check_choice
-from hybridlib.report.style import format_interval, format_number
-from hybridlib.report.verdicts import OWN
-from hybridlib.selection.agreement import RANGES, contiguity, interval, jaccard, paired_difference, spearman
-from hybridlib.study.catalogue import SELECTORS, find_selector
-from hybridlib.study.contest import Contest, _COSTS
+from hybridlib.report.style import MEASURES, format_interval, format_number, label_of
+from hybridlib.report.tables import neighbour_counts
+from hybridlib.report.verdicts import outcome, verdict
+from hybridlib.selection.agreement import RANGES, interval, jaccard, spearman
+from hybridlib.study.catalogue import find_selector
+from hybridlib.study.contest import Contest
 
-__all__ = ["about", "advice", "agreement_of_sets", "aside", "cost_table", "cost_words", "front", "front_words",
-           "mean_agreement", "neighbours", "participants", "spread"]
+__all__ = ["COSTS", "agreement_of_sets", "best_by_need", "cost_table", "front", "mean_agreement", "neighbours",
+           "participants", "reference_table"]
 
-_NEEDS = {"nothing": "nothing at all", "teacher": "the teacher alone",
-          "student": "an aligned student, whose weights stay as they are",
-          "stage 2": "an aligned student, and training of candidates"}
-
-
-_LOWER = {"kl": True, "recall_exact": False}
-
-
-_NAMES = {"kl": "KL (nats a token)", "recall_exact": "recall (share exact)"}
-
-
-def about(contest: Contest | None, notebook: str) -> str:
-    """In Markdown, what was run and which selectors were not; of no contest, the command that would record one."""
-    if contest is None:
-        return ("No GPU record of this experiment is committed yet. On a machine with a GPU, this makes it: `papermill "
-                f"notebooks/{notebook}.ipynb out.ipynb -f notebooks/profiles/{notebook}/gpu.yaml -p corpus FOLDER`.")
-    s, kept = contest.settings, len(contest.chosen["layers"].iloc[0])
-    text = (f"Teacher **{s['aligned']['teacher']}**, {kept} of {contest.num_layers} layers softmax, the others "
-            f"**{s['mixer']}**; {s['align_tokens']:,} tokens of stage 1, {s['score_tokens']:,} for a candidate, "
-            f"{s['match_tokens']:,} of stage 2; {s['seeds']} seed{'s' if s['seeds'] > 1 else ''}; on {contest.device}.")
-    notes = dict(zip(contest.chosen["selector"], contest.chosen["note"], strict=True))
-    told = [f"**{title}**: {note}." for title, note in notes.items() if note]
-    told += [f"**{title}** was not run: {why}." for title, why in contest.refused.items()]
-    left = [s.title for s in SELECTORS.values() if s.title not in (*contest.titles, *contest.refused)]
-    told += [f"Selectors that were left out: {'; '.join(left)}."] if left else []
-    return "\n\n".join([text, *told])
+#: fields of `Cost` and what tables and figures call them
+COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
+         "flops": "FLOPs of choosing (estimated)", "seconds": "seconds of choosing", "peak_memory": "peak memory (MiB)"}
+_NEEDS = ("nothing", "teacher", "student", "stage 2")  # each includes those before it
+_DASH = "\u2013"
 
 
 def participants(names: Sequence[str]) -> pd.DataFrame:
     """What each of these selectors is: its source, what it needs, what it assumes, what it costs in words."""
-    found = {find_selector(name).title: find_selector(name) for name in names}
-    return pd.DataFrame({title: {"source": s.source, "needs": s.needs, "assumes": s.assumes, "costs": s.cost}
-                         for title, s in found.items()}).T.rename_axis("selector")
+    selectors = [find_selector(name) for name in names]
+    return pd.DataFrame({s.title: {"source": s.source, "needs": s.needs, "assumes": s.assumes, "costs": s.cost}
+                         for s in selectors}).T.rename_axis("selector")
 
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:
@@ -57,151 +37,113 @@ def agreement_of_sets(contest: Contest) -> np.ndarray:
     return mean_agreement(contest, contest.titles, "layers", jaccard)
 
 
-def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure) -> np.ndarray:
+def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure: Callable) -> np.ndarray:
     """Mean over seeds of ``measure(a, b)`` of what two selectors have in `column`: (titles, titles)."""
-    matrix = np.zeros((len(titles), len(titles)))
-    seeds = list(dict.fromkeys(contest.chosen["seed"]))
-    for seed in seeds:
-        of = contest.chosen[contest.chosen["seed"] == seed].set_index("selector")[column]
-        matrix += [[measure(of[a], of[b]) for b in titles] for a in titles]
-    return matrix / len(seeds)
-
-
-def neighbours(contest: Contest) -> pd.DataFrame:
-    """Whether the layers of each selector's sets lie beside one another, as text: pairs of neighbours that are both
-    kept, how many random sets of as many layers have on average, and the share of those that have at least as many,
-    see `agreement.contiguity`. The mean over seeds and, where they differ, the range."""
-    table = {}
-    for title, sets in contest.sets.items():
-        pairs, expected, share = zip(*(contiguity(layers, contest.num_layers) for layers in sets), strict=True)
-        table[title] = {"pairs of neighbours": spread(pairs), "in random sets": spread(expected),
-                        "random sets with as many": spread(share)}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("selector")
+    by_seed = [rows.set_index("selector")[column] for _, rows in contest.chosen.groupby("seed", sort=False)]
+    return np.mean([[[measure(of[a], of[b]) for b in titles] for a in titles] for of in by_seed], axis=0)
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
-    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known."""
-    means = contest.chosen.groupby("selector", sort=False)[list(_COSTS)].mean()
-    table = pd.DataFrame({"needs": contest.chosen.drop_duplicates("selector").set_index("selector")["needs"]})
-    for column, label in _COSTS.items():
-        shown = means[column] / 2**20 if column == "peak_memory" else means[column]
-        form = {"flops": "{:.2e}", "seconds": "{:,.1f}"}.get(column, "{:,.0f}")
-        table[label] = ["\u2013" if np.isnan(x) else form.format(x) for x in shown]
-    return table
+    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known. ``note`` is what it
+    settled on, or why the teacher does not allow it."""
+    rows = contest.chosen.assign(peak_memory=contest.chosen["peak_memory"] / 2**20).groupby("selector", sort=False)
+    means = rows[list(COSTS)].mean()
+    forms = {"flops": "{:.2e}", "seconds": "{:,.1f}"}
+    table = rows[["needs"]].first().assign(**{
+        label: [_DASH if np.isnan(x) else forms.get(name, "{:,.0f}").format(x) for x in means[name]]
+        for name, label in COSTS.items()}, note=rows["note"].first())
+    refused = pd.DataFrame({"note": {title: f"not run: {why}" for title, why in contest.refused.items()}})
+    return pd.concat([table, refused]).fillna(_DASH).rename_axis("selector")
 
 
-def front(contest: Contest, value: str, cost: str = "flops") -> list[str]:
-    """Titles of the selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
-    Controls are left out.
+def neighbours(contest: Contest) -> pd.DataFrame:
+    """Whether the layers of each selector's sets lie beside one another, mean over seeds: see `neighbour_counts`."""
+    counts = neighbour_counts(contest.chosen.assign(num_layers=contest.num_layers))
+    return counts.groupby("selector", sort=False).agg(**{
+        "pairs of neighbours": ("pairs", "mean"), "in random sets": ("expected", "mean"),
+        "share of random sets with as many": ("probability", "mean")})
+
+
+def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:
+    """The selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
 
     Parameters
     ----------
-    value : ``"kl"`` or ``"recall_exact"``; cost : a field of `Cost`. Both are means over seeds.
+    value : ``"kl"`` or ``"recall_exact"``; cost : a field of `Cost`. Both are means over seeds, the table's columns.
+
+    Controls are left out.
     """
-    check_choice("value", value, tuple(_LOWER))
-    check_choice("cost", cost, tuple(_COSTS))
+    check_choice("value", value, ("kl", "recall_exact"))
+    check_choice("cost", cost, tuple(COSTS))
     means = contest.usable.groupby("selector", sort=False)[[cost, value]].mean().dropna()
-    badness = means[value] if _LOWER[value] else -means[value]
-    best, kept = np.inf, []
-    for title in sorted(means.index, key=lambda t: (means.loc[t, cost], badness[t])):
-        if badness[title] < best:
-            best = badness[title]
-            kept.append(title)
-    return kept
+    worse = means[value] if MEASURES[value].better == "lower" else -means[value]
+    means = means.assign(worse=worse).sort_values([cost, "worse"], kind="stable")
+    leads = means["worse"] < means["worse"].cummin().shift(fill_value=np.inf)
+    return means.loc[leads, [cost, value]]
 
 
-def front_words(contest: Contest, value: str, cost: str) -> str:
-    """One line in Markdown: the `front`, from the cheapest, with the mean of `value` for each."""
-    means = contest.chosen.groupby("selector", sort=False)[value].mean()
-    kept = ", ".join(f"**{t}** ({format_number(means[t], 3)})" for t in front(contest, value, cost))
-    return f"- {_NAMES[value]} against {_COSTS[cost]}, from the cheapest: {kept}."
+def best_by_need(contest: Contest, value: str = "kl") -> pd.DataFrame:
+    """Which selector to use by what one has: of those that need no more, the best, and of equals the cheapest.
 
-
-def advice(contest: Contest, value: str = "kl") -> pd.DataFrame:
-    """Which selector to use, by what one has: for each need, the best of those that ask for no more, and of equals the
-    cheapest; its cost; and whether it can be told from the best of all, by the paired difference over seeds (95%).
-    Controls are left out."""
-    check_choice("value", value, tuple(_LOWER))
-    rows, needs = contest.usable, list(_NEEDS)
+    Columns: the selector, `value` with its 95% interval over seeds, what choosing cost, and the `verdict` against the
+    best of all. Controls are left out.
+    """
+    check_choice("value", value, ("kl", "recall_exact"))
+    rows, table = contest.usable, {}
     means = rows.groupby("selector", sort=False)[[value, "flops", "seconds"]].mean()
-    means["order"] = means[value] if _LOWER[value] else -means[value]
-    means["needs"] = [needs.index(n) for n in rows.drop_duplicates("selector")["needs"]]
-    best, table = next(iter(means.sort_values(["order", "flops"]).index), None), {}
-    for level, text in enumerate(_NEEDS.values()):
-        allowed = means[means["needs"] <= level]
+    means = means.sort_values([value, "flops"], ascending=[MEASURES[value].better == "lower", True], kind="stable")
+    level = rows.drop_duplicates("selector").set_index("selector")["needs"].map(_NEEDS.index)
+    for need, name in enumerate(_NEEDS):
+        allowed = means[level[means.index] <= need]
         if allowed.empty:
             continue
-        title = allowed.sort_values(["order", "flops"]).index[0]
-        measured = rows.loc[rows["selector"] == title, value]
-        table[text] = {"use": title, _NAMES[value]: format_interval(*interval(measured, within=RANGES[value]), 3),
-                       _COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
-                       "seconds": f"{means.loc[title, 'seconds']:,.1f}",
-                       "against the best of all": _told_apart(rows, value, title, best)}
-    frame = pd.DataFrame.from_dict(table, orient="index")
-    return frame.rename_axis("if you have")
+        title, best = allowed.index[0], means.index[0]
+        runs = rows.loc[rows["selector"] == title, value]
+        table[name] = {"use": title, label_of(value): format_interval(*interval(runs, within=RANGES[value]), 3),
+                       COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
+                       COSTS["seconds"]: f"{means.loc[title, 'seconds']:,.1f}",
+                       "against the best of all": "it is the best" if title == best else
+                       verdict(rows, value, title, best, digits=3)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("needs at most")
 
 
-def _told_apart(rows, value, title, best):
-    if title == best:
-        return "it is the best"
-    pair = rows[rows["selector"].isin([title, best])].pivot(index="seed", columns="selector", values=value)
-    if (pair[title] == pair[best]).all():
-        return f"as {best} on every seed"
-    mean, low, high = paired_difference(pair[title], pair[best], within=RANGES[value])
-    if not np.isfinite(low):
-        return f"{format_number(mean, 3)} from {best} on one seed, which cannot tell"
-    apart = "worse" if low > 0 or high < 0 else "cannot be told apart"
-    return f"{apart}: {format_interval(mean, low, high, 3)} from {best}"
+def reference_table(contest: Contest, reference: str = "GA-S2") -> pd.DataFrame:
+    """Each selector beside `reference`: its share of the cost, how alike both rank and choose, and whose KL is lower.
+
+    FLOPs are means over seeds and seconds medians, for a first call may compile. ``Spearman`` is of the two's scores,
+    and ``best by its scores`` says whether a selector's sets are the best by these; ``Jaccard`` is of their sets, both
+    as mean (least to largest) over seeds. Empty if `reference` was not run.
+    """
+    rows, table = contest.chosen, {}
+    theirs = rows[rows["selector"] == reference].set_index("seed")
+    for title in contest.titles if len(theirs) else ():
+        ours = rows[rows["selector"] == title].set_index("seed")
+        scored = title != reference and all(v is not None for v in [*ours["values"], *theirs["values"]])
+        table[title] = {
+            "share of its FLOPs": _ratio(ours["flops"].mean(), theirs["flops"].mean()),
+            "share of its seconds": _ratio(ours["seconds"].median(), theirs["seconds"].median()),
+            "Spearman": _range([spearman(ours["values"][s], theirs["values"][s]) for s in ours.index])
+            if scored else _DASH,
+            "best by its scores": ("yes" if all(map(_is_best, ours["values"], ours["layers"])) else "no")
+            if scored else _DASH,
+            "Jaccard": _range([jaccard(ours["layers"][s], theirs["layers"][s]) for s in ours.index]),
+            MEASURES["kl"].name: outcome(rows, "kl", title, reference)}
+    return pd.DataFrame.from_dict(table, orient="index").drop(reference, errors="ignore").rename_axis(
+        f"against {reference}")
 
 
-def cost_words(contest: Contest, titles: Sequence[str], reference: str = "GA-S2") -> str:
-    """For each of `titles`, in Markdown: its share of the reference's FLOPs (means over seeds) and seconds (medians,
-    for a first call may compile), how its scores rank layers against the reference's, and, where the interval over
-    seeds allows it, which of the two hybrids has the lower KL."""
-    rows, lines = contest.chosen, []
-    for title in titles:
-        if title == reference or not {title, reference} <= set(rows["selector"]):
-            lines += [] if title == reference else [f"- **{title}** against **{reference}**: not both were run."]
-            continue
-        a, b = (rows[rows["selector"] == t].set_index("seed") for t in (title, reference))
-        parts = [f"{_share(a['flops'].mean(), b['flops'].mean())} its FLOPs",
-                 f"{_share(a['seconds'].median(), b['seconds'].median())} its time"
-                 + (f" (medians of {len(a)} seeds)" if len(a) > 1 else "")]
-        if all(v is not None for v in [*a["values"], *b["values"]]):
-            rho = [spearman(a["values"][seed], b["values"][seed]) for seed in a.index]
-            parts.append(f"Spearman {spread(rho)} with its scores{aside(a)}")
-        shared = [jaccard(a["layers"][seed], b["layers"][seed]) for seed in a.index]
-        parts.append(f"Jaccard {spread(shared)} with its set")
-        if (a["kl"] == b["kl"]).all():
-            parts.append("the same hybrid on every seed")
-        elif len(a) == 1:
-            nats = a["kl"].iloc[0] - b["kl"].iloc[0]
-            parts.append(f"KL {format_number(abs(nats), 4)} {'lower' if nats < 0 else 'higher'}, on one seed, which "
-                         "cannot tell")
-        else:
-            mean, low, high = paired_difference(a["kl"], b["kl"])
-            word = "cannot be told apart" if low <= 0 <= high else OWN[0] if mean < 0 else OWN[1]
-            parts.append(f"a KL that differs by {format_interval(mean, low, high, 4)} nats a token, **{word}**")
-        lines.append(f"- **{title}** against **{reference}**: {'; '.join(parts)}.")
-    return "\n".join(lines)
+def _is_best(values: Sequence[float], layers: Sequence[int]) -> bool:
+    best = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))[:len(layers)]
+    return tuple(sorted(best)) == tuple(layers)
 
 
-def spread(values: Sequence[float]) -> str:
-    """The mean of bounded values and, where they differ, their least and their largest, as text."""
+def _range(values: Sequence[float]) -> str:
     mean, low, high = (format_number(float(f(values)), 2) for f in (np.mean, np.min, np.max))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def aside(rows: pd.DataFrame) -> str:
-    """What to say beside the scores of a selector, given its `rows`, if its sets are not the best by them."""
-    best = [tuple(sorted(sorted(range(len(v)), key=lambda l, v=v: (-v[l], l))[:len(kept)]))
-            for v, kept in zip(rows["values"], rows["layers"], strict=True)]
-    return "" if best == [tuple(kept) for kept in rows["layers"]] else " (its set is not the best by its own scores)"
-
-
-def _share(part, whole):
-    if part == 0:
-        return "none of"
+def _ratio(part: float, whole: float) -> str:
+    """``1/20``, ``1.5`` or ``0``; a dash if one of the two is not known."""
     if np.isnan(part) or np.isnan(whole) or whole == 0:
-        return "an unknown share of"
-    return f"1/{whole / part:,.0f} of" if part < whole / 1.5 else f"{part / whole:.1f} times"
+        return _DASH
+    return "0" if part == 0 else f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f}"

@@ -1,7 +1,7 @@
 """The study's figures: each function takes records' numbers and returns one matplotlib Figure.
 
-No title (the page has a caption), labelled axes with units, intervals wherever there are seeds, and nothing told by
-colour alone. A figure is shown once when it is the last expression of a notebook cell.
+Figures have no title (the page has a caption), labelled axes with units, and intervals wherever there are seeds;
+nothing is told by colour alone. A notebook shows a figure once if it is the last expression of a cell.
 
 Scores follow `score_layers`: higher means keep. Layers count from 0, next to the embedding.
 """
@@ -18,26 +18,30 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
-from hybridlib.checks import check_choice, check_int
-from hybridlib.report.style import (COLOURS, INK, Limits, MUTED, PALE, Plot, dodge, finish, format_interval,
-                                    format_number, house_style, layer_ticks, log_ticks, look, new_figure)
+from hybridlib.checks import check_int
+from hybridlib.report.style import (COLOURS, INK, Limits, MEASURES, MUTED, PALE, Plot, dodge, finish, format_interval,
+                                    format_number, house_style, label_of, layer_ticks, log_ticks, look, new_figure,
+                                    plain_axes)
+from hybridlib.report.tables import checked_rows
 from hybridlib.selection.agreement import RANGES, bootstrap_interval, interval, spearman
 
-__all__ = ["agreement_matrix", "as_table", "breakdown", "comparison", "layer_map", "layer_scores", "loss_curves",
-           "rank_scatter", "scaling_curves"]
+__all__ = ["agreement_matrix", "breakdown", "comparison", "heat_map", "layer_map", "layer_scores",
+           "loss_curves", "rank_scatter", "scaling_curves"]
 
 _OUTLINE = "#bdbdbd"
+_DASHED = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (5, 2)), "zorder": 1}
+_DOTTED = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
 
 def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (higher = keep)", *,
-                 keep: Mapping[str, Iterable[int]] | None = None, confidence: float = 0.95) -> Figure:
-    """Score of every layer: mean over seeds with Student's t interval, one marker a label.
+                 keep: Mapping[str, Iterable[int]] | None = None) -> Figure:
+    """Score of every layer: mean over seeds with its 95% interval (Student's t), one marker a label.
 
     Parameters
     ----------
     scores : label -> array (seeds, layers); one seed may be given as (layers,), and then has no interval.
     ylabel : what a score is, with its unit.
-    keep : label -> layers that the label's budget keeps; their markers are filled, all others hollow.
+    keep : label -> layers that the budget keeps; their markers are filled, all others hollow.
 
     Bars that two seeds make very long run off the axis, which follows the means and the seeds.
     """
@@ -51,29 +55,28 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
     with house_style():
         figure, axes = new_figure(7, 2.9)
         for i, (label, values) in enumerate(arrays.items()):
-            x, style = layers + beside[i], look(i, line=False)
-            mean, low, high = np.array([interval(column, confidence) for column in values.T]).T
+            x, style = layers + beside[i], look(i, line=False) | {"markeredgewidth": 1.2, "zorder": 4}
+            mean, low, high = np.array([interval(column) for column in values.T]).T
             limits.add(values, [low, high])
             axes.plot(x, mean, color=COLOURS[i % 7], linestyle=look(i)["linestyle"], linewidth=0.8, alpha=0.45)
             axes.vlines(x, low, high, color=COLOURS[i % 7], linewidth=1.2, zorder=3)
-            kept = np.isin(layers, list(keep.get(label, ()))) if keep is not None else np.ones(len(x), bool)
-            axes.plot(x[kept], mean[kept], **style, markeredgewidth=1.2, zorder=4)
-            axes.plot(x[~kept], mean[~kept], **style, markerfacecolor="white", markeredgewidth=1.2, zorder=4)
+            filled = np.isin(layers, list(keep.get(label, ()))) if keep is not None else np.ones(len(x), bool)
+            axes.plot(x[filled], mean[filled], **style)
+            axes.plot(x[~filled], mean[~filled], **style, markerfacecolor="white")
         axes.set_xlim(-0.7, len(layers) - 0.3)
         axes.set_ylim(*limits.span())
         axes.grid(axis="y")
         layer_ticks(axes, len(layers))
         axes.set_ylabel(ylabel)
-        handles = [Line2D([], [], **look(i, line=False), label=label) for i, label in enumerate(arrays)]
-        handles = handles if len(arrays) > 1 else []
+        handles = [Line2D([], [], **look(i, line=False), label=label) for i, label in enumerate(arrays)
+                   if len(arrays) > 1]
         if keep is not None:
             handles += [Line2D([], [], linestyle="", marker="o", color=MUTED, markerfacecolor=face, label=text)
                         for face, text in ((MUTED, "filled: kept"), ("white", "hollow: not kept"))]
         return finish(figure, handles)
 
 
-def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, *, k: int | None = None,
-                 seed: int = 0) -> Figure:
+def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, *, k: int | None = None) -> Figure:
     """Two rankings of the same layers against each other, every point a layer's number; rank 1 is kept first.
 
     Parameters
@@ -82,25 +85,25 @@ def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: st
     xlabel, ylabel : what ranks the layers, e.g. ``"GDN probe"``.
     k : the budget in layers; a line is drawn after rank k on both axes, and layers that both keep are filled.
 
-    Spearman's correlation stands above, with its percentile bootstrap interval over layers (95%, drawn from `seed`).
+    Spearman's correlation stands above, with its percentile bootstrap interval over layers (95%).
     """
-    rho, low, high = bootstrap_interval(spearman, x, y, seed=seed)
-    rank_x, rank_y = (pd.Series(np.asarray(s, dtype=float)).rank(ascending=False).to_numpy() for s in (x, y))
-    count, both = len(rank_x), np.zeros(len(rank_x), bool)
+    rho = bootstrap_interval(spearman, x, y)
+    ranks = np.array([pd.Series(np.asarray(s, dtype=float)).rank(ascending=False) for s in (x, y)])
+    count = ranks.shape[1]
     if k is not None:
         check_int("k", k, 1, count)
-        both = (rank_x <= k) & (rank_y <= k)
+    both = (ranks <= (k or 0)).all(0)
     with house_style():
         figure, axes = new_figure(4.4, 4.4)
         axes.set_aspect("equal")
         axes.plot([0, count + 1], [0, count + 1], color=PALE, linewidth=1, zorder=1)
         if k is not None:
-            axes.axvline(k + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
-            axes.axhline(k + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
-        faces, size = np.where(both, COLOURS[0], "white"), float(np.clip(3600 / count, 95, 190))
-        axes.scatter(rank_x, rank_y, s=size, c=faces, edgecolors=COLOURS[0], linewidths=1, zorder=3)
-        for layer, at in enumerate(zip(rank_x, rank_y)):
-            axes.annotate(str(layer), at, ha="center", va="center_baseline", fontsize=7 if count > 20 else 7.5,
+            axes.axvline(k + 0.5, **_DASHED)
+            axes.axhline(k + 0.5, **_DASHED)
+        axes.scatter(*ranks, s=float(np.clip(3600 / count, 95, 190)), c=np.where(both, COLOURS[0], "white"),
+                     edgecolors=COLOURS[0], linewidths=1, zorder=3)
+        for layer, place in enumerate(ranks.T):
+            axes.annotate(str(layer), place, ha="center", va="center_baseline", fontsize=7 if count > 20 else 7.5,
                           color="white" if both[layer] else INK, zorder=4)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([r for r in range(1, count + 1) if r == 1 or r % (5 if count > 12 else 2) == 0])
@@ -108,32 +111,27 @@ def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: st
         axes.set_ylim(count + 1, 0)  # rank 1 at the top
         axes.set_xlabel(f"rank by {xlabel} (1 = kept first)")
         axes.set_ylabel(f"rank by {ylabel} (1 = kept first)")
-        text = f"Spearman {format_interval(rho, low, high, 2)}" if np.isfinite(rho) else "Spearman undefined"
+        text = f"Spearman {format_interval(*rho, 2)}" if np.isfinite(rho[0]) else "Spearman undefined"
         axes.text(1, 1.015, text, transform=axes.transAxes, ha="right", va="bottom")
         return finish(figure)
 
 
 def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlabel: str | None = None,
-               group: str | None = None, better: str | None = None, reference: float | None = None,
-               reference_label: str = "teacher", log: bool = False, digits: int = 3,
-               confidence: float = 0.95) -> Figure:
-    """A metric of several selections over seeds: a dot a seed, the mean, its Student's t interval, and the numbers.
+               group: str | None = None, reference: float | None = None, reference_label: str = "teacher",
+               log: bool = False) -> Figure:
+    """A metric of several selections over seeds: a dot a seed, the mean, its 95% interval, and the numbers.
 
     Parameters
     ----------
     frame : one row a run, e.g. `Ledger.table`; rows without `value` are left out.
     value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top. The
-        interval is cut to what the metric can be, `agreement.RANGES`.
-    xlabel : what the metric is, with its unit; the column's name if None.
+        interval (Student's t) is cut to what the metric can be, `agreement.RANGES`.
+    xlabel : what the value is, with its unit; None names a metric and which way is better.
     group : a column that splits each label, e.g. the mixer; told apart by marker and fill.
-    better : ``"lower"`` or ``"higher"``, said at the axis.
     reference : a value to compare with, drawn as a dashed line named `reference_label`.
     log : logarithmic axis, for positive values.
-    digits : decimals of the numbers at the right.
     """
-    if better is not None:
-        check_choice("better", better, ("lower", "higher"))
-    rows = _rows(frame, [value, label] + ([group] if group else []), value)
+    rows = checked_rows(frame, [value, label] + ([group] if group else []), value)
     if log and not (rows[value] > 0).all():
         raise ValueError(f"frame has {value!r} of {rows[value].min()}; a logarithmic axis needs values above 0")
     labels, groups = list(dict.fromkeys(rows[label])), list(dict.fromkeys(rows[group])) if group else [None]
@@ -143,80 +141,75 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
     with house_style():
         figure, axes = new_figure(7, 0.95 + len(labels) * (0.2 + 0.22 * len(groups)))
         below = offset_copy(axes.transData, figure, y=-6.5, units="points")
-        for i, name in enumerate(labels):
-            for j, part in enumerate(groups):
-                chosen = rows[(rows[label] == name) & ((rows[group] == part) if group else True)]
-                if chosen.empty:
-                    continue
-                values, at = chosen[value].to_numpy(dtype=float), i + beside[j]
-                mean, low, high = interval(values, confidence, RANGES.get(value))
-                limits.add(values, [low, high])
-                axes.hlines(at, low, high, color=COLOURS[j % 7], linewidth=2, zorder=3)
-                if len(values) > 1:
-                    axes.plot(values, np.full(len(values), at), ".", color=MUTED, markersize=4.5, transform=below)
-                axes.plot(mean, at, **styles[j], zorder=5)
-                axes.annotate(format_interval(mean, low, high, digits), (1.02, at), va="center", fontsize=8,
-                              xycoords=("axes fraction", "data"), annotation_clip=False)
+        for (name, part), runs in rows.groupby([rows[label], rows[group] if group else rows[label]], sort=False):
+            j = groups.index(part) if group else 0
+            values, y = runs[value].to_numpy(dtype=float), labels.index(name) + beside[j]
+            mean, low, high = interval(values, within=RANGES.get(value))
+            limits.add(values, [low, high])
+            axes.hlines(y, low, high, color=COLOURS[j % 7], linewidth=2, zorder=3)
+            if len(values) > 1:
+                axes.plot(values, np.full(len(values), y), ".", color=MUTED, markersize=4.5, transform=below)
+            axes.plot(mean, y, **styles[j], zorder=5)
+            axes.annotate(format_interval(mean, low, high, 3), (1.02, y), va="center", fontsize=8,
+                          xycoords=("axes fraction", "data"), annotation_clip=False)
         if reference is not None:
             limits.add([reference])
             axes.axvline(reference, color=INK, linestyle=(0, (5, 2)), linewidth=1, zorder=2)
-            axes.annotate(f"{reference_label} {format_number(reference, digits)}", (reference, 1), (0, 2), fontsize=8,
+            axes.annotate(f"{reference_label} {format_number(reference, 3)}", (reference, 1), (0, 2), fontsize=8,
                           xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom")
         axes.set_xlim(*limits.span())
         if log:
             axes.set_xscale("log")
             log_ticks(axes.xaxis, *limits.span())
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_yticks(range(len(labels)), [str(name) for name in labels], fontsize=9)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_xlabel((value if xlabel is None else xlabel) + (f", {better} is better" if better else ""))
+        _bars(axes, labels)
+        better = f", {MEASURES[value].better} is better" if value in MEASURES else ""
+        axes.set_xlabel(label_of(value) + better if xlabel is None else xlabel)
         handles = [Line2D([], [], **style | {"linestyle": "-", "linewidth": 2}, label=str(part))
                    for part, style in zip(groups, styles)]
         return finish(figure, handles if group else ())
 
 
-def layer_map(selections: Mapping[str, Iterable[int]], num_layers: int) -> Figure:
-    """Which layers each selection keeps: a line a selection, a cell a layer, dark where it stays softmax.
+def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int) -> Figure:
+    """Which layers each selector keeps: a line a selector, a cell a layer, filled from below by the share of seeds.
 
-    Raises ValueError if a layer is not from 0 to ``num_layers - 1``.
+    Parameters
+    ----------
+    selections : label -> a set of layers for each seed; a single set fills its cells wholly.
+
+    Raises ValueError if a layer is not from 0 to ``num_layers - 1``, or a label has no set.
     """
     check_int("num_layers", num_layers, 1)
-    chosen = {label: sorted({int(layer) for layer in layers}) for label, layers in _named("selections", selections)}
-    for label, layers in chosen.items():
-        if layers and not 0 <= layers[0] <= layers[-1] < num_layers:
-            raise ValueError(f"selections[{label!r}]={layers} has a layer outside 0 to {num_layers - 1}")
-    kept_cell = {"facecolor": COLOURS[0], "edgecolor": COLOURS[0], "linewidth": 0.7}
-    other_cell = {"facecolor": "white", "edgecolor": _OUTLINE, "linewidth": 0.7}
+    sets = {label: [set(layers) for layers in by_seed] for label, by_seed in _named("selections", selections)}
+    for label, by_seed in sets.items():
+        if not by_seed or any(not 0 <= layer < num_layers for layers in by_seed for layer in layers):
+            raise ValueError(f"selections[{label!r}]={by_seed} is no list of sets of layers from 0 to {num_layers - 1}")
+    linear = {"facecolor": "white", "edgecolor": _OUTLINE, "linewidth": 0.7}
+    softmax = {"facecolor": COLOURS[0], "linewidth": 0}
     with house_style():
-        figure, axes = new_figure(min(7, 2.4 + 0.3 * num_layers), 0.85 + 0.3 * len(chosen))
-        for row, (label, layers) in enumerate(chosen.items()):
+        figure, axes = new_figure(min(7, 2.7 + 0.3 * num_layers), 0.85 + 0.28 * len(sets))
+        for row, by_seed in enumerate(sets.values()):
             for layer in range(num_layers):
-                cell = kept_cell if layer in layers else other_cell
-                axes.add_patch(Rectangle((layer - 0.41, row - 0.36), 0.82, 0.72, **cell))
-            axes.annotate(f"{len(layers)} of {num_layers}", (1.01, row), va="center", fontsize=8, color=MUTED,
+                share = sum(layer in layers for layers in by_seed) / len(by_seed)
+                axes.add_patch(Rectangle((layer - 0.41, row + 0.37), 0.82, -0.74, **linear))  # the axis points down
+                axes.add_patch(Rectangle((layer - 0.41, row + 0.37), 0.82, -0.74 * share, **softmax))
+            axes.annotate(f"{len(by_seed[0])} of {num_layers}", (1.01, row), va="center", fontsize=8, color=MUTED,
                           xycoords=("axes fraction", "data"), annotation_clip=False)
         axes.set_xlim(-0.7, num_layers - 0.3)
-        axes.set_ylim(len(chosen) - 0.45, -0.55)
+        axes.set_ylim(len(sets) - 0.45, -0.55)
         layer_ticks(axes, num_layers)
-        axes.set_yticks(range(len(chosen)), list(chosen), fontsize=9)
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        return finish(figure, [Rectangle((0, 0), 1, 1, **kept_cell, label="softmax"),
-                               Rectangle((0, 0), 1, 1, **other_cell, label="linear")])
+        axes.set_yticks(range(len(sets)), list(sets), fontsize=9)
+        plain_axes(axes)
+        return finish(figure, [Rectangle((0, 0), 1, 1, **softmax, label="softmax"),
+                               Rectangle((0, 0), 1, 1, **linear, label="linear")])
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "loss", *, window: int = 1) -> Figure:
+def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "loss") -> Figure:
     """Loss against tokens trained on, logarithmic in the loss; a line style and a marker a label.
 
     Parameters
     ----------
-    curves : label -> (tokens, losses), both (points,); losses above 0.
-    ylabel : what the loss is, with its unit.
-    window : points of the running mean that is drawn; above 1 the raw curve stands pale behind it.
+    curves : label -> (tokens, losses), both (points,); losses above 0. ylabel : what the loss is, with its unit.
     """
-    check_int("window", window, 1)
     lines = {label: tuple(np.asarray(part, dtype=float) for part in pair) for label, pair in _named("curves", curves)}
     for label, (tokens, losses) in lines.items():
         if tokens.ndim != 1 or tokens.shape != losses.shape or not len(tokens):
@@ -224,16 +217,13 @@ def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "
         if not (losses > 0).all():
             raise ValueError(f"curves[{label!r}] has the loss {losses[~(losses > 0)][0]}; allowed are losses above 0")
     most = max(tokens.max() for tokens, _ in lines.values())
-    units = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (0, ""))
-    unit, word = next((max(u, 1), w) for u, w in units if most >= u)
+    units = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
+    unit, word = next(pair for pair in units if most >= pair[0] or pair[0] == 1)
     with house_style():
         figure, axes = new_figure(7, 3)
         for i, (label, (tokens, losses)) in enumerate(lines.items()):
-            if window > 1:
-                axes.plot(tokens / unit, losses, color=COLOURS[i % 7], linewidth=0.6, alpha=0.25)
-            smooth = pd.Series(losses).rolling(window, min_periods=1, center=True).mean()
             step = max(1, len(tokens) // 8)
-            axes.plot(tokens / unit, smooth, **look(i), markevery=(step * (i + 1) // (len(lines) + 1), step),
+            axes.plot(tokens / unit, losses, **look(i), markevery=(step * (i + 1) // (len(lines) + 1), step),
                       markeredgecolor="white", markeredgewidth=0.6, markersize=6, zorder=3)
         axes.set_yscale("log")
         log_ticks(axes.yaxis, *axes.get_ylim())
@@ -259,44 +249,60 @@ def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Ja
         raise ValueError(f"matrix has shape {values.shape}; {len(names)} labels need ({len(names)}, {len(names)})")
     if np.nanmax(np.abs(values), initial=0) > 1 + 1e-9:
         raise ValueError(f"matrix has the value {values.flat[np.nanargmax(np.abs(values))]}; allowed is -1 to 1")
-    low = -1.0 if np.nanmin(values, initial=0) < 0 else 0.0
-    colours = LinearSegmentedColormap.from_list("ink", ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"])
+    return heat_map(values, (names, names), measure, ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"],
+                    (-1 if np.nanmin(values, initial=0) < 0 else 0, 1), digits=digits)
+
+
+def heat_map(values: np.ndarray, names: tuple[Sequence[str], Sequence[str]], measure: str, colours: Sequence[str],
+             limits: tuple[float, float], *, digits: int = 2, bold: np.ndarray | None = None) -> Figure:
+    """Numbers (rows, columns) in coloured cells; nan is hatched, what a mask hides is left out.
+
+    Parameters
+    ----------
+    names : of the rows and of the columns. measure : what the numbers are, beside the scale of `colours`.
+    limits : numbers of the first and of the last colour. bold : (rows, columns), the numbers to print bold.
+    """
+    values, (low, high) = np.ma.asarray(values), limits
+    gradient = LinearSegmentedColormap.from_list("house", list(colours))
     with house_style():
-        side = min(5.4, 1.5 + 0.62 * len(names))
+        side = min(6, 1.4 + 0.62 * len(names[0]))
         figure, axes = new_figure(side + 1.2, side, layout="compressed")
-        mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=1, edgecolors="white",
+        mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=gradient, vmin=low, vmax=high, edgecolors="white",
                                linewidth=1.5)
-        for (row, column), number in np.ndenumerate(values):
+        for (row, column), number in np.ndenumerate(values.data):
+            if np.ma.getmaskarray(values)[row, column]:
+                continue
             if np.isnan(number):
                 axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, facecolor="white", hatch="////",
                                          edgecolor=_OUTLINE, linewidth=0))
                 continue
-            dark = np.dot(colours((number - low) / (1 - low))[:3], (0.3, 0.59, 0.11)) < 0.55
+            dark = np.dot(gradient((number - low) / (high - low))[:3], (0.3, 0.59, 0.11)) < 0.55
             axes.text(column + 0.5, row + 0.5, format_number(number, digits), ha="center", va="center_baseline",
-                      fontsize=8.5 if len(names) <= 9 else 6.5, color="white" if dark else INK)
+                      fontsize=8.5 if len(names[0]) <= 9 else 6.5 if len(names[0]) <= 18 else 5,
+                      fontweight="bold" if bold is not None and bold[row, column] else "normal",
+                      color="white" if dark else INK)
         axes.set_aspect("equal")
-        axes.set_ylim(len(names), 0)
-        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 7 else {}
-        axes.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9, **slanted)
-        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=9)
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_ylim(len(names[0]), 0)
+        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names[1])) > 7 else {}
+        axes.set_xticks(np.arange(len(names[1])) + 0.5, names[1], fontsize=9, **slanted)
+        axes.set_yticks(np.arange(len(names[0])) + 0.5, names[0], fontsize=9)
+        plain_axes(axes)
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.03, label=measure)
         bar.outline.set(linewidth=0.7, edgecolor=MUTED)
         return finish(figure)
 
 
 def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: str, ylabel: str,
-                   panel: str | None = None, floor: str | None = None, floor_label: str = "memory floor") -> Figure:
+                   panel: str | None = None, floor: str | None = None) -> Figure:
     """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
 
     Parameters
     ----------
     frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
     x, y, label : columns. xlabel, ylabel : what they are, with their units.
-    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line named `floor_label`.
+    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line, the memory floor.
     """
-    rows = _rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
+    rows = checked_rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
     if not (rows[[x, y]] > 0).all(axis=None):
         raise ValueError(f"frame has {x!r} or {y!r} of {rows[[x, y]].min().min()}; logarithmic axes need more than 0")
     panels, labels = list(dict.fromkeys(rows[panel])) if panel else [None], list(dict.fromkeys(rows[label]))
@@ -314,11 +320,11 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
                 axes.plot(line[x], line[y], **look(i), markeredgecolor="white", markeredgewidth=0.6, markersize=6)
             if floor:
                 least = part.groupby(x)[floor].min()
-                axes.plot(least.index, least, color=INK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+                axes.plot(least.index, least, **_DOTTED, zorder=1)
             axes.set_xscale("log")
             axes.set_yscale("log")
-            at = sorted(rows[x].unique())
-            axes.set_xticks(at, [f"{value / 1024:g}k" if value % 1024 == 0 else f"{value:g}" for value in at])
+            ticks = sorted(rows[x].unique())
+            axes.set_xticks(ticks, [f"{value / 1024:g}k" if value % 1024 == 0 else f"{value:g}" for value in ticks])
             axes.minorticks_off()
             axes.grid()
             axes.set_title(name or "", fontsize=9, loc="left")
@@ -326,8 +332,7 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
         figure.supxlabel(xlabel, fontsize=9)
         figure.supylabel(ylabel, fontsize=9)
         handles = [Line2D([], [], **look(i), label=str(text)) for i, text in enumerate(labels)]
-        handles += [Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), label=floor_label)] if floor else []
-        return finish(figure, handles)
+        return finish(figure, handles + ([Line2D([], [], **_DOTTED, label="memory floor")] if floor else []))
 
 
 def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlabel: str) -> Figure:
@@ -338,7 +343,7 @@ def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlab
     parts : column -> its name in the legend, in the order of drawing; values from 0.
     label : the column that names a bar. xlabel : what the parts measure, with its unit.
     """
-    rows, names = _rows(frame, [*dict(_named("parts", parts)), label]), list(parts)
+    rows, names = checked_rows(frame, [*dict(_named("parts", parts)), label]), list(parts)
     hatches = ("", "////", "", "....", "\\\\\\\\", "xx", "")
     styles = [{"facecolor": COLOURS[i % 7], "hatch": hatches[i % 7], "edgecolor": "white"} for i in range(len(names))]
     ends = rows[names].to_numpy(dtype=float).cumsum(1)
@@ -346,54 +351,24 @@ def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlab
         figure, axes = new_figure(7, 0.95 + 0.42 * len(rows))
         for i, name in enumerate(names):
             axes.barh(range(len(rows)), rows[name], left=ends[:, i] - rows[name], height=0.66, **styles[i])
-        for at, total in enumerate(ends[:, -1]):
-            axes.annotate(f"{total:.3g}", (total, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), [str(name) for name in rows[label]], fontsize=9)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
+        for row, total in enumerate(ends[:, -1]):
+            axes.annotate(f"{total:.3g}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        _bars(axes, rows[label])
         axes.margins(x=0.08)
-        axes.grid(axis="x")
         axes.set_xlabel(xlabel)
         return finish(figure, [Rectangle((0, 0), 1, 1, **style, label=parts[n]) for style, n in zip(styles, names)])
 
 
-def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: str | Sequence[str], *, digits: int = 3,
-             confidence: float = 0.95) -> pd.DataFrame:
-    """A table of text: for each `by`, the number of runs and each value as ``mean [low, high]`` over them.
-
-    Parameters
-    ----------
-    frame : one row a run, e.g. `Ledger.table`.
-    by : column or columns that make a line, in the frame's order. values : column or columns to show.
-
-    The interval is Student's t, cut to what a metric can be (`agreement.RANGES`); a single run has none, and shows its
-    value alone. Missing values are left out of
-    their mean, and show as a dash if all are missing.
-    """
-    by, values = [by] if isinstance(by, str) else list(by), [values] if isinstance(values, str) else list(values)
-    table = []
-    for key, part in _rows(frame, by + values).groupby(by, sort=False, dropna=False):
-        line = dict(zip(by, key)) | {"runs": len(part)}
-        for name in values:
-            numbers = part[name].dropna().to_numpy(dtype=float)
-            line[name] = format_interval(*interval(numbers, confidence, RANGES.get(name)),
-                                         digits) if len(numbers) else "\u2013"
-        table.append(line)
-    return pd.DataFrame(table, columns=by + ["runs"] + values)
+def _bars(axes, names):
+    """A line a name from the top, over a grid."""
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [str(name) for name in names], fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
 
 
 def _named(name: str, mapping: Mapping) -> Iterable[tuple]:
     if not isinstance(mapping, Mapping) or not mapping:
         raise ValueError(f"{name}={mapping!r} shows nothing; give a mapping with at least one label")
     return mapping.items()
-
-
-def _rows(frame: pd.DataFrame, columns: Sequence[str], value: str | None = None) -> pd.DataFrame:
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"frame has no column {missing[0]!r}; it has {', '.join(map(repr, frame.columns))}")
-    rows = frame if value is None else frame[frame[value].notna()]
-    if rows.empty:
-        raise ValueError(f"frame has no row{'' if value is None else f' with a {value!r}'}; there is nothing to show")
-    return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-__all__ = ["COLOURS", "INK", "Limits", "MUTED", "PALE", "Plot", "dodge", "finish", "format_interval", "format_number",
-           "house_style", "layer_ticks", "log_ticks", "look", "mebibytes", "milliseconds", "new_figure"]
+__all__ = ["COLOURS", "INK", "Limits", "MEASURES", "MUTED", "PALE", "Plot", "dodge", "finish", "format_interval",
+           "format_number", "house_style", "label_of", "layer_ticks", "log_ticks", "look", "mebibytes", "milliseconds",
+           "new_figure", "plain_axes"]
 
 INK, MUTED, PALE = "#1a1a1a", "#6e6e6e", "#c9c9c9"
 COLOURS = ("#0b3c6f", "#d55e00", "#5fb4ea", "#7b2d5e", "#e8a33d", "#1b7f5c", "#8a8a8a")
@@ -39,6 +41,27 @@ _STYLE = {
     "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
     "svg.hashsalt": "hybridlib",  # the same figure gives the same file
 }
+
+
+class Measure(NamedTuple):
+    """A metric of a hybrid as figures and tables name it: `better` is ``"lower"`` or ``"higher"``."""
+
+    name: str
+    unit: str
+    better: str
+
+
+MEASURES = {"kl": Measure("held-out KL", "nats a token", "lower"), "perplexity": Measure("perplexity", "", "lower"),
+            "top1_agreement": Measure("top-1 agreement", "share of tokens", "higher"),
+            "recall_exact": Measure("recall", "share exact", "higher")}
+
+
+def label_of(column: str) -> str:
+    """The name of a metric with its unit; of any other column, its own."""
+    if column not in MEASURES:
+        return column
+    name, unit, _ = MEASURES[column]
+    return f"{name} ({unit})" if unit else name
 
 
 @contextmanager
@@ -109,6 +132,12 @@ def finish(figure: Figure, handles: Sequence = ()) -> Figure:
         figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5))
     figure.draw_without_rendering()  # matplotlib makes ticks at the first draw, with the settings of that moment
     return figure
+
+
+def plain_axes(axes: Axes) -> None:
+    """Take away the ticks and the frame of axes whose rows and columns are names."""
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def dodge(count: int, step: float) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""All selectors on one teacher: what each chose, what its hybrid came to after equal distillation, what it cost.
+"""All selectors on one teacher: what each chose, how good its hybrid is after equal distillation, what choosing cost.
 
-What the notebooks of selectors call. A contest is one record, made of the records of scores and hybrids, so that a
-second notebook, or a reader without the GPU, draws from it.
+A contest is one record, made of the records of scores and hybrids, so that a second notebook, or a reader without the
+GPU, draws from it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import pandas as pd
 
-from hybridlib.records.ledger import Ledger
+from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.cost import Cost
 from hybridlib.selection.scorers.ablation import TaskTooHard
 from hybridlib.study.catalogue import SELECTORS, find_selector
@@ -20,18 +20,18 @@ from hybridlib.study.study import Study
 
 __all__ = ["CHEAP", "Contest", "FLOOR", "SelectorSettings", "recorded_contest", "recorded_contests", "run_contest"]
 
+FLOOR = "none (all linear)"  #: what notebooks call the hybrid that keeps no layer
 #: selectors that train nothing, or read scores that other notebooks record as well
 CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
          "gr-s2", "avg")
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
+_COSTS = [f.name for f in fields(Cost) if f.name != "device"]
 _COLUMNS = ["selector", "name", "needs", "note", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
-_COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
-          "flops": "FLOPs (estimated)", "seconds": "seconds", "peak_memory": "peak memory (MiB)"}
 
 
 @dataclass(frozen=True)
 class SelectorSettings(StudySettings):
-    """`StudySettings`, and `selectors`: names of `selectors.SELECTORS`, in the order of figures and tables."""
+    """`StudySettings`, and `selectors`: names of `SELECTORS`, in the order of figures and tables."""
 
     selectors: list[str] = CHEAP
 
@@ -47,13 +47,16 @@ class SelectorSettings(StudySettings):
 
 @dataclass(frozen=True)
 class Contest:
-    """What came out.
+    """The results of a contest.
 
-    `rows` has a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``,
-    ``values`` (a number a layer, or None), ``note`` (words of its `Selection`), the metrics of its hybrid, and the
-    fields of its `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `reading.FLOOR`, with the
-    name ``"none"``. `refused` has the selectors that the teacher does not allow, title -> why. `teacher` is the
-    teacher's own metrics.
+    Parameters
+    ----------
+    rows : a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``, ``values``
+        (a number a layer, or None), ``note`` (of its `Selection`), the metrics of its hybrid, and the fields of its
+        `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `FLOOR`, with the name ``"none"``.
+    refused : selectors that the teacher does not allow, title -> why.
+    teacher : the teacher's own metrics.
+    settings : the parameters of the record.
     """
 
     rows: pd.DataFrame
@@ -62,6 +65,7 @@ class Contest:
     num_layers: int
     settings: dict
     device: str
+    commit: str | None = None
 
     @property
     def chosen(self) -> pd.DataFrame:
@@ -93,25 +97,24 @@ def run_contest(study: Study) -> Contest:
     """
     s = study.settings
     names = {f.name for f in fields(SelectorSettings)} - {"device", "results", "recompute"}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
+    parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
 
     def compute():
         rows, refused = [], {}
         for name in s.selectors:
-            title = SELECTORS[name].title
             try:
                 rows += [_row(name, seed, study.selection(name, seed=seed)) for seed in study.seeds]
             except TaskTooHard as error:
-                refused[title] = str(error)
+                refused[SELECTORS[name].title] = str(error)
         rows += [{"selector": FLOOR, "name": "none", "needs": "nothing", "note": "", "seed": seed, "layers": [],
                   "values": None, **Cost().to_dict()} for seed in study.seeds]
         for row in rows:
-            measured = study.hybrid(row["layers"], seed=row["seed"]).metrics
-            row |= {k: v for k, v in measured.items() if k in _METRICS}
+            metrics = study.hybrid(row["layers"], seed=row["seed"]).metrics
+            row |= {k: v for k, v in metrics.items() if k in _METRICS}
         return {"rows": rows, "refused": refused, "teacher": study.teacher_record().metrics,
                 "num_layers": study.num_layers}
 
-    return _contest(study.remember(plain, compute, s.mixer, kind="contest"))
+    return _contest(study.remember(parameters, compute, s.mixer, kind="contest"))
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:
@@ -130,7 +133,12 @@ def recorded_contests(ledger: Ledger) -> list[Contest]:
         -c.num_layers, (c.settings["budget"], c.settings["mixer"]) != usual, -len(c.rows)))
 
 
-def _merged(contests):
+def recorded_contest(ledger: Ledger) -> Contest | None:
+    """The first of `recorded_contests`; None if there is none."""
+    return next(iter(recorded_contests(ledger)), None)
+
+
+def _merged(contests: list[Contest]) -> Contest:
     """One contest from several of the same settings, the earliest first; selectors in the order of `SELECTORS`."""
     rows = pd.concat([c.rows for c in contests], ignore_index=True).drop_duplicates(["name", "seed"], keep="last")
     order = {name: i for i, name in enumerate((*SELECTORS, "none"))}
@@ -138,22 +146,18 @@ def _merged(contests):
     refused = {title: why for c in contests for title, why in c.refused.items() if title not in set(rows["selector"])}
     names = [name for name in dict.fromkeys(rows["name"]) if name != "none"]
     return replace(contests[-1], rows=rows.reset_index(drop=True), refused=refused,
-                   settings=contests[-1].settings | {"selectors": names})
+                   settings=contests[-1].settings | {"selectors": names},
+                   commit=", ".join(dict.fromkeys(c.commit for c in contests if c.commit)) or None)
 
 
-def recorded_contest(ledger: Ledger) -> Contest | None:
-    """The first of `recorded_contests`; None if there is none."""
-    return next(iter(recorded_contests(ledger)), None)
-
-
-def _row(name, seed, found):
-    cost = found.cost.to_dict() if found.cost else dict.fromkeys(Cost().to_dict())
+def _row(name, seed, selection):
+    cost = selection.cost.to_dict() if selection.cost else dict.fromkeys(Cost().to_dict())
     return {"selector": SELECTORS[name].title, "name": name, "needs": SELECTORS[name].needs, "seed": seed,
-            "layers": list(found.layers), "note": found.note,
-            "values": None if found.values is None else list(found.values), **cost}
+            "layers": list(selection.layers), "note": selection.note,
+            "values": None if selection.values is None else list(selection.values), **cost}
 
 
-def _contest(record):
+def _contest(record: Record) -> Contest:
     m = record.metrics
     rows = pd.DataFrame([{"note": "", **row} for row in m["rows"]])[_COLUMNS]  # older records have no notes
     rows["layers"] = [tuple(layers) for layers in rows["layers"]]
@@ -161,8 +165,5 @@ def _contest(record):
     ga = dict(rows.loc[rows["name"] == "ga-s2", ["seed", "values"]].itertuples(index=False))
     rows["values"] = [values if name == "ga-s2" or values != ga.get(seed) else None  # older records lend GA-S2's
                       for name, seed, values in zip(rows["name"], rows["seed"], rows["values"], strict=True)]
-    rows[list(_COSTS)] = rows[list(_COSTS)].astype(float)
-    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device)
-
-
-FLOOR = "none (all linear)"  # what notebooks call the hybrid that keeps no layer
+    rows[_COSTS] = rows[_COSTS].astype(float)
+    return Contest(rows, m["refused"], m["teacher"], m["num_layers"], record.parameters, record.device, record.commit)

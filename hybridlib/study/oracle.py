@@ -1,18 +1,19 @@
 """The oracle: every layer set of a small teacher distilled and measured, and selectors judged by it.
 
 `oracle_record` measures sets in pieces, each a record of its own, so that a killed run goes on. The functions below it
-read such records: whether the ranking of sets has settled, how far a selector's set is from the best, and how much
-layers depend on one another. Each record is of one seed; intervals are over records.
+read such records, each of one seed.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -24,12 +25,12 @@ from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.agreement import spearman
 from hybridlib.selection.engine.sets import match_sets
 from hybridlib.selection.scorers.ablation import TaskTooHard
-from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, rank_of, regret
+from hybridlib.selection.search import beam, greedy_backward, greedy_forward, interactions, regret
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "any_set", "choices",
+__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "choices",
            "interaction_maps", "judge", "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling",
            "values"]
 
@@ -95,69 +96,73 @@ def sets_of_sizes(num_layers: int, sizes: Iterable[int] = ()) -> list[tuple[int,
     return [layers for size in sizes for layers in combinations(range(num_layers), size)]
 
 
-def oracle_record(study: Study, seed: int, *, sizes: Iterable[int] = (), sets: Iterable[Iterable[int]] | None = None,
-                  tokens: int, measure_at: Sequence[int] = (), heldout_tokens: int | None = None,
-                  recall_examples: int = 200, piece: int = 16, group: int | None = None,
-                  measure: Callable[..., list[dict]] | None = None) -> Record:
-    """Distil and measure every set of `sizes` (or those in `sets`) for one seed. Record kind ``"oracle"``.
+def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None = None, *, group: int | None = None,
+                  measure: Callable[..., list[dict]] = match_sets) -> Record:
+    """Distil and measure every set of the sizes that a study names, for one seed. Record kind ``"oracle"``.
 
     Parameters
     ----------
-    study : gives the aligned student, the settings of stage 2, and the test rows and recall task to measure on.
-    sizes : sizes of the sets, all if empty; `sets` : the sets themselves, instead.
-    tokens : of stage 2 for each set, on the same rows in the same order.
-    measure_at : tokens after which each set is measured on the way; the record's ``curve``.
-    heldout_tokens : test tokens to measure on, None for all.
-    recall_examples : prompts of the recall task for each measurement.
-    piece : sets to a record of kind ``"oracle_piece"``. A set that a record of either kind has, measured alike, is not
-        measured again, unless the study recomputes.
+    study : of `OracleSettings`; gives the aligned student, the settings of stage 2, and what to measure on.
+    sets : other sets than those of the settings' sizes.
     group : candidates trained at once, None for what memory holds.
-    measure : what trains and measures sets; `batched.match_sets`, or a function that takes and gives the same.
+    measure : what trains and measures sets, a function that takes and gives what `match_sets` does.
 
     The record's ``sets`` has for each set: layers, kl (nats a token), kl_stderr, perplexity, top1_agreement,
-    recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None.
+    recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None. A set
+    that a record of this kind or of ``"oracle_piece"`` has, measured alike, is not measured again, unless the study
+    recomputes.
 
-    Cost: `tokens` for each set, and the measurements, each of which is a pass over the test rows and the prompts.
+    Cost: `oracle_tokens` for each set, and a pass over the test rows and the prompts for each measurement.
     """
-    num_layers = study.num_layers
+    s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
+    num_layers, tokens = study.num_layers, s.oracle_tokens
     check_int("seed", seed, 0)
-    check_int("tokens", tokens, study.settings.context)
-    check_int("piece", piece, 1)
-    measured = study.settings.heldout_tokens if heldout_tokens is None else heldout_tokens
-    check_int("heldout_tokens", measured, study.settings.context)
-    wanted = sets_of_sizes(num_layers, sizes) if sets is None else [check_layers(s, num_layers) for s in sets]
-    if not wanted:
+    sets = sets_of_sizes(num_layers, s.sizes) if sets is None else [check_layers(layers, num_layers) for layers in sets]
+    if not sets:
         raise ValueError("sets is empty; give at least one set of layers")
-    s, settings = study.settings, replace(study.match_settings, compile=False)
-    task = study.recall_task
     common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
-              "num_tokens": tokens, "measure_at": list(measure_at), "settings": settings.numbers(),
-              "heldout_tokens": s.heldout_tokens, "measured_tokens": measured, "recall": asdict(task),
-              "recall_examples": recall_examples}
+              "num_tokens": tokens, "measure_at": list(s.measure_at), "settings": settings.numbers(),
+              "heldout_tokens": s.heldout_tokens, "measured_tokens": s.oracle_heldout_tokens, "recall": asdict(task),
+              "recall_examples": s.recall_examples}
 
-    def compute(part):
-        rows = (measure or match_sets)(
-            study.aligned(s.mixer, seed), study.teacher.model, _rows(study, seed, tokens, measured), part, tokens,
-            settings=settings, group=group, recall=task, recall_examples=recall_examples, measure_at=tuple(measure_at))
-        return {"sets": [_kept(row) for row in rows], "tokens": sum(row["tokens"] for row in rows)}
+    def compute_piece(part):
+        whole = study.tokens(seed, tokens)
+        rows = Tokens(whole.train, whole.heldout[:s.oracle_heldout_tokens // s.context], whole.tokenizer, whole.source,
+                      whole.seed)
+        results = measure(study.aligned(s.mixer, seed), study.teacher.model, rows, part, tokens, settings=settings,
+                          group=group, recall=task, recall_examples=s.recall_examples, measure_at=s.measure_at)
+        return {"sets": [_without_losses(row) for row in results], "tokens": sum(row["tokens"] for row in results)}
 
-    def compute_all():
-        known = {} if s.recompute else _known(study.ledger, common)
-        missing = [layers for layers in wanted if layers not in known]
-        for begin in range(0, len(missing), piece):
-            part = missing[begin:begin + piece]
-            found = study.record("oracle_piece", common | {"sets": [list(p) for p in part]}, partial(compute, part))
-            known |= {tuple(row["layers"]): row for row in found.metrics["sets"]}
-        return {"sets": [known[layers] for layers in wanted], "tokens": tokens * len(wanted)}
+    def compute():
+        records = [] if s.recompute else [record for kind in ("oracle", "oracle_piece")
+                                          for record in study.ledger.find(kind, **common)]
+        measured = {tuple(row["layers"]): row for record in records for row in record.metrics["sets"]}
+        missing = [layers for layers in sets if layers not in measured]
+        for part in (missing[begin:begin + s.piece] for begin in range(0, len(missing), s.piece)):
+            record = study.record("oracle_piece", common | {"sets": [list(p) for p in part]},
+                                  partial(compute_piece, part))
+            measured |= {tuple(row["layers"]): row for row in record.metrics["sets"]}
+        return {"sets": [measured[layers] for layers in sets], "tokens": tokens * len(sets)}
 
-    return study.record("oracle", common | {"sets": [list(layers) for layers in wanted]}, compute_all)
+    return study.record("oracle", common | {"sets": [list(layers) for layers in sets]}, compute)
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained."""
-    return pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
-                          **{name: row[name] for name in _FIGURES}}
-                         for record in records for row in record.metrics["sets"] if "error" not in row])
+    """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained.
+
+    Among the sets of its size and seed, ``sets`` of them, a set has for each metric its ``{metric}_regret`` (0 for the
+    best, in units of the metric) and its ``{metric}_rank`` (1 is best, equals share it); nan where it was not measured.
+    """
+    table = pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
+                           **{name: row[name] for name in _FIGURES}}
+                          for record in records for row in record.metrics["sets"] if "error" not in row])
+    table = table.astype(dict.fromkeys(METRICS, float))
+    for metric in METRICS:
+        lower = table[metric] if metric == "kl" else -table[metric]
+        rivals = lower.groupby([table["seed"], table["size"]])
+        table[f"{metric}_regret"] = lower - rivals.transform("min")
+        table[f"{metric}_rank"] = rivals.rank(method="min")
+    return table.assign(sets=table.groupby(["seed", "size"])["kl"].transform("count"))
 
 
 def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dict[tuple[int, ...], float]:
@@ -166,12 +171,12 @@ def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dic
     `tokens` takes the value of the curve there instead of that of the end. Sets without a number are left out.
     """
     check_choice("metric", metric, METRICS)
-    found = {}
+    by_set = {}
     for row in record.metrics["sets"]:
         point = row if tokens is None else next((p for p in row["curve"] if p["tokens"] == tokens), {})
         if point.get(metric) is not None and np.isfinite(point[metric]):
-            found[tuple(row["layers"])] = point[metric] if metric == "kl" else 1 - point[metric]
-    return found
+            by_set[tuple(row["layers"])] = point[metric] if metric == "kl" else 1 - point[metric]
+    return by_set
 
 
 def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
@@ -186,18 +191,19 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     for record in records:
         end = max(row["tokens"] for row in record.metrics["sets"])
         points = sorted({p["tokens"] for row in record.metrics["sets"] for p in row["curve"] if p["tokens"] < end})
-        found = [*(values(record, metric, point) for point in points), values(record, metric)]
-        for size in sorted({len(layers) for layers in values(record, metric)}):
-            sets = [layers for layers in found[-1] if len(layers) == size and all(layers in f for f in found)]
+        tables = [*(values(record, metric, point) for point in points), values(record, metric)]
+        complete = [layers for layers in tables[-1] if all(layers in table for table in tables)]
+        for size in sorted({len(layers) for layers in complete}):
+            sets = [layers for layers in complete if len(layers) == size]
             if len(sets) < 3:
                 continue
-            ranked = [[f[layers] for layers in sets] for f in found]
+            ranked = [[table[layers] for layers in sets] for table in tables]
             for i, point in enumerate(points):
                 early = sets[int(np.argmin(ranked[i]))]
                 rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
                              "spearman_next": spearman(ranked[i], ranked[i + 1]),
                              "spearman_end": spearman(ranked[i], ranked[-1]),
-                             "early_regret": regret(early, {layers: found[-1][layers] for layers in sets}),
+                             "early_regret": tables[-1][early] - min(ranked[-1]),
                              "tied": ranked[-1].count(min(ranked[-1])), "distinct": len(set(ranked[-1]))})
     return pd.DataFrame(rows, columns=["seed", "size", "sets", "tokens", "spearman_next", "spearman_end",
                                        "early_regret", "tied", "distinct"])
@@ -210,70 +216,66 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
     out at sizes for which a set that it asks for was not measured. Others are `Study.select`'s; those whose task is
     beyond the teacher are left out.
     """
-    p, table = record.parameters, values(record)
-    num_layers, selectors = study.num_layers, list(selectors)
-    sizes = [k for k in range(1, num_layers) if len([s for s in table if len(s) == k]) == len(
-        sets_of_sizes(num_layers, [k]))]
-    s = study.settings
+    p, s, table, num_layers = record.parameters, study.settings, values(record), study.num_layers
+    selectors, counts = list(selectors), Counter(map(len, table))
+    sizes = [size for size in range(1, num_layers) if counts[size] == comb(num_layers, size)]
     parameters = {"oracle": record.key, "aligned": p["aligned"], "mixer": p["mixer"], "seed": p["seed"],
                   "selectors": selectors, "sizes": sizes, "score_tokens": s.score_tokens,
                   "heldout_tokens": s.heldout_tokens, "settings": study.match_settings.numbers()}
 
+    def choose(selector, size):
+        if selector in SEARCHES:
+            result = SEARCHES[selector](table.__getitem__, num_layers, size)
+            return {"layers": list(result.layers), "evaluations": result.evaluations}
+        at_size = copy.copy(study)  # shares teacher, tokens and records
+        at_size.settings = replace(s, budget=size)
+        return {"layers": list(at_size.select(selector, p["mixer"], p["seed"]))}
+
     def compute():
-        found = []
+        rows = []
         for size in sizes:
-            at_size = copy.copy(study)  # shares teacher, tokens and records
-            at_size.settings = replace(s, budget=size)
             for selector in selectors:
-                if selector in SEARCHES:
-                    try:
-                        result = SEARCHES[selector](table.__getitem__, num_layers, size)
-                    except KeyError:
-                        continue
-                    layers, cost = result.layers, {"evaluations": result.evaluations}
-                else:
-                    try:
-                        layers, cost = at_size.select(selector, p["mixer"], p["seed"]), {}
-                    except TaskTooHard:
-                        continue
-                found.append({"selector": selector, "size": size, "layers": list(layers), **cost})
-        return {"choices": found}
+                try:
+                    rows.append({"selector": selector, "size": size, **choose(selector, size)})
+                except TaskTooHard:
+                    continue
+                except KeyError:
+                    if selector not in SEARCHES:
+                        raise
+        return {"choices": rows}
 
     return study.record("choices", parameters, compute)
 
 
-def judge(records: Sequence[Record], chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
-    """Every chosen set against all sets of its size: a row a selector, seed and size.
+def judge(table: pd.DataFrame, chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
+    """Every chosen set against all sets of its size: a row a selector, seed and size, with the columns of `table`.
 
     Parameters
     ----------
-    records : of `oracle_record`, one a seed.
+    table : of `oracle_table`.
     chosen : records of `choices`, or mappings with ``seed`` and ``choices``, {selector, layers} each.
 
-    Columns: ``layers``; ``sets``, how many of the size were measured; and for each metric that was measured its value,
-    ``{metric}_regret`` (0 for the best; of recall, the best share less its own) and ``{metric}_rank`` (1 is best).
     With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The
     best of many measured values is a lucky one, so even the set that is best in truth has some regret.
 
     Raises ValueError for a set that was not measured.
     """
-    rows, by_seed = [], {record.seed: record for record in records}
+    rows, seeds = [], table["seed"].nunique()
     for choice in chosen:
-        seed, found = (choice.seed, choice.metrics) if isinstance(choice, Record) else (choice["seed"], choice)
-        rows += [_judged(by_seed[seed], c["selector"], tuple(c["layers"])) for c in found["choices"] if seed in by_seed]
-    for seed, record in by_seed.items() if len(by_seed) > 1 else ():
-        others = [values(r) for s, r in by_seed.items() if s != seed]
-        shared = [layers for layers in values(record) if all(layers in other for other in others)]
-        for size in sorted({len(layers) for layers in shared} & {row["size"] for row in rows}):
-            best = min((s for s in shared if len(s) == size), key=lambda s: (sum(o[s] for o in others), s))
-            rows.append(_judged(record, OTHER_SEEDS, best))
-    return pd.DataFrame(rows, columns=None if rows else ["selector", "seed", "size", "layers", "sets"])
-
-
-def any_set(records: Sequence[Record], size: int, metric: str = "kl") -> float:
-    """Mean regret of all sets of `size`: what a set drawn at random has on average."""
-    return float(np.mean([np.mean(own) - min(own) for record in records for own in [
-        [v for layers, v in values(record, metric).items() if len(layers) == size]]]))
+        seed, metrics = (choice.seed, choice.metrics) if isinstance(choice, Record) else (choice["seed"], choice)
+        rows += [{"selector": c["selector"], "seed": seed, "layers": tuple(sorted(c["layers"]))}
+                 for c in metrics["choices"] if (table["seed"] == seed).any()]
+    judged = pd.DataFrame(rows, columns=["selector", "seed", "layers"]).merge(table, "left", ["seed", "layers"])
+    if judged["kl"].isna().any():
+        layers, seed = judged.loc[judged["kl"].isna(), ["layers", "seed"]].iloc[0]
+        raise ValueError(f"layers={layers} were not measured with seed {seed}; give sets of the table")
+    if seeds == 1:
+        return judged
+    by_set = table.groupby("layers")["kl"]
+    others = (by_set.transform("sum") - table["kl"])[by_set.transform("count") == seeds]
+    best = table.loc[others.groupby([table["seed"], table["size"]]).idxmin()]
+    best = best[best["size"].isin(judged["size"])].assign(selector=OTHER_SEEDS)
+    return pd.concat([judged, best], ignore_index=True)
 
 
 def interaction_maps(records: Sequence[Record], metric: str = "kl") -> np.ndarray:
@@ -295,23 +297,22 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     for record in records:
         v = values(record, metric)
         num_layers = _depth(v)
-        singles = [(l,) for l in range(num_layers)]
-        if () not in v or any(single not in v for single in singles):
+        if not {(), *((layer,) for layer in range(num_layers))} <= v.keys():
             continue
-        gain = np.array([v[()] - v[single] for single in singles])
+        gain = np.array([v[()] - v[layer,] for layer in range(num_layers)])
         for size in range(2, num_layers):
             sets = [layers for layers in v if len(layers) == size]
             if len(sets) < 3:
                 continue
-            member = np.array([[l in layers for l in range(num_layers)] for layers in sets], dtype=float)
+            member = np.array([np.isin(range(num_layers), layers) for layers in sets], dtype=float)
             measured, predicted = np.array([v[layers] for layers in sets]), v[()] - member @ gain
-            fit = member @ np.linalg.lstsq(member, measured, rcond=None)[0]
-            spread = ((measured - measured.mean()) ** 2).sum()
-            r2 = 1 - ((measured - fit) ** 2).sum() / spread if len(sets) > num_layers and spread > 0 else float("nan")
+            residual = measured - member @ np.linalg.lstsq(member, measured, rcond=None)[0]
+            enough = len(sets) > num_layers and measured.var() > 0
             rows.append({"seed": record.seed, "size": size, "sets": len(sets),
                          "error": float((measured - predicted).mean()),
                          "rmse": float(np.sqrt(((measured - predicted) ** 2).mean())),
-                         "spearman": spearman(predicted, measured), "r2": float(r2),
+                         "spearman": spearman(predicted, measured),
+                         "r2": 1 - float((residual ** 2).mean() / measured.var()) if enough else float("nan"),
                          "pick_regret": regret(sets[int(np.argmin(predicted))], v)})
     return pd.DataFrame(rows, columns=["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"])
 
@@ -323,28 +324,28 @@ def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Reco
     aligned students chose at their one size where the choices have nothing. Both are empty if there is none. `mixer`
     None takes any.
     """
-    every = list(ledger)
-    groups: dict[str, dict[int, Record]] = {}
-    for record in (r for r in every if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):
+    ledger_records = list(ledger)
+    settings: dict[str, dict[int, Record]] = {}
+    for record in (r for r in ledger_records if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):
         common = {k: v for k, v in record.parameters.items() if k not in ("seed", "aligned")}
-        common["aligned"] = _alignment(record)
-        groups.setdefault(json.dumps(common, sort_keys=True), {})[record.seed] = record
-    if not groups:
+        key = json.dumps(common | {"aligned": _alignment(record)}, sort_keys=True)
+        settings.setdefault(key, {})[record.seed] = record
+    if not settings:
         return [], []
-    best = max(groups.values(), key=lambda g: (sum(len(r.metrics["sets"]) for r in g.values()),
-                                               max(r.started for r in g.values())))
-    records = [best[seed] for seed in sorted(best)]
-    chosen = sorted((r for r in every if r.kind == "choices"), key=lambda r: (len(r.metrics["choices"]), r.started))
-    most = {r.parameters["oracle"]: r for r in chosen}
-    found = [most[r.key] for r in records if r.key in most]
-    known = {(r.seed, c["selector"], len(c["layers"])) for r in found for c in r.metrics["choices"]}
-    for row in (row for r in every if r.kind == "contest" and _alignment(r) == _alignment(records[0])
+    fullest = max(settings.values(), key=lambda group: (sum(len(r.metrics["sets"]) for r in group.values()),
+                                                        max(r.started for r in group.values())))
+    records = [fullest[seed] for seed in sorted(fullest)]
+    by_oracle = {r.parameters["oracle"]: r for r in sorted(
+        (r for r in ledger_records if r.kind == "choices"), key=lambda r: (len(r.metrics["choices"]), r.started))}
+    chosen = [by_oracle[r.key] for r in records if r.key in by_oracle]
+    present = {(r.seed, c["selector"], len(c["layers"])) for r in chosen for c in r.metrics["choices"]}
+    for row in (row for r in ledger_records if r.kind == "contest" and _alignment(r) == _alignment(records[0])
                 for row in r.metrics["rows"]):
-        asked = row["seed"], row["name"], len(row["layers"])
-        if row["seed"] in best and row["name"] in SELECTORS and asked not in known:
-            known.add(asked)
-            found.append({"seed": row["seed"], "choices": [{"selector": row["name"], "layers": row["layers"]}]})
-    return records, found
+        key = row["seed"], row["name"], len(row["layers"])
+        if row["seed"] in fullest and row["name"] in SELECTORS and key not in present:
+            present.add(key)
+            chosen.append({"seed": row["seed"], "choices": [{"selector": row["name"], "layers": row["layers"]}]})
+    return records, chosen
 
 
 def _alignment(record):
@@ -356,30 +357,7 @@ def _depth(v):
     return 1 + max((layers[-1] for layers in v if layers), default=0)
 
 
-def _judged(record, selector, layers):
-    layers = tuple(sorted(layers))
-    row = {"selector": selector, "seed": record.seed, "size": len(layers), "layers": layers}
-    for metric in METRICS:
-        found = values(record, metric)
-        if metric == "kl" or found:
-            rank, count = rank_of(layers, found)
-            row |= {"sets": count, metric: found[layers] if metric == "kl" else 1 - found[layers],
-                    f"{metric}_regret": regret(layers, found), f"{metric}_rank": rank}
-    return row
-
-
-def _kept(row):
-    """What a record keeps of a result of `match_sets`: all but the losses."""
-    kept = {name: row[name] for name in (*_FIGURES, "tokens", "seconds", "error") if name in row}
-    return {"layers": list(row["layers"]), **kept, "curve": [dict(point) for point in row["curve"]]}
-
-
-def _rows(study, seed, tokens, measured):
-    whole = study.tokens(seed, tokens)
-    return Tokens(whole.train, whole.heldout[:measured // whole.context], whole.tokenizer, whole.source, whole.seed)
-
-
-def _known(ledger, common):
-    """{layers: row} of the sets that records have, measured as `common` says."""
-    return {tuple(row["layers"]): row for kind in ("oracle", "oracle_piece")
-            for record in ledger.find(kind, **common) for row in record.metrics["sets"]}
+def _without_losses(row):
+    """What a record holds of a result of `match_sets`."""
+    figures = {name: row[name] for name in (*_FIGURES, "tokens", "seconds", "error") if name in row}
+    return {"layers": list(row["layers"]), **figures, "curve": [dict(point) for point in row["curve"]]}

@@ -1,4 +1,4 @@
-"""The parameters of experiments, which notebooks share."""
+"""The parameters that notebooks share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.models.mixers import MIXERS
 from hybridlib.selection.rules import budget_layers
 
-__all__ = ["RunSettings", "StudySettings", "notebook_settings"]
+__all__ = ["NotebookSettings", "StudySettings", "notebook_settings"]
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """The parameters that every kind of experiment takes.
+class NotebookSettings:
+    """The parameters of every notebook that trains; a notebook's `parameters` cell uses these names.
 
     Parameters
     ----------
     teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
-    context : tokens a row.
-    batch_tokens : tokens a step.
+    context : tokens a row. batch_tokens : tokens a step.
     budget : share (float) or count (int) of softmax layers.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     results : folder of records; ``""`` is ``data/results/local`` of the checkout.
@@ -53,8 +52,8 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class StudySettings(RunSettings):
-    """The parameters of a `Study`, `RunSettings` among them; a notebook's `parameters` cell has the same names.
+class StudySettings(NotebookSettings):
+    """The parameters of a study: those of `NotebookSettings`, and what it trains and measures.
 
     Parameters
     ----------

@@ -229,7 +229,7 @@ def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
     monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
-    kernels._tell.cache_clear()
+    kernels._warn.cache_clear()
     for _ in range(2):
         gated_delta_rule(**inputs)
     said, = caplog.messages

@@ -22,16 +22,13 @@ def rows(*sets, num_layers=12, **columns):
                           "budget": 0.25, "selector": "S", "layers": [tuple(s) for s in sets], "config": "c"})
     for name, value in columns.items():
         frame[name] = value
-    return frame.assign(kept=frame["layers"].map(len))
+    return frame.assign(size=frame["layers"].map(len))
 
 
-def test_layers_are_distinct_and_of_their_teacher_and_their_number_is_the_budget_but_for_one_known_slip():
+def test_layers_are_distinct_and_of_their_teacher():
     assert len(SETS) == 108
     for row in SETS.itertuples():
-        assert row.kept == len(set(row.layers)) and 0 <= min(row.layers) <= max(row.layers) < row.num_layers
-    counted = SETS.dropna(subset=["budget"])
-    wrong = counted[(counted["kept"] - counted["budget"] * counted["num_layers"]).abs() >= 1]
-    assert [(r.teacher, r.selector, r.budget) for r in wrong.itertuples()] == [("Qwen2.5-1.5B-Instruct", "GA-S2", 0.5)]
+        assert row.size == len(set(row.layers)) and 0 <= min(row.layers) <= max(row.layers) < row.num_layers
     assert set(SETS[SETS["budget"].isna()]["selector"]) == {"PostNAS"}
     assert set(SETS["student_mixer"]) == {"gdn", "gla"}
 
@@ -109,71 +106,79 @@ def test_probes_are_compared_for_the_student_of_their_own_mixer():
     assert quarter["jaccard"].tolist() == [pytest.approx(len(a & b) / len(a | b))]
 
 
-def test_mean_agreement_is_symmetric_and_says_where_there_is_none():
+def test_the_agreement_matrix_is_symmetric_and_says_where_there_is_none():
     pairs = pd.DataFrame({"a": ["x", "y", "x"], "b": ["y", "x", "y"], "jaccard": [0.2, 0.4, 0.6]})
-    matrix = published.mean_agreement(pairs, ["x", "y", "z"])
+    matrix = published.agreement_matrix(pairs, ["x", "y", "z"])
     assert matrix[0, 1] == matrix[1, 0] == pytest.approx(0.4) and np.isnan(matrix[0, 2])
     assert matrix.diagonal().tolist() == [1, 1, 1]
 
 
+def test_a_table_of_agreement_has_means_beside_chance():
+    pairs = published.agreements(rows((0, 1, 2), (0, 1, 2), (6, 7, 8), teacher=["a", "b", "c"]), "teacher")
+    table = published.agreement_table(pairs, "selector")
+    assert table.loc["S", ["pairs", "Jaccard", "by chance"]].tolist() == [
+        3, pytest.approx(1 / 3), pytest.approx(agreement.chance_jaccard(12, 3))]
+    assert table.loc["S", "that at most 5% of random sets reach"] == 1  # 1 of 220 sets is the same
+    none = published.agreements(rows((0, 1)), "teacher")
+    assert published.agreement_table(none, "selector").empty
+    assert np.isnan(published.agreement_matrix(none, ["a", "b"])[0, 1])
+
+
 def test_pooled_clustering_is_what_random_draws_give():
-    frame = rows((1, 2, 3, 7), (4, 5, 9), teacher=["a", "b"])
-    text = published.clustering_words(published.clustering(frame))
+    line = published.clustering_table(rows((1, 2, 3, 7), (4, 5, 9), teacher=["a", "b"])).loc["S"]
     random = Random(0)
     draws = [sum(l + 1 in s for k in (4, 3) for s in [set(random.sample(range(12), k))] for l in s)
              for _ in range(20_000)]
-    more = np.mean([d >= 3 for d in draws])
-    said = float(text.split("as many or more in ")[1].split("%")[0])
-    assert "3 pairs of neighbours in 2 sets, 1.5 expected" in text and said == pytest.approx(100 * more, abs=1.2)
-    assert "no more and no less than chance" in text
-    alone = published.clustering_words(published.clustering(rows(*[(0, 1, 2, 3)] * 3)))
-    assert "they **cluster**" in alone
+    assert line[["sets", "pairs", "expected"]].tolist() == [2, 3, 1.5]
+    assert line["as many or more"] == pytest.approx(np.mean([d >= 3 for d in draws]), abs=0.012)
+    assert line["as many or fewer"] == pytest.approx(np.mean([d <= 3 for d in draws]), abs=0.012)
 
 
 def test_each_reported_figure_finds_its_set():
-    table = published.reported(SETS, RESULTS)
+    table = published.with_layers(RESULTS, SETS)
     assert len(table) == len(RESULTS)
     assert set(table[table["layers"].isna()]["selector"]) == {"GR-S2", "AVG-S2"}
     stage_1 = table[table["selector"] == "GA-S1"].iloc[0]
     assert stage_1["layers"] == (0, 1, 27, 24, 25, 2, 26)
-    text = published.report_words(table)
-    assert "**GA-S1** is held to the published set of stage-1 MSE: that they are one is our reading." in text
-    assert "**Without a published set**: GR-S2, AVG-S2." in text
     transferred = table[table["selector"] == "GA-S2 (gdn probe)"].iloc[0]
     own = table[(table["selector"] == "GA-S2") & (table["teacher"] == transferred["teacher"])].iloc[0]
     assert transferred["student_mixer"] == "gla" and transferred["layers"] == own["layers"]
 
 
-def test_sets_of_other_works_are_shown_and_set_beside_the_nearest_of_ours():
+def test_differences_are_those_of_the_same_teacher_student_and_budget():
+    figures = pd.DataFrame({"teacher": "Llama-3.2-3B-Instruct", "student_mixer": "gdn", "budget": 0.25,
+                            "metric": "RULER", "selector": ["GA-S2", "SMART", "AVG-S2"], "value": [0.5, 0.6, 0.4]})
+    table = published.with_layers(pd.concat([figures, figures.head(1).assign(budget=0.5)]), SETS)
+    gaps = published.differences(table)
+    assert gaps["rival"].tolist() == ["SMART", "AVG-S2"] and gaps["difference"].tolist() == pytest.approx([-0.1, 0.1])
+    ours, smart = table["layers"].iloc[0], table["layers"].iloc[1]
+    assert gaps["other layers"][0] == len(set(ours) - set(smart)) and pd.isna(gaps["other layers"][1])
+
+
+def test_sets_of_other_works_are_set_beside_the_nearest_of_ours():
     quarter = published.of_share(SETS, 0.25, "gdn")
     assert set(quarter["budget"]) == {0.25} and set(quarter["probe_mixer"].dropna()) == {"gdn"}
-    placed = published.of_share(SETS, 0.25, "gdn", placed=True)
-    assert placed["selector"].tolist().count("PostNAS") == 1 and len(placed) == len(quarter) + 1
-    assert "PostNAS" not in set(published.of_share(SETS, 0.25, "gla", placed=True)["selector"])
+    with_others = published.of_share(SETS, 0.25, "gdn", others=True)
+    assert with_others["selector"].tolist().count("PostNAS") == 1 and len(with_others) == len(quarter) + 1
+    assert "PostNAS" not in set(published.of_share(SETS, 0.25, "gla", others=True)["selector"])
     ours, theirs = {20, 32, 33, 21, 22, 25, 17, 19, 5}, {17, 20, 32, 5, 16, 19, 21, 22, 25, 27}
-    text = published.placed_words(SETS)
-    assert text.startswith("- **PostNAS** on Qwen2.5-3B-Instruct: 10 of 36 layers") and "\n" not in text
-    assert f"It shares {len(ours & theirs)} layers with the 9 of GA-S2, where random sets share 2.5; under 0.1%" in text
+    line = published.nearest_sets(SETS).loc[0]
+    assert line[["selector", "teacher", "layers", "size", "size of GA-S2", "shared", "expected"]].tolist() == [
+        "PostNAS", "Qwen2.5-3B-Instruct", 36, 10, 9, len(ours & theirs), 2.5] and line["probability"] < 0.001
     frame = rows((0, 1), (0, 1, 2), (4, 5, 6, 7, 8), budget=[np.nan, 0.25, 0.5], probe_mixer=[np.nan, "gdn", "gdn"],
                  selector=["P", "GA-S2", "GA-S2"])
-    assert "It shares 2 layers with the 3 of GA-S2" in published.placed_words(frame)  # the nearer of two
-    assert f"{100 * 3 / 66:.1f}% of them share as many or more." in published.placed_words(frame)
-    assert "shares" not in published.placed_words(frame[:1]) and published.placed_words(frame[1:]) == ""
+    line = published.nearest_sets(frame).loc[0]
+    assert (line["size of GA-S2"], line["shared"]) == (3, 2) and line["probability"] == pytest.approx(3 / 66)
+    assert "shared" not in published.nearest_sets(frame[:1]) and published.nearest_sets(frame[1:]).empty
 
 
-def test_words_follow_the_figures():
-    made_up = pd.DataFrame({"teacher": "Llama-3.2-3B-Instruct", "student_mixer": "gdn", "budget": 0.25,
-                            "selector": ["GA-S2", "SMART", "AR"], "metric": "RULER", "value": [0.5, 0.6, 0.4]})
-    text = published.report_words(published.reported(SETS, made_up))
-    assert "reported in 1 of 2 comparisons on 1 teachers, by \u22120.100 to 0.100" in text
-    assert "in 0 of 1 comparisons" in text
-
-
-def test_slips_are_found_not_listed():
-    assert "Qwen2.5-1.5B-Instruct, GA-S2 at 0.5**: 7 layers, where 14.0 are due; the set of budget 0.25" in \
-        published.slip_words(SETS)
-    frame = rows((5, 1, 3), (1, 5, 7, 3, 9, 2), budget=[0.25, 0.5])
-    assert "all" not in published.slip_words(frame).split("**UNIFORM**")[0]
-    assert "not nested" not in published.slip_words(frame)
-    frame = rows((5, 1, 4), (1, 5, 7, 3, 9, 2), budget=[0.25, 0.5])
-    assert "not nested: t, gdn, S, 0.25 in 0.5" in published.slip_words(frame)
+def test_what_does_not_fit_is_found_not_listed():
+    table = published.consistency(SETS)
+    assert table["fail"].iloc[0] == "Qwen2.5-1.5B-Instruct, GA-S2 at 0.5: 7 layers"
+    assert table.iloc[0][["of", "hold"]].tolist() == [107, 106]
+    count = len(SETS[SETS["selector"] == "UNIFORM"])
+    assert (table["of"].iloc[2:] == count).all() and (table["hold"].iloc[2:] < count).all()  # no one rule
+    table = published.consistency(rows((5, 1, 3), (1, 5, 7, 3, 9, 2), budget=[0.25, 0.5]))
+    assert table["hold"].tolist()[:2] == [2, 1] and set(table["fail"][:2]) == {""}
+    table = published.consistency(rows((5, 1, 4), (1, 5, 7, 3, 9, 2), budget=[0.25, 0.5]))
+    assert table["fail"].iloc[1] == "t, gdn, S: 0.25 in 0.5"

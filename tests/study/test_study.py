@@ -9,7 +9,7 @@ import pytest
 
 import hybridlib as hl
 from hybridlib.selection.engine import measure as candidates_module
-from hybridlib.study import study as study_module
+from hybridlib.study import settings as settings_module, study as study_module
 
 SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
              heldout_tokens=64, seeds=2, recall_pairs=2, budget=0.34, device="cpu")
@@ -57,8 +57,8 @@ def test_recompute_runs_each_step_once_more_with_the_same_numbers(small_study):
 @pytest.mark.parametrize("stage", ["align", "hybrid"])
 def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkeypatch, stage):
     every = dict(checkpoint_every=64)
-    monkeypatch.setattr(study_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
-    monkeypatch.setattr(study_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
+    monkeypatch.setattr(settings_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
+    monkeypatch.setattr(settings_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
     whole = small_study(results=str(tmp_path / "whole")).hybrid([1])
     rows, left = hl.Tokens.rows, [3 if stage == "align" else 4 + 1]  # training steps until the kill; align takes 4
 

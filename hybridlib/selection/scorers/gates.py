@@ -7,7 +7,6 @@ slope at one of these two, or along the diagonal between them; `learned_gates` g
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int, check_number
-from hybridlib.distill.loop import train_steps
+from hybridlib.distill.loop import Run, train_steps
 from hybridlib.distill.objectives import divergence_from_hidden
-from hybridlib.distill.settings import DistillationDiverged, MatchSettings
-from hybridlib.distill.stages import matching_loss
-from hybridlib.models.branches import gated_model, set_gates
+from hybridlib.distill.settings import MatchSettings
+from hybridlib.distill.stages import matching_loss, weight_groups
+from hybridlib.models.branches import GatedAttention, both_branches, gated_model, set_gates
 from hybridlib.models.passes import last_hidden
 from hybridlib.selection.cost import Meter, forward_flops, training_flops
 from hybridlib.selection.rules import budget_layers
@@ -105,7 +104,8 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     for ids in tqdm(batches, desc="gate gradient", unit="batch", leave=False):
         ids = ids.to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and order == 1):
-            target = _hidden(teacher, ids)
+            with torch.no_grad():
+                target = last_hidden(teacher, ids)
             slope = sum(slope_at(target, ids, gates) for gates in points) / len(points)
             if order == 2:
                 rise = [slope_at(target, ids, corner + step)[l] - slope_at(target, ids, corner - step)[l]
@@ -214,66 +214,67 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     settings = settings or GateSettings()
     num_layers = student.config.num_hidden_layers
     count = budget_layers(budget, num_layers)
-    take = _training_rows(tokens)
-    context = take(0, 1).shape[1]
-    check_int("num_tokens", num_tokens, context)
-    check_int("skip", skip, 0, context - 1)
+    rows = tokens if hasattr(tokens, "rows") else _RowsInTurn(_check_rows(tokens))
+    check_int("num_tokens", num_tokens, rows.context)
+    check_int("skip", skip, 0, rows.context - 1)
     meter, model = Meter(teacher, student), gated_model(student, teacher)
-    device = next(student.parameters()).device
-    rows = max(1, settings.batch_tokens // context)
     start = min(0.9, count / num_layers) if settings.start is None else settings.start
-    a = torch.full((num_layers,), math.log(start / (1 - start)), device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([a], lr=settings.learning_rate)
-    seen, kl, total = [], [], []
-    with tqdm(range(max(1, num_tokens // (rows * context))), desc="gates", unit="step", leave=False) as bar:
-        for step in bar:
-            ids, g = take(step * rows, rows).to(device), a.sigmoid()
-            set_gates(model, g)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                divergence = _divergence(model, teacher, skip, _hidden(teacher, ids), ids)
-            loss = divergence + settings.penalty * ((g.sum() - count) / num_layers) ** 2
-            if not bool(loss.isfinite()):
-                raise DistillationDiverged(f"learned_gates met a loss that is not finite at step {step}; "
-                                           "try a lower learning rate or look for such numbers in the student")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen.append((step + 1) * rows * context)
-            kl.append(divergence.item())
-            total.append(g.sum().item())
-            bar.set_postfix(kl=f"{kl[-1]:.4f}", total=f"{total[-1]:.2f}")
-    gates = tuple(a.detach().sigmoid().tolist())
-    meter.forward(teacher, seen[-1], context)
-    meter.train(model, seen[-1], context, frozen=True)
+    a = torch.full((num_layers,), math.log(start / (1 - start)), device=next(student.parameters()).device,
+                   requires_grad=True)
+    total = []
+
+    def step_loss(share, ids):
+        g = a.sigmoid()
+        set_gates(model, g)
+        with torch.no_grad():
+            target = last_hidden(teacher, ids)
+        divergence = _divergence(model, teacher, skip, target, ids)
+        (divergence + settings.penalty * ((g.sum() - count) / num_layers) ** 2).backward()
+        total.append(g.detach().sum())
+        return {None: divergence.detach()}
+
+    adam = MatchSettings(batch_tokens=settings.batch_tokens, warmup=0.0, betas=(0.9, 0.999), clip=1e30)  # no clipping
+    run = Run("learned gates", rows, num_tokens, adam, [([("the gates", a)], settings.learning_rate)], step_loss)
+    with tqdm(total=run.steps * run.step_tokens, desc="gates", unit="tok", unit_scale=True, leave=False) as bar:
+        run.train(run.steps, bar=bar)
+    if run.errors:
+        raise run.errors[0]
+    history, gates = run.histories[0], tuple(a.detach().sigmoid().tolist())
+    meter.forward(teacher, history.tokens[-1], rows.context)
+    meter.train(model, history.tokens[-1], rows.context, frozen=True)
     cost = meter.cost()
     scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, cost.training_tokens,
                          cost.seconds, cost)
-    return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(seen), tuple(kl), tuple(total))
+    return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(history.tokens), tuple(history.losses),
+                        tuple(torch.stack(total).tolist()))
+
+
+class _RowsInTurn:
+    """Rows of ids (rows, context) as `Run` reads a corpus, over and over in their order."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids, self.context = ids, ids.shape[1]
+
+    def rows(self, position: int, count: int) -> torch.Tensor:
+        return self.ids[torch.arange(position, position + count) % len(self.ids)].long()
 
 
 def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
     """A gated model of weights of its own, after a stage 2 in which row i has the gate of layer i mod L open."""
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
-    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
+    model = both_branches(student, teacher, GatedAttention)
     turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
-    opened_loss = matching_loss(model, teacher, settings)
 
-    def step_loss(share, rows):
-        set_gates(model, torch.stack([next(turns) for _ in rows], 1))
-        return opened_loss(share, rows)
+    def outputs(ids):
+        set_gates(model, torch.stack([next(turns) for _ in ids], 1))
+        return [(last_hidden(model, ids), model.lm_head.weight)]
 
-    named = list(model.named_parameters())
-    groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)
-              for linear, rate in ((True, settings.mixer_learning_rate), (False, settings.learning_rate))]
-    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
+    groups = weight_groups(model.named_parameters(), lambda name: ".self_attn.linear." in name, settings)
+    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups,
+                        matching_loss(outputs, teacher, settings)).tokens[-1]
     meter.forward(teacher, spent, tokens.context)
     meter.train(model, spent, tokens.context)
-    return model.requires_grad_(False)
-
-
-@torch.no_grad()
-def _hidden(model, ids):
-    return last_hidden(model, ids)
+    return model.eval().requires_grad_(False)
 
 
 def _divergence(model, teacher, skip, target, ids):
@@ -301,14 +302,6 @@ def _rows(tokens, num_tokens):
         return rows
     check_int("num_tokens", num_tokens, rows.shape[1])
     return rows[:num_tokens // rows.shape[1]]
-
-
-def _training_rows(tokens):
-    """take(position, count): rows of the endless training order, (count, context), int64."""
-    if hasattr(tokens, "rows"):
-        return tokens.rows
-    rows = _check_rows(tokens)
-    return lambda position, count: rows[torch.arange(position, position + count) % len(rows)].long()
 
 
 def _check_rows(rows):
