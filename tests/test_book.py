@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text(encoding="utf-8"))
-INTERNAL = {"style", "eager", "flash_qla"}  # the look of figures, and peers: nothing that a reader of the book calls
+INTERNAL = {"style"}  # the look of figures: nothing that a reader of the book calls
 EXTERNAL = re.compile(r"(https?:)?//", re.IGNORECASE)
 
 

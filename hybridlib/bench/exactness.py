@@ -105,21 +105,21 @@ def measure_exactness(bench: Bench, operator: str, backend: str, cases: Iterable
     check_choice("operator", operator, _FUNCTIONS)
     check_choice("backend", backend, EXACT)
     dtype, device = bench.dtype, bench.device
-    chosen = cases_for(operator, backend, dtype, cases)
-    if not chosen:
+    allowed = cases_for(operator, backend, dtype, cases)
+    if not allowed:
         raise ValueError(f"cases={list(cases)!r} has none that {backend!r} takes in {dtype}; see cases_for")
     truths = {} if truths is None else truths
     parameters = {"operator": operator, "backend": backend, "dtype": dtype,
-                  "cases": {name: str(case) for name, case in chosen.items()}}
+                  "cases": {name: str(case) for name, case in allowed.items()}}
     if backend == "fused" and "triton" in (versions := software_versions()):
         parameters["triton"] = versions["triton"]  # another compiler, other kernels
 
     def compute():
-        reason = refusal(operator, backend, next(iter(chosen.values())).key_dim, dtype, device)
+        reason = refusal(operator, backend, next(iter(allowed.values())).key_dim, dtype, device)
         if reason is not None:
             return {"reason": reason}
         errors, equal, reasons = {}, {}, {}
-        for name, case in chosen.items():
+        for name, case in allowed.items():
             try:
                 if name not in truths:
                     truths[name] = _Answers(operator, case, dtype, device)
@@ -145,7 +145,7 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
 
     Raises ValueError for an unknown name.
     """
-    chosen = {}
+    allowed = {}
     for name in names:
         check_choice("cases", name, CASES)
         case = CASES[name]
@@ -157,8 +157,8 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
                     or backend == "flash_qla" and (operator != "gated_delta_rule" or dtype == "float32" or case.borders
                                                    or (case.key_dim, case.value_dim) != (128, 128)))
         if not excluded:
-            chosen[name] = case
-    return chosen
+            allowed[name] = case
+    return allowed
 
 
 def error_bound(backend: str, dtype: str) -> float:

@@ -7,9 +7,9 @@ their times add up to more than the call's.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from hybridlib import kernels
 from hybridlib.bench.operators import (DIRECTIONS, OPERATORS, calls_in_turn, check_shape, operator_inputs,
                                        operator_with)
-from hybridlib.bench.timing import Bench, time_calls, time_copy, wait
+from hybridlib.bench.timing import Bench, time_calls, wait
 from hybridlib.checks import check_choice
 from hybridlib.kernels.fused import launch
 
@@ -34,9 +34,8 @@ def time_kernels(bench: Bench, operator: str, shape: Iterable[int]) -> dict:
     `operator` is ``"gated_delta_rule"`` or ``"gated_linear_attention"``; inputs of `shape` (batch, time, heads, dim)
     are those of `time_operator`, several sets in turn. torch's profiler sees `bench.repeats` calls.
 
-    Metrics: ``kernels``, a dict a launch in order, that of `watch_launches` with ``pass`` ("forward" or "backward"),
-    ``seconds`` with quartiles ``low`` and ``high``, and ``floor_seconds``, its bytes over the speed of `time_copy`;
-    ``kernel_seconds``, the sum of their medians; ``other_seconds`` of other work on the GPU in a call; ``gpu_seconds``
+    Metrics: ``kernels``, a dict a launch in order, that of `watch_launches` with ``pass`` ("forward" or "backward")
+    and ``seconds`` with quartiles ``low`` and ``high``; ``kernel_seconds``, the sum of their medians; ``gpu_seconds``
     of the whole call in a CUDA graph.
 
     Raises ValueError for a bad argument.
@@ -50,18 +49,14 @@ def time_kernels(bench: Bench, operator: str, shape: Iterable[int]) -> dict:
         device, reason = bench.device, _why_not(bench.device)
         if reason is not None:
             return {"reason": reason}
-        bandwidth = time_copy(replace(bench, recompute=False))["bytes_per_second"]
         calls = calls_in_turn(operator, "fused", shape, DIRECTIONS[1], bench.dtype, device)
         before, launch.override_follows = launch.override_follows, False  # each kernel has the GPU to itself
         try:
             launches = _launches(operator, operator_inputs(operator, shape, bench.dtype, device))
-            other_seconds = _add_times(launches, calls, device, bench.repeats)
+            _add_times(launches, calls, device, bench.repeats)
         finally:
             launch.override_follows = before
-        for kernel in launches:
-            kernel["floor_seconds"] = kernel["bytes"] / bandwidth
         return {"kernels": launches, "kernel_seconds": sum(kernel["seconds"] for kernel in launches),
-                "other_seconds": other_seconds,
                 **time_calls(calls, device, repeats=bench.repeats, launched=False)}
 
     return bench.record("kernel_speed", parameters, compute)
@@ -83,7 +78,7 @@ def _launches(operator, tensors):
 
 
 def _add_times(launches, calls, device, repeats):
-    """Give each launch its ``seconds``, ``low`` and ``high``; the seconds of a call's other work on the GPU."""
+    """Give each launch its ``seconds``, ``low`` and ``high``, by torch's profiler, in place of its ``symbol``."""
     for call in calls:  # compiles
         call()
     wait(device)
@@ -94,17 +89,16 @@ def _add_times(launches, calls, device, repeats):
     events = sorted((event.time_range.start, event.name, 1e-6 * event.time_range.elapsed_us())
                     for event in profiler.events() if event.device_type == DeviceType.CUDA)
     symbols = [one.pop("symbol") for one in launches]
-    own = [(name, seconds) for _, name, seconds in events if name in symbols]
-    times = split_calls([name for name, _ in own], [seconds for _, seconds in own], symbols)
+    names, seconds = zip(*((name, seconds) for _, name, seconds in events if name in symbols))
+    times = split_calls(names, seconds, symbols)
     for one, (low, median, high) in zip(launches, np.quantile(times, (0.25, 0.5, 0.75), axis=0).T):
         one |= {"seconds": float(median), "low": float(low), "high": float(high)}
-    return sum(seconds for _, name, seconds in events if name not in symbols) / repeats
 
 
 def split_calls(names: Sequence[str], seconds: Sequence[float], call: Sequence[str]) -> np.ndarray:
     """The times of kernels that ran one after another as (calls, kernels of a call), from the last call back.
 
-    A first call that was not seen whole is left out. Raises RuntimeError if `names` is not `call` over and over.
+    An incomplete first call is left out. Raises RuntimeError if `names` is not `call` over and over.
     """
     count = len(names) // len(call)
     size = count * len(call)
@@ -117,10 +111,9 @@ def split_calls(names: Sequence[str], seconds: Sequence[float], call: Sequence[s
 def watch_launches(operator: str) -> Iterator[list[dict]]:
     """Within the block, a list that gets a dict for each launch of an operator's kernels.
 
-    ``name`` ("delta_rule.scan"); ``symbol``, its function on the GPU; ``programs``, and ``warps`` of each;
-    ``registers`` a thread, ``spills`` (numbers of 4 bytes that a thread keeps in memory instead) and bytes of
-    ``shared`` memory (all three None in Triton's interpreter); ``flops`` (`product_flops`); and ``bytes``, the least
-    that the kernel can move: every tensor once, twice if it is read and then replaced.
+    ``name`` ("delta_rule.scan"); ``symbol``, its function on the GPU; ``programs``; ``registers`` a thread (None in
+    Triton's interpreter); ``flops`` (`product_flops`); and ``bytes``, the least that the kernel can move: every tensor
+    once, twice if it is read and then replaced.
     """
     launches, before = [], launch.watch
 
@@ -129,9 +122,8 @@ def watch_launches(operator: str) -> Iterator[list[dict]]:
         name = f"{operator.removeprefix('gated_')}.{kernel.fn.__name__.removeprefix('_')}"
         tensors = {key: x for key, x in named.items() if isinstance(x, torch.Tensor)}
         launches.append({"name": name, "symbol": getattr(compiled, "name", kernel.fn.__name__),
-                         "programs": grid[0] * grid[1] * grid[2], "warps": use.warps,
-                         "registers": getattr(compiled, "n_regs", None), "spills": getattr(compiled, "n_spills", None),
-                         "shared": compiled and compiled.metadata.shared, "flops": product_flops(name, named),
+                         "programs": math.prod(grid), "registers": getattr(compiled, "n_regs", None),
+                         "flops": product_flops(name, named),
                          "bytes": sum(_moved_bytes(name, key, x, named) for key, x in tensors.items())})
 
     launch.watch = watch

@@ -44,7 +44,7 @@ def time_objective(bench: Bench, implementation: str, shape: Iterable[int], dire
     implementation : one of `IMPLEMENTATIONS`.
     shape : (tokens, width, vocab); teacher and student have the same width.
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of the student's two tensors.
-    truths : a dict of truths by shape that the next implementation can share, if given.
+    truths : a dict of truths by shape that the next implementation can share.
 
     Metrics: the timing of `time_calls`, of one set of inputs, since logits are larger than any cache; ``peak_bytes``
     held beyond the inputs, logits and gradients included; ``errors``, by `relative_error`, of the ``loss`` and, with

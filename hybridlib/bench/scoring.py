@@ -36,8 +36,7 @@ from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.study.contest import SelectorSettings
 from hybridlib.study.study import Study, StudyRecords
 
-__all__ = ["CostSettings", "ENGINES", "compare_engines", "loop_rankings", "loop_words", "recorded_scoring_speed",
-           "repeat_pairs"]
+__all__ = ["CostSettings", "ENGINES", "compare_engines", "recorded_scoring_speed", "repeat_pairs"]
 
 #: the loops that can be compared, the plain one first
 ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, with early stopping",
@@ -84,29 +83,23 @@ class CostSettings(SelectorSettings):
 def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
     """Score all layers, by adding, by each loop of a study's `CostSettings`. Record kind ``"scoring_speed"``.
 
-    ``"plain"``
-        The loop without an engine: for each layer ``restore``, ``match`` and ``heldout_kl``. Every candidate has its
-        own pass of the teacher over the rows that it trains on and is measured on; nothing is compiled or recorded.
-        Operators and objective are hybridlib's own, so that the comparison is of the scoring and not of the step.
-    ``"engine"``
-        `score_layers` as a `Study` calls it: the teacher's states shared, steps compiled and recorded on a GPU, layers
-        trained together where `Engine.group_of` says so, and stopped by `EarlyStop`. Every candidate is a record on
-        disk, and checkpoints are written where a study's are; both are thrown away after.
-    ``"shared"``, ``"recorded"``, ``"together"``
-        The same without early stopping, to see the share of each part: states shared, nothing else; steps compiled
-        and recorded, too (left out on a CPU, where it changes nothing); or all layers, or as many as memory holds, in
-        one stacked model (recorded on a GPU).
-    ``"workers"``
-        As ``"recorded"`` (on a CPU, ``"shared"``), by processes on this machine, each with a GPU of its own. The time
-        to start a process and load the inputs is ``start_seconds``, not in ``seconds``.
+    - ``"plain"``: for each layer ``restore``, ``match`` and ``heldout_kl``, each with its own passes of the teacher,
+      nothing compiled or recorded; hybridlib's own operators and objective, so that scoring is compared, not steps.
+    - ``"engine"``: `score_layers` as a `Study` calls it, the teacher's states shared, steps compiled and recorded on a
+      GPU, layers trained together as `Engine.group_of` says, and stopped by `EarlyStop`. Records and checkpoints are
+      written as a study's are, and thrown away after.
+    - ``"shared"``, ``"recorded"``, ``"together"``: the same without early stopping, to see the share of each part:
+      states shared, nothing else; steps compiled and recorded, too (left out on a CPU, where it changes nothing); or
+      all layers, or as many as memory holds, in one stacked model (recorded on a GPU).
+    - ``"workers"``: as ``"recorded"`` (on a CPU, ``"shared"``), by processes on this machine, each with a GPU of its
+      own. The time to start them and load the inputs is ``start_seconds``, not in ``seconds``.
 
     `workers` : processes, at most one a GPU; 0 for as many as there are GPUs.
 
-    A row a loop, in the order of `ENGINES`; none if the settings name none. Metrics: ``seconds``, from the aligned
-    student of seed 0 to the last score, compiling included; ``tokens`` of training; ``values``, ``history`` and
-    ``history_tokens`` as in `LayerScores`; ``group``; ``peak_bytes``, the peak of memory as in `Cost`. A step and a
-    measurement before it load kernels and memory that all loops need, in each worker too. A loop that cannot run has
-    its ``reason`` instead of numbers. Raises ValueError for a number of workers that this machine cannot have.
+    A row a loop, in the order of `ENGINES`. Metrics: ``seconds``, from the aligned student of seed 0 to the last score,
+    compiling included, after a step and a measurement that load what all loops need; ``tokens`` of training;
+    ``values``, ``history`` and ``history_tokens`` as in `LayerScores`; ``peak_bytes``, the peak of memory as in `Cost`.
+    Raises ValueError for a number of workers that this machine cannot have.
     """
     s, device = study.settings, study.teacher.model.device
     count = count_workers(workers, device) if "workers" in s.engine_loops else 0
@@ -224,40 +217,28 @@ def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
     return [pd.DataFrame([group[loop] for loop in ENGINES if loop in group]) for group in groups.values()]
 
 
-def loop_rankings(ledger: Ledger, teacher: str, mixer: str = "gdn") -> dict[tuple[int, float], tuple]:
-    """GA-S2 of a teacher by the plain loop and by recorded steps, which differ by rounding.
-
-    (tokens of a candidate, rate of its mixers) -> the values of the plain loop and of the other, wherever both are
-    recorded. The pair most alike comes last.
-    """
-    pairs = {}
-    for frame in recorded_scoring_speed(ledger):
-        rows = frame[frame["reason"].isna()].set_index("loop")
-        first = frame.iloc[0]
-        if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
-                and {"plain", "recorded"} <= set(rows.index)):
-            pairs[int(first["num_tokens"]), first["settings"]["mixer_learning_rate"]] = tuple(
-                rows.loc[loop, "values"] for loop in ("plain", "recorded"))
-    return dict(sorted(pairs.items(), key=lambda item: spearman(*item[1])))
-
-
-def loop_words(num_tokens: int, rate: float) -> str:
-    """A label of a key of `loop_rankings`."""
-    return f"{num_tokens:,} tokens, mixers at {np.format_float_scientific(rate, trim='-', exp_digits=1)}"
-
-
 def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher: str,
                  mixer: str = "gdn") -> dict[str, tuple]:
-    """Pairs of scores, label -> (values, values): GA-S2 with itself (`loop_rankings`), and each of `scores` with GA-S2.
+    """Pairs of scores, label -> (values, values): GA-S2 of a teacher with itself, and each of `scores` with GA-S2.
 
-    `scores` : title -> a number a layer, of a contest. They stand beside the plain loop of the comparison in which two
-    loops rank layers most alike: the steadier GA-S2, where there are several.
+    GA-S2 repeats itself in the plain loop and the one of recorded steps, which differ by rounding, wherever both are
+    recorded; labels name the tokens of a candidate and the rate of its mixers, and the pair most alike comes last.
+    `scores` (title -> a number a layer, of a contest) stand beside the plain loop of that pair: the steadier GA-S2,
+    where there are several.
     """
-    repeats = {loop_words(*key): pair for key, pair in loop_rankings(ledger, teacher, mixer).items()}
+    repeats = {}
+    for frame in recorded_scoring_speed(ledger):
+        first, rows = frame.iloc[0], frame[frame["reason"].isna()].set_index("loop")
+        if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
+                and {"plain", "recorded"} <= set(rows.index)):
+            rate = np.format_float_scientific(first["settings"]["mixer_learning_rate"], trim="-", exp_digits=1)
+            repeats[f"{first['num_tokens']:,} tokens, mixers at {rate}"] = tuple(
+                rows.loc[["plain", "recorded"], "values"])
     if not repeats:
         return {}
+    repeats = dict(sorted(repeats.items(), key=lambda item: spearman(*item[1])))
     best = list(repeats)[-1]
     titles = {"GA-S2": "the contest's GA-S2"}  # another run than the one that it is compared with
     other = f"the {'steadier ' * (len(repeats) > 1)}GA-S2 ({best})"
-    return ({f"GA-S2 with itself: {title}": pair for title, pair in repeats.items()}
+    return ({f"GA-S2 with itself: {label}": pair for label, pair in repeats.items()}
             | {f"{titles.get(title, title)} with {other}": (own, repeats[best][0]) for title, own in scores.items()})

@@ -201,19 +201,9 @@ def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
         latest = {}
         for r in ledger.find(kind):
             question = sorted(item for item in r.parameters.items() if item[0] not in _EFFORT)
-            metrics = _with_floor(r.metrics, copies.get(r.parameters.get("device")))
-            latest[repr(question)] = r.parameters | metrics | {"commit": r.commit}
+            row = r.parameters | r.metrics | {"commit": r.commit}
+            if "floor_seconds" in row and row["device"] in copies:
+                row["floor_seconds"] = row["floor_bytes"] / copies[row["device"]]["bytes_per_second"]
+            latest[repr(question)] = row
         tables[name] = pd.DataFrame(list(latest.values()))
     return tables
-
-
-def _with_floor(metrics, copy):
-    """Metrics, those of each kernel too, with ``floor_seconds`` by the speed of `copy`."""
-    if copy is None:
-        return metrics
-    if "kernels" in metrics:
-        metrics = metrics | {"kernels": [_with_floor(one, copy) for one in metrics["kernels"]]}
-    if "floor_seconds" in metrics:
-        count = metrics.get("floor_bytes", metrics.get("bytes"))
-        metrics = metrics | {"floor_seconds": count / copy["bytes_per_second"]}
-    return metrics

@@ -44,9 +44,9 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, *, stage: str = "m
         mixers by `plain_backend`, one backward pass for all layers, torch's default AdamW.
     batch_tokens : tokens a step. steps : to run; on a GPU at least 6, of which the first four, where a step is
         recorded, are not timed. Both loops see the same rows and rates.
-    align_tokens : of stage 1, by `align` in steps of `batch_tokens`, before the student of ``"match"`` is made, which
-        is the same for both loops; 0 leaves it as `linearize` makes it. Neither timed nor counted as memory.
-    aligned : a dict of the mixers that `align` trained, which the next loop can share, if given.
+    align_tokens : of stage 1, by `align` in steps of `batch_tokens`, for the student that both loops of ``"match"``
+        begin with; 0 leaves it as `linearize` makes it. Neither timed nor counted as memory.
+    aligned : a dict of the mixers that `align` trained, which the next loop can share.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
     e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``. Of the plain loop also ``noise_loss``, the

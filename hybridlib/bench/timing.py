@@ -33,11 +33,9 @@ class Bench:
 
     Parameters
     ----------
-    ledger : of the records.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``; a `torch.device` afterwards.
     dtype : of inputs; ``"auto"`` becomes bfloat16 on a GPU and float32 on a CPU.
-    repeats, max_seconds : of `time_calls`.
-    recompute : measure again, replacing records.
+    repeats, max_seconds : of `time_calls`. recompute : measure again, replacing records.
 
     Raises ValueError for a value out of range.
     """

@@ -3,9 +3,9 @@
 Its kernels are written in Triton: they need an NVIDIA GPU, and `import fla` fails where triton is missing. `why_not`
 says so before anything is imported.
 
-Where FlashQLA is installed too, flash-linear-attention hands it the gated delta rule at dims of 128, whichever of the
-two was imported first. It reads in an environment variable, at each call, whether it may; here it may not, so that what
-runs is always its own.
+Where FlashQLA is installed too, flash-linear-attention hands it the gated delta rule at dims of 128, unless an
+environment variable, which it reads at each call, forbids it. The adapter sets that variable for its calls, so that
+flash-linear-attention always runs its own kernels.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def early_stop_table(frames: Sequence[pd.DataFrame], path: str | Path | None = N
         k = budget_layers(engine["early_stop"]["budget"], len(plain["values"]))
         rows.append(_question(frame) | {
             "settled": f"{points[-engine['early_stop']['window']] / whole:.0%}" if early else "not before the end",
-            "seen after": f"{points[-1] / whole:.0%}",
+            "stopped after": f"{points[-1] / whole:.0%}",
             "tokens saved": f"{1 - engine['tokens'] / plain['tokens']:.0%}",
             "Jaccard": f"{top_k_jaccard(engine['values'], plain['values'], k):.2f}"})
     return pd.DataFrame(rows).fillna(_NONE).set_index("teacher")

@@ -69,7 +69,7 @@ def record_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _best(rows):
-    """Seconds on the GPU where they are known, else as launched."""
+    """Seconds on the GPU where it was timed, else as launched."""
     return rows["gpu_seconds"].fillna(rows["seconds"]).astype(float)
 
 
@@ -181,7 +181,7 @@ def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Decoding with ``label`` (share of softmax layers), MiB of the cache and by type of layer, tokens a second.
 
     ``cache_of_teacher`` and ``speed_of_teacher`` are shares of the teacher's at the same context, the speed by GPU time
-    where it is known.
+    where it was timed.
     """
     rows = measured(frame).reset_index(drop=True)
     if rows.empty:

@@ -105,7 +105,7 @@ def test_first_launches_and_later_ones_are_watched():
         pass
 
     class Compiled:
-        name, n_regs, n_spills, metadata = "_invert_on_gpu", 96, 2, SimpleNamespace(shared=512)
+        name, n_regs = "_invert_on_gpu", 96
 
         def __getitem__(self, grid):
             return lambda *arguments: ran.append((grid, len(arguments)))
@@ -125,8 +125,8 @@ def test_first_launches_and_later_ones_are_watched():
     launch.Place.launch(place, kernel, use, (3, 4, 1), *arguments)
     assert ran == [(1, 2), ((3, 4, 1), 7), ((3, 4, 1), 7)] and len(seen) == 2 and seen[0] == seen[1]
     flops = 2 * (10 * 16**2 * 16 + 40 * 16**3) * 2 * 2 * 3  # 2 sequences of 2 chunks, 3 heads
-    assert seen[0] == {"name": "delta_rule.invert", "symbol": "_invert_on_gpu", "programs": 12, "warps": 1,
-                       "registers": 96, "spills": 2, "shared": 512, "flops": flops, "bytes": 20}
+    assert seen[0] == {"name": "delta_rule.invert", "symbol": "_invert_on_gpu", "programs": 12,
+                       "registers": 96, "flops": flops, "bytes": 20}
 
 
 def test_calls_are_taken_apart_from_the_last_one_back():
@@ -153,30 +153,27 @@ class Seen:
     def events(self):
         for i in reversed(range(4)):  # in no order
             scan = 1 + i if i < 3 else 12
-            for name, start, length in (("_outputs", 12, 2), ("Memset (Device)", 1, 0.5), ("_scan", 2, scan)):
+            for name, start, length in (("_outputs", 12, 2), ("Memset (Device)", 1, 5), ("_scan", 2, scan)):
                 span = Interval(100 * i + start, 100 * i + start + length)
                 yield SimpleNamespace(name=name, device_type=DeviceType.CUDA, time_range=span)
         yield SimpleNamespace(name="_scan", device_type=DeviceType.CPU, time_range=Interval(0, 1000))
 
 
-def test_times_of_a_call_are_medians_beside_what_each_kernel_could_do(bench, monkeypatch):
+def test_times_of_a_call_are_medians(bench, monkeypatch):
     one = {"pass": "forward", "programs": 144}
-    launches = [one | {"symbol": "_scan", "name": "linear_attention.scan", "bytes": 6000},
-                one | {"symbol": "_outputs", "name": "linear_attention.outputs", "bytes": 9}]
+    launches = [one | {"symbol": "_scan"}, one | {"symbol": "_outputs"}]
     runs, before = [], launch.override_follows
     for name, value in (("_why_not", lambda device: None), ("profile", Seen),
                         ("_launches", lambda *call: [dict(one) for one in launches]),
                         ("calls_in_turn", lambda *call: [lambda i=i: runs.append(i) for i in range(3)]),
-                        ("time_calls", lambda calls, device, **how: {"gpu_seconds": 6e-6}),
-                        ("time_copy", lambda bench: {"bytes_per_second": 3e9})):
+                        ("time_calls", lambda calls, device, **how: {"gpu_seconds": 6e-6})):
         monkeypatch.setattr(kernel_times, name, value)
     call = dataclasses.replace(bench, repeats=4, recompute=True), "gated_linear_attention", (1, 64, 1, 64)
     row = kernel_times.time_kernels(*call)
     assert runs == [0, 1, 2, 0, 1, 2, 0]  # the first three compile
     scan, outputs = row["kernels"]
     assert [scan[name] for name in ("low", "seconds", "high")] == pytest.approx([1.75e-6, 2.5e-6, 5.25e-6])
-    assert scan["floor_seconds"] == pytest.approx(2e-6) and "symbol" not in scan
-    assert (row["kernel_seconds"], row["other_seconds"]) == (pytest.approx(4.5e-6), pytest.approx(0.5e-6))
+    assert "symbol" not in scan and row["kernel_seconds"] == pytest.approx(4.5e-6) and outputs["low"] > 0
     assert row["gpu_seconds"] == 6e-6 and launch.override_follows is before
     monkeypatch.setattr(kernel_times, "_launches", lambda *call: 1 / launch.override_follows)
     assert kernel_times.time_kernels(*call)["reason"] == "ZeroDivisionError: division by zero"
@@ -209,10 +206,9 @@ def test_the_kernels_of_a_call_take_as_long_as_the_call(tmp_path, operator):
     assert row["reason"] is None and 0.5 * row["gpu_seconds"] < row["kernel_seconds"] < 1.3 * row["gpu_seconds"]
     forward = 3 if operator == "gated_delta_rule" else 2
     assert [one["pass"] for one in row["kernels"]] == ["forward"] * forward + ["backward"] * 2
-    assert row["other_seconds"] < 0.2 * row["kernel_seconds"]
     for one in row["kernels"]:
         assert one["low"] <= one["seconds"] <= one["high"] and one["registers"] >= 16
-        assert 0 < one["floor_seconds"] and one["flops"] > 0
+        assert one["bytes"] > 0 and one["flops"] > 0
     assert row["kernels"][0]["programs"] == (4 * 8 * 40 if operator == "gated_delta_rule" else 4 * 40)
 
 

@@ -53,10 +53,10 @@ def test_every_loop_gives_the_same_scores_and_is_a_record(study, compared, monke
 def test_the_engine_is_timed_with_its_records_on_disk(study, compared, monkeypatch):
     score, candidates = scoring.score_layers, []
 
-    def scored(*args, records, checkpoints, **options):
-        scores = score(*args, records=records, checkpoints=checkpoints, **options)
-        ledger = records.study.ledger
-        assert checkpoints.parent == ledger.folder and ledger.folder.parent == study.ledger.folder
+    def scored(*args, engine, **options):
+        scores = score(*args, engine=engine, **options)
+        ledger = engine.records.study.ledger
+        assert engine.checkpoints.parent == ledger.folder and ledger.folder.parent == study.ledger.folder
         candidates.extend(ledger.find("candidate"))
         return scores
 

@@ -84,10 +84,6 @@ def test_floors_are_those_of_the_latest_copy(bench):
     bench.ledger.add("copy_speed", copied.parameters, copied.metrics | {"bytes_per_second": 5.0}, seconds=1.0)
     row, = speed.recorded_speed(bench.ledger)["operators"].to_dict("records")
     assert row["floor_seconds"] == row["floor_bytes"] / 5
-    metrics = {"kernels": [{"bytes": 10, "floor_seconds": 1.0}, {"bytes": 20}], "reason": None}
-    assert speed._with_floor(metrics, {"bytes_per_second": 5.0})["kernels"] == [
-        {"bytes": 10, "floor_seconds": 2.0}, {"bytes": 20}]
-    assert speed._with_floor(metrics, None) == metrics
 
 
 def test_auto_takes_first_the_backend_that_records_show_fastest():
