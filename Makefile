@@ -1,6 +1,6 @@
 # make book   run the notebooks, render the book to book/_build/html
 # make test   run the tests
-# make lint   check the style
+# make lint   check the style and the types
 # make clean  remove executed notebooks and rendered pages (records stay)
 #
 # Each makes the environment it needs in .venv, from pyproject.toml and constraints.txt, when one of them has changed.
@@ -9,7 +9,7 @@
 #                                           there takes its profile from it)
 #   make book PARAMETERS="-p budget 0.5"    parameters for papermill, above the profile
 #   make book TORCH_INDEX=                  torch from the default index (on Linux: the CUDA build, several GB)
-#   make test TESTS="tests/test_ledger.py -x"
+#   make test TESTS="tests/records/test_ledger.py -x"
 #   make test WORKERS=8                    processes that share the tests
 
 VENV        ?= .venv
@@ -53,6 +53,7 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf book/_build book/_generated book/notebooks

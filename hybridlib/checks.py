@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 __all__ = ["check_choice", "check_device", "check_executor", "check_int", "check_number"]
 
 
-def check_choice(name: str, value, allowed) -> None:
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
 
 
-def check_int(name: str, value, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise ValueError unless `value` is a whole number from `low` to `high` (no upper end if None)."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not ok:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}={value!r} is not a whole number {allowed}")
 
 
-def check_number(name: str, value, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+def check_number(name: str, value: Any, low: float, high: float | None = None, *, open_low: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number from `low` (excluded if `open_low`) to `high`."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ok = ok and (value > low if open_low else value >= low) and (high is None or value <= high)
-    if not ok:
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or value < low or (open_low and value == low) or (high is not None and value > high):
         lower = f"above {low}" if open_low else f"of at least {low}"
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name}={value!r} is not a number {lower}{upper}")
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The torch device asked for; ``"auto"`` is a GPU where there is one. Raises ValueError if it is not there."""
+    """Return `device` as torch has it, ``"auto"`` as a GPU where there is one; raise ValueError if it is not there."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={device!r} is unknown; choose 'auto', 'cpu' or 'cuda'") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r} asks for a GPU, but this machine has none; use device='cpu'")
-    return found
+    return resolved
 
 
-def check_executor(executor) -> None:
+def check_executor(executor: object) -> None:
     """Raise ValueError unless `executor` is None or has the `submit` of a `concurrent.futures.Executor`."""
     if executor is not None and not hasattr(executor, "submit"):
         raise ValueError(f"executor={executor!r} has no submit; give a concurrent.futures.Executor or None")

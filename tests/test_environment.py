@@ -28,23 +28,11 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
 
 
-def test_conda_gives_python_and_pip_alone():
+def test_conda_gives_python_and_pip_alone_and_pip_the_project():
     assert sorted(re.split(r"[=<>]", entry)[0].strip() for entry in CONDA) == ["pip", "python"]
-
-
-def test_conda_python_is_one_that_the_project_allows():
     version = next(entry for entry in CONDA if entry.startswith("python")).split("=")[-1]
     assert f"{version}.9" in SpecifierSet(PROJECT["requires-python"])
-
-
-def test_pip_installs_the_project_with_extras_that_exist():
-    editable = next(line for line in PIP if line.startswith("-e"))
-    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", editable).group(1).split(",")
-    assert set(extras) == {"book", "test"} <= set(EXTRAS)
-
-
-def test_pip_lists_nothing_that_pyproject_lacks():
-    assert sorted(PIP) == ["-c constraints.txt", "-e .[book,test]"]
+    assert sorted(PIP) == ["-c constraints.txt", "-e .[book,test]"] and {"book", "test"} <= set(EXTRAS)
 
 
 @pytest.mark.parametrize("text", PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["test"] + EXTRAS["cluster"])

@@ -4,10 +4,10 @@
 
 The folder holds .parquet files with a column `text`; a file whose name starts with `heldout` is only measured on.
 The tokenizer (byte-level BPE, numbers in groups of three digits) is learned first, then the model: a share of every
-batch is packed text, the rest recall tasks of `hybridlib.distill.recall` (train split). Hidden weight matrices are trained by
-Muon, the rest by AdamW. Contexts grow along training. With --plant, the circuit that recall needs is there from the
-start, see `plant_induction`. Writes model.safetensors (bfloat16), config, tokenizer, `training.json` (what was run
-and measured), the model card README.md made from it, and SHA256SUMS.
+batch is packed text, the rest recall tasks of `hybridlib.distill.recall` (train split). Muon trains hidden weight
+matrices, AdamW the rest. Contexts grow along training. With --plant, the circuit that recall needs is there from the
+start, see `plant_induction`. The script writes model.safetensors (bfloat16), config, tokenizer, `training.json` (its
+settings, log and figures), the model card README.md made from it, and SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ tokens, context {context}), made to be distilled on two CPU cores. It models Eng
 
 | | |
 |---|---|
-| data | {settings[recall_share]:.0%} of each batch: `hybridlib.distill.recall`, train split; the rest: text, see below |
+| data | {settings[recall_share]:.0%} of each batch: `hybridlib.distill.recall`, train split; the rest text, see below |
 | training | {tokens:,} tokens in {steps:,} steps, {seconds:,.0f} s on: {device}; torch {torch} |
 | contexts | {settings[contexts]} tokens, shares {settings[shares]} |
 | rates | Muon {settings[muon_lr]}, AdamW {settings[lr]}, falling to 0 over the last {settings[decay_share]:.0%} |

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hybridlib.bench.timing import measured, peak_memory, sentence, time_graph
+from hybridlib.bench.timing import Bench, peak_memory, time_calls
 from hybridlib.checks import check_choice, check_int, check_number
 from hybridlib.models.hybrid import cache_memory, linearize, restore
 from hybridlib.models.mixers import MIXERS
 from hybridlib.models.teachers import Teacher
-from hybridlib.records.ledger import Ledger
 from hybridlib.selection.rules import select
 
 __all__ = ["time_decoding", "token_step"]
@@ -27,22 +26,21 @@ def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[
 
     Parameters
     ----------
-    cache : what the model left of the text before, without padding. It is not written to.
+    cache : the model's cache of the text before, without padding. It is not written to.
 
-    Keys and values go to a place that was kept for them, as in a cache of fixed size, and linear layers begin at the
-    state that they were given last; nothing waits for the device, so that the call can be recorded as a CUDA graph. It
-    is for measurements: called again, it decodes another token at the same position, which softmax layers see in place
-    of the one before.
+    Softmax layers write the token's keys and values to reserved places, as in a cache of fixed size, and linear layers
+    go on from their last state; nothing waits for the device, so that a CUDA graph can record the call. It is for
+    measurements: each call decodes a token at the same position, in place of the one before.
     """
     positions = torch.full((1, 1), cache.get_seq_length(), device=token.device)
-    held = copy.copy(cache)
-    held.layers = [_OneMore(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
-                   for layer in cache.layers]
+    own_cache = copy.copy(cache)
+    own_cache.layers = [_OneMore(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
+                        for layer in cache.layers]
 
     @torch.no_grad()
     def step():
         x = model.model.embed_tokens(token)
-        context = {"attention_mask": None, "position_ids": positions, "past_key_values": held, "use_cache": True,
+        context = {"attention_mask": None, "position_ids": positions, "past_key_values": own_cache, "use_cache": True,
                    "position_embeddings": model.model.rotary_emb(x, positions)}
         for layer in model.model.layers:
             x = layer(x, **context)
@@ -52,7 +50,7 @@ def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[
 
 
 class _OneMore(DynamicLayer):
-    """Keys and values of `layer` with room for those of one token more, which every update writes there."""
+    """The keys and values of `layer` with a place for one token more, which every update overwrites."""
 
     def __init__(self, layer):
         super().__init__()
@@ -64,8 +62,8 @@ class _OneMore(DynamicLayer):
         return self.keys, self.values
 
 
-def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",
-                  batch: int = 1, new_tokens: int = 32, recompute: bool = False) -> dict:
+def time_decoding(bench: Bench, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",
+                  batch: int = 1, new_tokens: int = 32) -> dict:
     """Time `generate`, greedy, after a prompt of `context` random tokens. Record kind ``"decoding_speed"``.
 
     Parameters
@@ -76,9 +74,8 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
 
     Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds`` (to the first
     token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``; on a GPU
-    ``gpu_tokens_per_second``, without what Python takes: `batch` over the time of a CUDA graph of one `token_step` at
-    the end of the text, between ``gpu_low`` and ``gpu_high`` in half of the samples (None on a CPU; ``graph_reason``
-    says why it could not be captured).
+    ``gpu_tokens_per_second``, without the time of Python: `batch` over that of a CUDA graph of one `token_step` at the
+    end of the text, with quartiles ``gpu_low`` and ``gpu_high`` (None on a CPU, and where ``graph_reason`` says why).
 
     Raises ValueError for a bad argument.
     """
@@ -110,19 +107,19 @@ def time_decoding(ledger: Ledger, teacher: Teacher, *, share: float = 1.0, conte
         metrics = {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
                    **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers, "gpu_tokens_per_second": None}
         if source.device.type == "cuda":
-            try:
-                graph = time_graph([token_step(model, prompt[:, -1:], cache)])
-                metrics |= {"gpu_tokens_per_second": batch / graph["seconds"], "gpu_low": batch / graph["high"],
-                            "gpu_high": batch / graph["low"]}
-            except RuntimeError as error:
-                metrics["graph_reason"] = sentence(error)
+            timing = time_calls([token_step(model, prompt[:, -1:], cache)], source.device, launched=False)
+            seconds = timing.pop("gpu_seconds")
+            if seconds is None:
+                return metrics | timing
+            metrics |= {"gpu_tokens_per_second": batch / seconds, "gpu_low": batch / timing["gpu_high"],
+                        "gpu_high": batch / timing["gpu_low"]}
         return metrics
 
-    return measured(ledger, "decoding_speed", parameters, source.device, compute, recompute)
+    return bench.record("decoding_speed", parameters, compute)
 
 
 class _Stamps:
-    """A streamer that notes when each token has come, the prompt first."""
+    """A streamer that notes the time of each token, the prompt first."""
 
     def __init__(self):
         self.times = []

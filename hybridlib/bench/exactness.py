@@ -1,9 +1,8 @@
 """How exact the operators are: each backend against the recurrence in float64, over named cases, as records.
 
 A case is a shape and a way to draw inputs that operators find hard: decays near 0 and at exp(-20), writes of strength
-0 and 1, equal keys, lengths around a chunk's, packed sequences, shapes of training. What is compared is the output,
-the final state and the gradient of every input, the initial state's too, of one random functional of output and state.
-An error is relative, in the Frobenius norm of the whole tensor.
+0 and 1, equal keys, lengths around a chunk's, packed sequences, shapes of training. Compared are the output, the final
+state and the gradients of one random functional of both by every input, the initial state's too.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from hybridlib.bench.operators import BACKENDS, DTYPES, OPERATORS, operator_with, refusal
-from hybridlib.bench.timing import measured, sentence, wait
-from hybridlib.checks import check_choice, check_device
-from hybridlib.records.ledger import Ledger
+from hybridlib.bench.operators import MODEL_BACKENDS, OPERATORS, operator_with, refusal
+from hybridlib.bench.timing import Bench, error_line, wait
+from hybridlib.checks import check_choice
 from hybridlib.records.provenance import software_versions
 
 __all__ = ["CASES", "Case", "EXACT", "cases_for", "error_bound", "make_case", "measure_exactness", "relative_error"]
 
-EXACT = BACKENDS[:5]  # backends whose errors are looked for
+EXACT = (*MODEL_BACKENDS, "flash_qla")  # backends that can be measured
 _FUNCTIONS, _DECAYS = OPERATORS[:2], ("mild", "none", "near none", "strong", "mixed", "strong then mild")
 _STATE, _AT_ONCE = "initial_state", 2**23  # numbers of v whose truth is computed at once
 
@@ -81,21 +79,19 @@ CASES: dict[str, Case] = {
 }
 
 
-def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterable[str] = tuple(CASES), *,
-                      dtype: str = "float32", device="auto", recompute: bool = False,
+def measure_exactness(bench: Bench, operator: str, backend: str, cases: Iterable[str] = tuple(CASES),
                       truths: MutableMapping | None = None) -> dict:
-    """Errors of one backend in every case it is asked for and `cases_for` lets it take. Kind ``"operator_exactness"``.
+    """Errors of one backend in the cases that `cases_for` allows. Record kind ``"operator_exactness"``.
 
     Parameters
     ----------
     operator : ``"gated_delta_rule"`` or ``"gated_linear_attention"``.
-    backend : as `kernels` names them, or ``"flash_qla"``, see `benchmarks.time_operator`.
-    cases : names among `CASES`.
-    dtype : of q, k, v and beta, ``"float32"``, ``"bfloat16"`` or ``"float16"``; log_decay and the initial state are
+    backend : one of `EXACT`.
+    cases : names among `CASES`. `bench`'s dtype is that of q, k, v and beta; log_decay and the initial state are
         float32. The truth starts from the same rounded inputs.
-    truths : where inputs and truths are kept, by case, for the next backend; of one operator, dtype and device.
+    truths : a dict of truths by case that the next backend can share; of one operator, dtype and device.
 
-    A record of ``"fused"`` is of one version of Triton, whose compiler it tells of too: parameter ``triton``.
+    A record of ``"fused"`` has the version of Triton, its compiler, as a parameter ``triton``.
 
     Metrics, each by a case's name: ``errors``, by tensor's name, infinite for what is not finite; ``equal``, whether
     two runs gave the same bits; ``reasons``, why a case could not be run. ``reason`` is that of the whole: None if any
@@ -108,8 +104,7 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
     """
     check_choice("operator", operator, _FUNCTIONS)
     check_choice("backend", backend, EXACT)
-    check_choice("dtype", dtype, DTYPES[1:])
-    device = check_device(device)
+    dtype, device = bench.dtype, bench.device
     chosen = cases_for(operator, backend, dtype, cases)
     if not chosen:
         raise ValueError(f"cases={list(cases)!r} has none that {backend!r} takes in {dtype}; see cases_for")
@@ -120,34 +115,33 @@ def measure_exactness(ledger: Ledger, operator: str, backend: str, cases: Iterab
         parameters["triton"] = versions["triton"]  # another compiler, other kernels
 
     def compute():
-        first = next(iter(chosen.values()))
-        reason = refusal(operator, backend, first.key_dim, first.value_dim, dtype, device)
+        reason = refusal(operator, backend, next(iter(chosen.values())).key_dim, dtype, device)
         if reason is not None:
             return {"reason": reason}
         errors, equal, reasons = {}, {}, {}
         for name, case in chosen.items():
             try:
                 if name not in truths:
-                    truths[name] = _Asked(operator, case, dtype, device)
-                asked = truths[name]
-                found, again = (asked.answer(backend) for _ in range(2))
-                errors[name] = {tensor: relative_error(x, asked.truth[tensor]) for tensor, x in found.items()}
-                equal[name] = all(torch.equal(x, again[tensor]) for tensor, x in found.items())
+                    truths[name] = _Answers(operator, case, dtype, device)
+                answers = truths[name]
+                first, second = (answers.by(backend) for _ in range(2))
+                errors[name] = {tensor: relative_error(x, answers.truth[tensor]) for tensor, x in first.items()}
+                equal[name] = all(torch.equal(x, second[tensor]) for tensor, x in first.items())
             except Exception as error:  # backends are other people's code: the other cases go on
-                reasons[name] = sentence(error)
+                reasons[name] = error_line(error)
         return {"reason": None if errors else next(iter(reasons.values())), "errors": errors, "equal": equal,
                 "reasons": reasons}
 
-    return measured(ledger, "operator_exactness", parameters, device, compute, recompute)
+    return bench.record("operator_exactness", parameters, compute)
 
 
 def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tuple(CASES)) -> dict[str, Case]:
     """The cases among `names` that make sense for an operator, a backend and a dtype, in their order.
 
-    Left out: strengths for gated linear attention, which has none; strong decays in float16, where exp(-20) is 0; over
-    1,000 tokens for ``"reference"``, which goes token by token; for ``"fla"``, which tunes itself anew for other
-    sizes and multiplies float32 in TF32, all but half precision, dims of 64, 9 heads and at least 64 tokens a sequence;
-    and for ``"flash_qla"`` what it has not: all but the gated delta rule in half precision at dims of 128, not packed.
+    Gated linear attention has no strengths, float16 no exp(-20). ``"reference"`` goes token by token: it takes up to
+    1,000. ``"fla"`` tunes itself anew for other sizes and multiplies float32 in TF32: it takes half precision, dims of
+    64, 9 heads and at least 64 tokens a sequence. ``"flash_qla"`` has the gated delta rule in half precision at dims of
+    128, not packed.
 
     Raises ValueError for an unknown name.
     """
@@ -155,20 +149,20 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
     for name in names:
         check_choice("cases", name, CASES)
         case = CASES[name]
-        left_out = (operator == "gated_linear_attention" and case.beta != "random"
+        excluded = (operator == "gated_linear_attention" and case.beta != "random"
                     or dtype == "float16" and case.decay.startswith("strong")
                     or backend == "reference" and case.time > 1000
                     or backend == "fla" and (dtype == "float32" or case.time < 64 or case.borders
                                              or (case.heads, case.key_dim, case.value_dim) != (9, 64, 64))
                     or backend == "flash_qla" and (operator != "gated_delta_rule" or dtype == "float32" or case.borders
                                                    or (case.key_dim, case.value_dim) != (128, 128)))
-        if not left_out:
+        if not excluded:
             chosen[name] = case
     return chosen
 
 
 def error_bound(backend: str, dtype: str) -> float:
-    """What an error should stay within: 1e-2 in half precision, in float32 1e-5, or 1e-3 where products are TF32's."""
+    """The bound of an error: 1e-2 in half precision, in float32 1e-5, or 1e-3 where products are TF32's."""
     return 1e-2 if dtype != "float32" else 1e-3 if backend in ("fused", "fla") else 1e-5
 
 
@@ -199,15 +193,15 @@ def make_case(operator: str, case: Case, dtype: str = "float32", device="cpu") -
     return {name: x.to(device) for name, x in inputs.items()}
 
 
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of `truth`; 0 if they are equal, infinite if that is undefined."""
-    difference = (found.double() - truth).norm().item()
+    difference = (result.double() - truth).norm().item()
     size = truth.norm().item()
     return 0.0 if difference == 0 else difference / size if math.isfinite(difference) and size > 0 else math.inf
 
 
-class _Asked:
-    """A case's inputs, weights of output and final state in the functional, and truth, each made once."""
+class _Answers:
+    """What an operator answers in one case; inputs, the functional's weights and the truth are computed once."""
 
     def __init__(self, operator, case, dtype, device):
         self.operator, self.case, self.inputs = operator, case, make_case(operator, case, dtype, device)
@@ -215,23 +209,23 @@ class _Asked:
         self.weights = [torch.randn(self.inputs[name].shape, generator=generator).bfloat16().to(device)
                         for name in ("v", _STATE)]  # bfloat16's numbers, so that no dtype rounds them
 
-    def answer(self, backend, dtype=None, rows=slice(None)):
-        """Output, final state and gradients, by name; of some `rows` of the batch, computed in `dtype`."""
+    def by(self, backend, dtype=None, rows=slice(None)):
+        """Output, final state and gradients, by name: of some `rows` of the batch, computed in `dtype`."""
         tensors = {name: x[rows].to(dtype or x.dtype).requires_grad_() for name, x in self.inputs.items()}
         *operands, state = tensors.values()
         packed = {"cu_seqlens": torch.tensor(self.case.borders, device=state.device)} if self.case.borders else {}
         o, final = operator_with(self.operator, backend)(*operands, initial_state=state, **packed)
         weights = [weight[rows].to(x.dtype) for x, weight in zip((o, final), self.weights)]
         grads = torch.autograd.grad((o, final), list(tensors.values()), weights)
-        wait(state.device)  # what fails on a GPU fails here
-        named = {f"gradient of {name.replace('_', ' ')}": grad for name, grad in zip(tensors, grads)}
-        return {"output": o.detach(), "final state": final.detach()} | named
+        wait(state.device)  # an error of the GPU comes up here
+        gradients = {f"gradient of {name.replace('_', ' ')}": grad for name, grad in zip(tensors, grads)}
+        return {"output": o.detach(), "final state": final.detach()} | gradients
 
     @cached_property
     def truth(self):
-        """The answer in float64, a few sequences at a time."""
+        """The exact answer in float64, a few sequences at a time."""
         case, exact = self.case, "reference" if self.case.time < 1000 else "chunked"
         at_once = max(1, _AT_ONCE // (case.time * case.heads * case.value_dim))
         slices = [slice(i, i + at_once) for i in range(0, case.batch, at_once)] if not case.borders else [slice(None)]
-        parts = [self.answer(exact, torch.float64, rows) for rows in slices]
+        parts = [self.by(exact, torch.float64, rows) for rows in slices]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -23,70 +23,61 @@ import torch
 import torch.nn.functional as F
 
 from hybridlib.bench.exactness import relative_error
-from hybridlib.bench.operators import DIRECTIONS, dtype_name
-from hybridlib.bench.timing import measured, peak_memory, sentence, time_calls, time_graph
-from hybridlib.checks import check_choice, check_device, check_int, check_number
+from hybridlib.bench.operators import DIRECTIONS, check_shape
+from hybridlib.bench.timing import Bench, peak_memory
+from hybridlib.checks import check_choice, check_device
 from hybridlib.distill.objectives import divergence_from_hidden
-from hybridlib.records.ledger import Ledger
 
-__all__ = ["IMPLEMENTATIONS", "check_objective_shape", "objective_inputs", "time_objective", "why_not"]
+__all__ = ["IMPLEMENTATIONS", "SHAPE", "objective_inputs", "time_objective", "why_not"]
 
+SHAPE = "tokens, width, vocab"
 _PACKAGES = {"fla": ("fla", "flash-linear-attention"), "liger": ("liger_kernel", "liger-kernel")}
 _AT_ONCE = 2**25  # logits of one model, for the truth
-def time_objective(ledger: Ledger, implementation: str, shape: Iterable[int], *, dtype: str = "auto",
-                   direction: str = "forward+backward", device="auto", repeats: int = 20, max_seconds: float = 1.0,
-                   recompute: bool = False, truths: MutableMapping | None = None) -> dict:
+
+
+def time_objective(bench: Bench, implementation: str, shape: Iterable[int], direction: str = "forward+backward",
+                   truths: MutableMapping | None = None) -> dict:
     """Time and peak memory of the forward KL from hidden states, and its error. Record kind ``"objective_speed"``.
 
     Parameters
     ----------
     implementation : one of `IMPLEMENTATIONS`.
-    shape : (tokens, width, vocab); teacher and student have one width.
-    dtype : of hidden states and heads, ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+    shape : (tokens, width, vocab); teacher and student have the same width.
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of the student's two tensors.
-    repeats, max_seconds : of samples, as `timing.time_calls` takes them, of two calls each on a GPU.
-    truths : where truths are kept, by shape, for the next implementation, if given.
+    truths : a dict of truths by shape that the next implementation can share, if given.
 
-    Metrics: ``seconds`` with ``low`` and ``high`` as launched from Python; ``gpu_seconds``, ``gpu_low``, ``gpu_high``
-    of a CUDA graph (None on a CPU; ``graph_reason`` says why a call could not be captured); ``peak_bytes`` held beyond
-    the inputs, logits and gradients included; ``errors`` by `relative_error` of the ``loss`` and, with the backward
-    pass, the gradients by ``hidden`` states and ``head``, against the plain formula in float64 on the same inputs, a
-    slice of tokens at a time. Logits are larger than any cache, so one set of inputs will do.
+    Metrics: the timing of `time_calls`, of one set of inputs, since logits are larger than any cache; ``peak_bytes``
+    held beyond the inputs, logits and gradients included; ``errors``, by `relative_error`, of the ``loss`` and, with
+    the backward pass, of the gradients by ``hidden`` states and ``head``, against the plain formula in float64 on the
+    same inputs.
 
     Raises ValueError for a bad argument.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    tokens, width, vocab = shape = check_objective_shape(shape)
+    tokens, width, vocab = shape = check_shape(shape, SHAPE)
     check_choice("direction", direction, DIRECTIONS)
-    check_int("repeats", repeats, 1)
-    check_number("max_seconds", max_seconds, 0, open_low=True)
-    device, dtype = check_device(device), dtype_name(dtype, device)
-    parameters = {"implementation": implementation, "tokens": tokens, "width": width, "vocab": vocab, "dtype": dtype,
-                  "direction": direction, "repeats": repeats, "max_seconds": max_seconds}
+    parameters = {"implementation": implementation, "tokens": tokens, "width": width, "vocab": vocab,
+                  "dtype": bench.dtype, "direction": direction, "repeats": bench.repeats,
+                  "max_seconds": bench.max_seconds}
     truths = {} if truths is None else truths
 
     def compute():
-        reason = why_not(implementation, device)
+        reason = why_not(implementation, bench.device)
         if reason is not None:
             return {"reason": reason}
-        inputs, backward = objective_inputs(shape, dtype, device), direction == DIRECTIONS[1]
-        call = _call(implementation, inputs, backward)
-        clock = {"repeats": repeats, "max_seconds": max_seconds, "together": 2}
-        metrics = time_calls([call], device, **clock) | {"gpu_seconds": None}
-        if device.type == "cuda":
-            try:
-                graph = time_graph([call], **clock)
-                metrics |= {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
-            except RuntimeError as error:
-                metrics["graph_reason"] = sentence(error)
-            torch.cuda.empty_cache()  # what graphs hold
-        found, metrics["peak_bytes"] = peak_memory(call, device)
+        inputs = objective_inputs(shape, bench.dtype, bench.device)
+        call = _call(implementation, inputs, direction != "forward")
+        timing = bench.time([call], together=2)
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()  # of graphs
+        results, peak = peak_memory(call, bench.device)
         if shape not in truths:
             truths[shape] = _truth(inputs)
-        pairs = zip(truths[shape].items(), found)
-        return metrics | {"errors": {name: relative_error(x, truth.to(device)) for (name, truth), x in pairs}}
+        errors = {name: relative_error(result, truth.to(bench.device))
+                  for (name, truth), result in zip(truths[shape].items(), results)}
+        return timing | {"peak_bytes": peak, "errors": errors}
 
-    return measured(ledger, "objective_speed", parameters, device, compute, recompute)
+    return bench.record("objective_speed", parameters, compute)
 
 
 def why_not(implementation: str, device: str | torch.device = "auto") -> str | None:
@@ -95,9 +86,9 @@ def why_not(implementation: str, device: str | torch.device = "auto") -> str | N
     if implementation not in _PACKAGES:
         return None
     module, package = _PACKAGES[implementation]
-    for name, shown in ((module, package), ("triton", "triton")):
+    for name, title in ((module, package), ("triton", "triton")):
         if importlib.util.find_spec(name) is None:
-            return f"{shown} is not installed (pip install {shown})"
+            return f"{title} is not installed (pip install {title})"
     if check_device(device).type != "cuda":
         return f"{package} needs a CUDA GPU, and this is on {check_device(device).type}"
     return None
@@ -106,24 +97,16 @@ def why_not(implementation: str, device: str | torch.device = "auto") -> str | N
 def objective_inputs(shape: Iterable[int], dtype: str = "float32", device="cpu",
                      seed: int = 0) -> dict[str, torch.Tensor]:
     """Random hidden states (tokens, width) and heads (vocab, width) of a teacher and of a student not far from it."""
-    tokens, width, vocab = check_objective_shape(shape)
+    tokens, width, vocab = check_shape(shape, SHAPE)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def near(mean, spread, *size):
+    def normal(mean, spread, *size):
         return mean + spread * torch.randn(*size, generator=generator, device=device)
 
-    hidden, head = near(0, 1, tokens, width), near(0, 3 / width**0.5, vocab, width)  # logits of size 3
-    inputs = {"teacher_hidden": hidden, "teacher_head": head, "student_hidden": near(hidden, 0.3, tokens, width),
-              "student_head": near(head, 0.3 / width**0.5, vocab, width)}
+    hidden, head = normal(0, 1, tokens, width), normal(0, 3 / width**0.5, vocab, width)  # logits of size 3
+    inputs = {"teacher_hidden": hidden, "teacher_head": head, "student_hidden": normal(hidden, 0.3, tokens, width),
+              "student_head": normal(head, 0.3 / width**0.5, vocab, width)}
     return {name: x.to(getattr(torch, dtype)) for name, x in inputs.items()}
-
-
-def check_objective_shape(shape: Iterable[int]) -> tuple[int, int, int]:
-    """`shape` as a tuple; raises ValueError unless it is (tokens, width, vocab), whole numbers of at least 1."""
-    ok = isinstance(shape, (list, tuple)) and len(shape) == 3
-    if not ok or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise ValueError(f"shape={shape!r} is not (tokens, width, vocab), three whole numbers of at least 1")
-    return tuple(shape)
 
 
 def _plain(teacher_hidden, teacher_head, student_hidden, student_head):
@@ -150,21 +133,21 @@ IMPLEMENTATIONS = {"hybridlib": divergence_from_hidden, "plain": _plain, "fla": 
 
 def _call(implementation, inputs, backward):
     """A function without arguments that returns (loss,), or (loss, gradient of hidden states, gradient of head)."""
-    loss_of, wanted = IMPLEMENTATIONS[implementation], [inputs["student_hidden"], inputs["student_head"]]
+    loss_of, trained = IMPLEMENTATIONS[implementation], [inputs["student_hidden"], inputs["student_head"]]
     if not backward:
         return torch.no_grad()(lambda: (loss_of(**inputs),))
-    for x in wanted:
+    for x in trained:
         x.requires_grad_(True)
 
     def call():
         loss = loss_of(**inputs)
-        return loss.detach(), *torch.autograd.grad(loss, wanted)
+        return loss.detach(), *torch.autograd.grad(loss, trained)
 
     return call
 
 
 def _truth(inputs):
-    """Loss and gradients by the plain formula in float64, a slice of tokens at a time; kept on the CPU."""
+    """Loss and gradients by the plain formula in float64, a slice of tokens at a time; on the CPU."""
     states = [inputs[name].detach() for name in ("teacher_hidden", "student_hidden")]
     heads = [inputs[name].detach().double() for name in ("teacher_head", "student_head")]
     heads[1].requires_grad_(True)

@@ -1,7 +1,7 @@
 """Corpora: where tokens come from, packed to a context, in a seeded order that can be resumed anywhere.
 
 ==========================  ==========================================================================================
-source                      what it is
+source                      meaning
 ==========================  ==========================================================================================
 ``"lab"``                   the corpus that ships with the project (``data/corpus``): text that the lab teacher wrote,
                             and recall documents
@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hybridlib.checks import check_int
 from hybridlib.records.folders import data_folder, sha256_of
@@ -42,38 +43,38 @@ HELDOUT_TOKENS = 131_072
 HUB_TOKENS = 20_000_000
 KINDS = (".parquet", ".jsonl")
 
-_BATCH_CHARACTERS = 500_000  # of text, at most so many are tokenized at a time
+_BATCH_CHARACTERS = 500_000  # of text that is tokenized at a time
 _LOCAL = "a folder or file of .parquet or .jsonl text"
 
 
 class Tokens:
     """Packed token ids of a corpus.
 
-    Documents stand one after the other, each followed by the end-of-text token, and are cut into rows of `context`
-    tokens; what is left at the end is dropped.
+    Documents follow one another, each with an end-of-text token behind it, and are cut into rows of `context` tokens;
+    the rest at the end is dropped.
 
     Attributes
     ----------
     context : tokens in a row.
-    tokenizer, source, seed : as given to `load_tokens`.
+    tokenizer, source, seed : arguments of `load_tokens`.
     train, heldout : int32 token ids (rows, context), in the order of the source.
     """
 
-    def __init__(self, train: torch.Tensor, heldout: torch.Tensor, tokenizer=None, source: str = "", seed: int = 0):
-        self.train, self.heldout = train.to(torch.int32), heldout.to(torch.int32)
-        self.context = train.shape[1]
+    def __init__(self, train: torch.Tensor, heldout: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None = None,
+                 source: str = "", seed: int = 0):
+        self.train, self.heldout, self.context = train.to(torch.int32), heldout.to(torch.int32), train.shape[1]
         self.tokenizer, self.source, self.seed = tokenizer, source, seed
-        self._orders = {}
+        self._orders: dict[int, np.ndarray] = {}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (f"Tokens(source={self.source!r}, context={self.context}, seed={self.seed}, "
                 f"train={self.train.numel():,} tokens, heldout={self.heldout.numel():,} tokens)")
 
     def rows(self, position: int, count: int) -> torch.Tensor:
-        """Rows `position` to `position + count` of the endless training order, as int64 (count, context).
+        """Return rows `position` to `position + count` of the endless training order, as int64 (count, context).
 
-        The order is a fresh permutation of all training rows in each epoch, drawn from (seed, epoch), so that a
-        run is resumed by its position alone.
+        Each epoch is a permutation of all training rows, drawn from (seed, epoch), so that a position is enough to
+        resume a run.
         """
         check_int("position", position, 0)
         check_int("count", count, 1)
@@ -93,15 +94,15 @@ class Tokens:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, over every row, the context and the seed: equal only if a run would read the same tokens."""
+        """The sha256, in hex, over every row, the context and the seed, which name the tokens that a run reads."""
         digest = hashlib.sha256(json.dumps([self.context, self.seed, len(self.train), len(self.heldout)]).encode())
         for part in (self.train, self.heldout):
             digest.update(part.contiguous().numpy().astype("<i4", copy=False).data)
         return digest.hexdigest()
 
 
-def load_tokens(source: str | Path = "lab", tokenizer=None, context: int = 512, seed: int = 0, *,
-                max_tokens: int | None = None, heldout_tokens: int | None = None) -> Tokens:
+def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase | None = None, context: int = 512,
+                seed: int = 0, *, max_tokens: int | None = None, heldout_tokens: int | None = None) -> Tokens:
     """Read, tokenize and pack a corpus.
 
     Parameters
@@ -110,9 +111,9 @@ def load_tokens(source: str | Path = "lab", tokenizer=None, context: int = 512, 
     tokenizer : a teacher's tokenizer.
     context : tokens in a row.
     seed : of the order of training rows.
-    max_tokens : at most so many training tokens; all if None (20,000,000 from the hub). Files are read in the order
-        of their names, and no further than both kinds need, so that `max_tokens` does not change what is held out.
-    heldout_tokens : at most so many held-out tokens; 131,072 if None.
+    max_tokens : the most training tokens; all if None (20,000,000 from the hub). Files are read in the order of their
+        names, and no further than both kinds need, so that `max_tokens` does not change the held-out rows.
+    heldout_tokens : the most held-out tokens; 131,072 if None.
 
     Raises
     ------
@@ -131,20 +132,17 @@ def load_tokens(source: str | Path = "lab", tokenizer=None, context: int = 512, 
     name, documents, limit, apart = _open(str(source))
     most = {False: max_tokens or limit, True: max(heldout_tokens or HELDOUT_TOKENS, context)}
     parts, sizes = _tokenize(documents, tokenizer, most, apart)
-    for heldout, kind in ((False, "training"), (True, "held-out")):
-        if sizes[heldout] < context:
-            raise ValueError(f"source={name!r} has {sizes[heldout]} {kind} tokens, fewer than one context of "
-                             f"{context}; {_ADVICE[heldout]}")
+    for kind, size, remedy in (("training", sizes[False], " or a shorter context"),
+                               ("held-out", sizes[True], ", or a file whose name starts with heldout")):
+        if size < context:
+            raise ValueError(f"source={name!r} has {size} {kind} tokens, fewer than one context of {context}; "
+                             f"bring more text{remedy}")
     train, heldout = (_pack(parts[h], context, most[h]) for h in (False, True))
     return Tokens(train, heldout, tokenizer, name, seed)
 
 
-_ADVICE = {False: "bring more text or a shorter context",
-           True: "bring more text, or a file whose name starts with heldout"}
-
-
 def is_heldout_text(text: str) -> bool:
-    """Whether a document is held out, where its source does not say: one in 50 is, by a checksum of the text."""
+    """Tell whether a document is held out where its source does not say: one in 50 is, by a checksum of the text."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % HELDOUT_SHARE == 0
 
 
@@ -153,24 +151,22 @@ def _end(tokenizer):
 
 
 def _tokenize(documents, tokenizer, most, apart):
-    """Token ids by kind: ({False: arrays, True: arrays}, {False: count, True: count}); stops once both are full.
+    """Return token arrays and their sizes by kind (held out or not), read until both kinds have their `most`.
 
     If `apart`, held-out documents come before all others, and training tokens alone decide where to stop.
     """
-    parts, sizes, end = {False: [], True: []}, {False: 0, True: 0}, _end(tokenizer)
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    kept_out = set()  # checksums of held-out texts that came first: they may not come back as training text
+    parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    sizes, end, dtype = {False: 0, True: 0}, _end(tokenizer), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+    heldout_keys = set()  # checksums of held-out texts, which may not come again as training text
     with tqdm(total=most[False], unit="tok", unit_scale=True, delay=5, desc="tokenizing") as bar:
         for batch in _batches(documents, min(_BATCH_CHARACTERS, 4 * (most[False] or _BATCH_CHARACTERS))):
             texts = []
             for text, heldout in batch:
                 key = hashlib.sha1(text.encode("utf-8", "surrogatepass")).digest()
                 if heldout:
-                    kept_out.add(key)
-                elif key in kept_out:
-                    continue
-                texts.append((text, heldout))
-            texts = [(t, h) for t, h in texts if most[h] is None or sizes[h] < most[h]]
+                    heldout_keys.add(key)
+                if (heldout or key not in heldout_keys) and (most[heldout] is None or sizes[heldout] < most[heldout]):
+                    texts.append((text, heldout))
             encoded = tokenizer([t for t, _ in texts], add_special_tokens=False, return_attention_mask=False,
                                 return_token_type_ids=False, verbose=False)["input_ids"] if texts else []
             for (_, heldout), ids in zip(texts, encoded):
@@ -184,7 +180,7 @@ def _tokenize(documents, tokenizer, most, apart):
 
 
 def _batches(documents, characters):
-    """Lists of (text, heldout) of about so many characters; few where few tokens are asked for, so as to stop soon."""
+    """Yield lists of (text, heldout) of about `characters` characters."""
     batch, size = [], 0
     for text, heldout in documents:
         batch.append((text, heldout))
@@ -202,7 +198,7 @@ def _pack(parts, context, most):
 
 
 def _open(source):
-    """(name, iterator over (text, heldout), cap on training tokens, do held-out documents come first) of a source."""
+    """Return a source's name, its (text, heldout) documents, its cap on training tokens, if held-out ones are first."""
     path = Path(source).expanduser()
     if source == "lab":
         return source, _lab(), None, True
@@ -225,7 +221,7 @@ def _open(source):
 
 
 def _lab():
-    """The documents of the shipped corpus, which says itself which are held out; its sha256 is checked first."""
+    """Return the documents of the shipped corpus, held-out ones first, after a check of its sha256."""
     file = data_folder("corpus") / "lab.parquet"
     try:
         expected = json.loads(file.with_name("manifest.json").read_text(encoding="utf-8"))["files"][file.name]["sha256"]
@@ -235,14 +231,11 @@ def _lab():
     if not file.is_file() or sha256_of(file) != expected:
         raise ValueError(f"source='lab' needs {file} with the sha256 of its manifest; put it back or make it again")
     rows = [(text, split == "heldout") for text, split in _columns(file, "text", "split")]
-    return iter(sorted(rows, key=lambda row: not row[1]))  # held-out first; the order is kept within each
+    return iter(sorted(rows, key=lambda row: not row[1]))  # a stable sort
 
 
 def _read(files, marked) -> Iterator[tuple[str, bool]]:
-    """(text, heldout) of every document of `files`, read when asked for, those in `marked` (held out) first.
-
-    Columns are checked at once.
-    """
+    """Return the (text, heldout) documents of `files`, those of `marked` (held out) first; columns are checked now."""
     import pyarrow.parquet as parquet
 
     for file in files:
@@ -292,7 +285,7 @@ def _lines(file):
 
 
 def _hub(source, name, config=None):
-    """(text, heldout) of a data set of the hub, streamed; ValueError at once if it cannot be reached."""
+    """Stream (text, heldout) from a data set of the hub; ValueError at once if it cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -307,7 +300,7 @@ def _hub(source, name, config=None):
 
     try:
         stream = load_dataset(name, config, split="train", streaming=True, revision=revision)
-        first = next(iter(stream), {})
+        first: dict = next(iter(stream), {})
     except Exception as error:  # its script, configuration, split or files
         raise ValueError(f"source={source!r} cannot be streamed from the hub: {_first_line(error)}") from None
     if not isinstance(first.get("text"), str):

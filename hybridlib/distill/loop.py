@@ -1,108 +1,265 @@
-"""The training loop of both stages: rates, finite checks, checkpoints."""
+"""The training loop of both stages and of all that trains as they do: steps, rates, finite checks, checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
 from hybridlib.distill.graphs import Graphed, Update
 from hybridlib.distill.settings import DistillationDiverged, History, _Settings
 
-__all__ = ["check_finite", "load_checkpoint", "rate_at", "save_checkpoint", "train_steps"]
+__all__ = ["Run", "load_checkpoint", "rate_at", "save_checkpoint", "steps_done", "train_steps", "trainable"]
 
 logger = logging.getLogger(__name__)
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
+ADVICE = "try a lower learning rate, a longer warmup or a smaller clip"
 
-def train_steps(stage, model, tokens, num_tokens, settings, groups, step_loss: Callable, checkpoint, until=None,
+
+class Run:
+    """Training over the rows of `tokens`: its steps, its optimizer, and how far each of its members has come.
+
+    A run has one member, a model, unless a subclass trains several in one step (`selection.engine.cohort`). Each member
+    has a loss, a gradient norm to clip and an end of its own, if it meets a number that is not finite.
+
+    Parameters
+    ----------
+    stage : name of the run, for messages and checkpoints.
+    num_tokens : tokens of the whole run; `steps` of `step_tokens` each, at least one.
+    groups : pairs of a list of (name, weight) to train and the peak of their learning rate.
+    step_loss : takes the share of a step that some of its rows are, these rows (rows, context), and what `targets` gave
+        for them. It sends the gradients of that share back and returns {layer or None: loss, () or (members,)}.
+    targets : takes rows, on the CPU, and gives what a step reads beside them; None for nothing.
+
+    `step` steps are done. `histories` are the members', and `errors` has, by member, why it stopped.
+    """
+
+    def __init__(self, stage: str, tokens, num_tokens: int, settings: _Settings, groups, step_loss: Callable, *,
+                 targets: Callable | None = None, members: int = 1):
+        self.stage, self.tokens, self.num_tokens, self.settings = stage, tokens, num_tokens, settings
+        self.step_loss, self.targets = step_loss, targets
+        self.named = [pair for pairs, _ in groups for pair in pairs]
+        self.device = self.named[0][1].device
+        self.rows = settings.step_rows(tokens.context)
+        self.micro = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
+        self.step_tokens = self.rows * tokens.context
+        self.step, self.steps = 0, max(1, num_tokens // self.step_tokens)
+        self.histories: list[History] = [History(stage) for _ in range(members)]
+        self.errors: dict[int, DistillationDiverged] = {}
+        self.optimizer = torch.optim.AdamW([{"params": [p for _, p in pairs], "peak": rate}
+                                            for pairs, rate in groups if pairs],
+                                           lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay,
+                                           fused=self.device.type == "cuda")
+        self._graphed = Graphed(self._gradients) if settings.cuda_graph and self.device.type == "cuda" else None
+        self._update = Update(self.optimizer, self._graphed)
+
+    def steps_until(self, tokens: int) -> int:
+        """Steps that `tokens` of the run are: all at its end, else whole ones, at least one; none for 0."""
+        if tokens >= self.num_tokens or tokens == 0:
+            return self.steps if tokens else 0
+        return min(self.steps, max(1, tokens // self.step_tokens))
+
+    def train(self, end: int, *, checkpoints: Mapping[int, Path] | None = None, bar=None) -> None:
+        """Go on to step `end`, or until no member is left.
+
+        `checkpoints` says, by member, where its state goes at the end and every `checkpoint_every` tokens.
+        """
+        count, every = len(self.histories), max(1, self.settings.checkpoint_every // self.step_tokens)
+        compute = self._graphed or self._gradients
+        for step in range(self.step, end):
+            begun, ids = time.perf_counter(), self.tokens.rows(step * self.rows, self.rows)
+            batch = [ids.to(self.device, non_blocking=True)]
+            if self.targets is not None:
+                batch.append(torch.cat([self.targets(part) for part in ids.split(self.micro)]))
+            layers, numbers = compute(*batch)
+            *losses, norms = numbers.tolist()  # (layers + 1, members), read at once: each reading waits
+            values = [dict(zip(layers, loss, strict=True)) for loss in zip(*losses, strict=True)]
+            for c in self._alive():
+                try:
+                    self._check(c, values[c], norms[c])
+                except DistillationDiverged as error:
+                    self.errors[c] = error
+            if len(self.errors) == count:
+                break
+            self.silence()
+            self._update(rate_at(step, self.steps, self.settings))
+            self.step = step + 1
+            seconds = (time.perf_counter() - begun) / count
+            means = [sum(value.values()) / len(value) for value in values]
+            for c in self._alive():
+                history = self.histories[c]
+                history.tokens.append(self.step * self.step_tokens)
+                history.losses.append(means[c])
+                history.seconds += seconds
+                history.elapsed.append(history.seconds)
+                history.layer_losses = {layer: value for layer, value in values[c].items() if layer is not None}
+            if bar is not None:
+                bar.update(self.step_tokens * count)
+                bar.set_postfix(loss=f"{means[0]:.4f}" if count == 1 else f"{min(means):.4f} to {max(means):.4f}")
+            if checkpoints and (self.step % every == 0 or self.step == end):
+                for c in set(checkpoints) & set(self._alive()):
+                    named, state = self.member(c)
+                    save_checkpoint(checkpoints[c], self._identity(named), named, state, self.histories[c], self.step)
+
+    def resume(self, checkpoints: Mapping[int, Path]) -> None:
+        """Take up members where `checkpoints`, one for each, of one step, left them; before any training here.
+
+        Raises ValueError for a damaged or foreign one.
+        """
+        self.start_moments()
+        for c, path in checkpoints.items():
+            named, state = self.member(c)
+            places = {id(p): state.state[p] for _, p in named}
+            self.histories[c], self.step = load_checkpoint(path, self._identity(named), named, state)
+            for _, p in named:  # they were read into tensors of their own
+                for name, value in state.state[p].items():
+                    places[id(p)][name].copy_(value)
+
+    def release(self) -> None:
+        """Give back what training needs, gradients and recorded graphs; what is left can still be measured."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update.release()
+        if self._graphed is not None:
+            self._graphed.release()
+
+    # What a run of several members does otherwise.
+
+    def clip(self) -> torch.Tensor:
+        """Scale each member's gradient to a norm of at most ``settings.clip``; returns the norms before, (members,)."""
+        return nn.utils.clip_grad_norm_([p for _, p in self.named], self.settings.clip)[None]
+
+    def own_weights(self, c: int) -> Iterable[tuple[str, nn.Parameter, tuple]]:
+        """(name, parameter, index): ``parameter[index]`` is a weight of member `c`."""
+        return [(name, p, ()) for name, p in self.named]
+
+    def trained(self, c: int) -> list[tuple[str, torch.Tensor]]:
+        """(name, weight) of member `c`, each with its gradient."""
+        return self.named
+
+    def silence(self) -> None:
+        """Put 0 in the place of the gradients of members that have stopped."""
+
+    def member(self, c: int):
+        """Weights of member `c` by their names in its model, and the optimizer's state of them: views of both."""
+        named, state = [], {}
+        for name, p, index in self.own_weights(c):
+            view, moments = p.detach()[index], self.optimizer.state.get(p, {})
+            named.append((name, view))
+            state[view] = {key: value[index] if key in MOMENTS else value for key, value in moments.items()}
+        return named, SimpleNamespace(state=state, param_groups=self.optimizer.param_groups)
+
+    def start_moments(self) -> None:
+        """Give the optimizer its state before a first step, in place where there is one: a recorded update writes
+        there."""
+        if self.optimizer.state:
+            torch._foreach_zero_([x for moments in self.optimizer.state.values() for x in moments.values()])
+            return
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                step = torch.zeros((), device=self.device if group["fused"] else "cpu")
+                self.optimizer.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in MOMENTS}}
+
+    def _alive(self):
+        return [c for c in range(len(self.histories)) if c not in self.errors]
+
+    def _gradients(self, *batch):
+        """Layers, and their losses with the gradient norms below, (layers + 1, members)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: dict = {}
+        for part in zip(*(tensor.split(self.micro) for tensor in batch), strict=True):
+            share = len(part[0]) / self.rows
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                for layer, loss in self.step_loss(share, *part).items():
+                    losses[layer] = losses.get(layer, 0) + loss * share
+        return list(losses), torch.stack([x.reshape(len(self.histories)) for x in (*losses.values(), self.clip())])
+
+    def _check(self, c, values, norm):
+        """Raise `DistillationDiverged` where member c's losses (by layer) or norm are not finite, or have grown."""
+        bad = [layer for layer, value in values.items() if not math.isfinite(value)]
+        if bad or not math.isfinite(norm):
+            layer = bad[0] if bad and bad[0] is not None else _first_bad_layer(self.trained(c))
+            where = "no single layer" if layer is None else layer if isinstance(layer, str) else f"layer {layer}"
+            raise DistillationDiverged(f"{self.stage} met a number that is not finite at step {self.step} in {where}; "
+                                       f"{ADVICE}")
+        loss, first = sum(values.values()) / len(values), self.histories[c].losses[:10]
+        start = sum(first) / 10
+        if len(first) == 10 and loss > self.settings.divergence_factor * max(start, self.settings.loss_floor):
+            layer = max(values, key=values.get)
+            where = "" if layer is None else f", worst in layer {layer}"
+            raise DistillationDiverged(f"{self.stage} diverged at step {self.step}: loss {loss:.3g} against "
+                                       f"{start:.3g} over the first ten steps{where}; {ADVICE}")
+
+    def _identity(self, named):
+        """What a checkpoint must agree with."""
+        return {"stage": self.stage, "num_tokens": self.num_tokens, "settings": self.settings.numbers(),
+                "tokens": self.tokens.fingerprint, "weights": {name: list(p.shape) for name, p in named}}
+
+
+def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings: _Settings, groups,
+                step_loss: Callable, *, checkpoint: str | Path | None = None, until: int | None = None,
                 targets: Callable | None = None) -> History:
-    """The loop. `step_loss` takes a share of the step, its rows and, if there are `targets`, what they make of them."""
+    """Train the weights in `groups` of one `model`; arguments as those of `Run`, `checkpoint` and `until` of `match`.
+
+    The model's mode and its weights' `requires_grad` are afterwards as they were, also if the run breaks off. Raises
+    ValueError for arguments that do not fit, `DistillationDiverged` if the run diverges.
+    """
     check_int("num_tokens", num_tokens, tokens.context)
     if until is not None:
         check_int("until", until, tokens.context)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens.context > limit:
         raise ValueError(f"context={tokens.context} is beyond the teacher's {limit}; load tokens with a shorter one")
-    device = next(model.parameters()).device
-    rows = settings.step_rows(tokens.context)
-    micro = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
-    steps = max(1, num_tokens // (rows * tokens.context))
-    every = max(1, settings.checkpoint_every // (rows * tokens.context))
-    end = steps if until is None else min(steps, max(1, until // (rows * tokens.context)))
-    named = [pair for params, _ in groups for pair in params]
-    if not named:
+    weights = [p for pairs, _ in groups for _, p in pairs]
+    if not weights:
         raise ValueError(f"the model has no linear layer, so there is nothing to {stage}; restore fewer layers")
+    with trainable(model, weights):
+        run = Run(stage, tokens, num_tokens, settings, groups, step_loss, targets=targets)
+        try:
+            end = run.steps_until(num_tokens if until is None else until)
+            if checkpoint is not None and Path(checkpoint).exists():
+                run.resume({0: Path(checkpoint)})
+                if run.step > end:
+                    raise ValueError(f"checkpoint={str(checkpoint)!r} is {run.histories[0].tokens[-1]} tokens into the "
+                                     f"run, beyond until={until}; delete it to start anew")
+            with tqdm(total=run.steps * run.step_tokens, initial=run.step * run.step_tokens, unit="tok",
+                      unit_scale=True, desc=stage, leave=False) as bar:
+                run.train(end, checkpoints=None if checkpoint is None else {0: Path(checkpoint)}, bar=bar)
+        finally:
+            run.release()
+    if run.errors:
+        raise run.errors[0]
+    return run.histories[0]
 
-    trained = {id(p) for _, p in named}
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in frozen:
-        p.requires_grad_(id(p) in trained)
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in params], "peak": rate} for params, rate in groups],
-                                  lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay,
-                                  fused=device.type == "cuda")
-    history, begun = History(stage), 0
-    run = {"stage": stage, "num_tokens": num_tokens, "settings": settings.numbers(),
-           "tokens": tokens.fingerprint, "weights": {n: list(p.shape) for n, p in named}}
-    if checkpoint is not None and Path(checkpoint).exists():
-        history, begun = load_checkpoint(Path(checkpoint), run, named, optimizer)
-        if begun > end:
-            raise ValueError(f"checkpoint={str(checkpoint)!r} is {history.tokens[-1]} tokens into the run, beyond "
-                             f"until={until}; delete it to start anew")
 
-    def gradients(*batch):
-        optimizer.zero_grad(set_to_none=True)
-        losses: dict = {}
-        for part in zip(*(tensor.split(micro) for tensor in batch), strict=True):
-            share = len(part[0]) / rows
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                for key, loss in step_loss(share, *part).items():
-                    losses[key] = losses.get(key, 0) + loss * share
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
-        return list(losses), torch.stack([*losses.values(), norm])  # to be read at once: each reading waits
-
-    model.train()
-    graphed = Graphed(gradients) if settings.cuda_graph and device.type == "cuda" else None
-    gradients, update = graphed or gradients, Update(optimizer, graphed)
-    started = time.perf_counter() - history.seconds
-    with tqdm(total=steps * rows * tokens.context, initial=begun * rows * tokens.context, unit="tok", unit_scale=True,
-              desc=stage, leave=False) as bar:
-        for step in range(begun, end):
-            ids = tokens.rows(step * rows, rows)
-            batch = [ids.to(device, non_blocking=True)]
-            if targets is not None:
-                batch.append(torch.cat([targets(part) for part in ids.split(micro)]))
-            keys, numbers = gradients(*batch)
-            *losses, norm = numbers.tolist()
-            values, loss = dict(zip(keys, losses, strict=True)), sum(losses) / len(losses)
-            check_finite(stage, step, values, norm, named, history, settings)
-            update(rate_at(step, steps, settings))
-            history.tokens.append((step + 1) * rows * tokens.context)
-            history.losses.append(loss)
-            history.seconds = time.perf_counter() - started
-            history.elapsed.append(history.seconds)
-            history.layer_losses = {key: value for key, value in values.items() if key is not None}
-            bar.update(rows * tokens.context)
-            bar.set_postfix(loss=f"{loss:.4f}")
-            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == end):
-                save_checkpoint(Path(checkpoint), run, named, optimizer, history, step + 1)
-    optimizer.zero_grad(set_to_none=True)
-    update.release()
-    if graphed:
-        graphed.release()
-    for p, flag in frozen:
-        p.requires_grad_(flag)
-    model.eval()
-    return history
+@contextlib.contextmanager
+def trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, `model` is in training mode and of its parameters only `weights` take gradients."""
+    chosen, modules = {id(p) for p in weights}, [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(id(p) in chosen)
+        model.train()
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, training in modules:
+            module.training = training
 
 
 def rate_at(step: int, steps: int, settings: _Settings) -> float:
@@ -116,25 +273,6 @@ def rate_at(step: int, steps: int, settings: _Settings) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_finite(stage, step, values, norm, named, history, settings) -> None:
-    """Raise `DistillationDiverged` where the losses (values, by layer) or the gradient's norm are not finite, or grew.
-
-    `named` : (name, weight with its gradient) of all trained weights, to say where; `history` : the steps before.
-    """
-    advice = "try a lower learning rate, a longer warmup or a smaller clip"
-    bad = [key for key, value in values.items() if not math.isfinite(value)]
-    if bad or not math.isfinite(norm):
-        layer = bad[0] if bad and bad[0] is not None else _first_bad_layer(named)
-        where = "no single layer" if layer is None else f"layer {layer}"
-        raise DistillationDiverged(f"{stage} met a number that is not finite at step {step} in {where}; {advice}")
-    loss, first = sum(values.values()) / len(values), history.losses[:10]
-    if len(first) == 10 and loss > settings.divergence_factor * max(sum(first) / 10, settings.loss_floor):
-        layer = max(values, key=values.get)
-        where = "" if layer is None else f", worst in layer {layer}"
-        raise DistillationDiverged(f"{stage} diverged at step {step}: loss {loss:.3g} against {sum(first) / 10:.3g} "
-                                   f"over the first ten steps{where}; {advice}")
-
-
 def _first_bad_layer(named):
     for tensor_of in (lambda p: p, lambda p: p.grad):
         for name, p in named:
@@ -145,6 +283,7 @@ def _first_bad_layer(named):
 
 
 def save_checkpoint(path, run, named, optimizer, history, step):
+    """Write a run's state, in one step, so that a file that stands is whole. Raises OSError where it cannot."""
     tensors = {f"weight/{n}": p.detach() for n, p in named}
     for n, p in named:
         tensors |= {f"{key}/{n}": value for key, value in optimizer.state.get(p, {}).items()}
@@ -167,12 +306,11 @@ def save_checkpoint(path, run, named, optimizer, history, step):
 
 @torch.no_grad()
 def load_checkpoint(path, run, named, optimizer):
-    try:
-        with safe_open(path, "pt") as f:
-            state = json.loads(f.metadata()["state"])
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
-        raise ValueError(f"checkpoint={str(path)!r} is truncated or no checkpoint; delete it to start anew") from None
+    """Read a run's state into `named` weights and `optimizer`; returns its history and its step.
+
+    Raises ValueError for a damaged file, or one that differs from `run`.
+    """
+    state, tensors = _read_checkpoint(path, True)
     for key, mine in run.items():
         if state["run"].get(key) != mine:
             raise ValueError(f"checkpoint={str(path)!r} belongs to another run ({key} differs); "
@@ -186,8 +324,23 @@ def load_checkpoint(path, run, named, optimizer):
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    kept = state["history"]
-    history = History(run["stage"], kept["tokens"], kept["losses"], kept["elapsed"],
-                      {int(k): v for k, v in kept["layer_losses"]}, kept["seconds"])
+    done = state["history"]
+    history = History(run["stage"], done["tokens"], done["losses"], done["elapsed"],
+                      {int(k): v for k, v in done["layer_losses"]}, done["seconds"])
     logger.info("resumed %s at step %d from %s", run["stage"], state["step"], path)
     return history, state["step"]
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    """How many steps of a run a checkpoint has; 0 if there is none. Raises ValueError for a damaged one."""
+    return 0 if checkpoint is None or not checkpoint.exists() else _read_checkpoint(checkpoint)[0]["step"]
+
+
+def _read_checkpoint(path, weights=False):
+    """(state, {name: tensor}) of a checkpoint; no tensors unless `weights`."""
+    try:
+        with safe_open(path, "pt") as f:
+            return (json.loads(f.metadata()["state"]),
+                    {name: f.get_tensor(name) for name in f.keys()} if weights else {})
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
+        raise ValueError(f"checkpoint={str(path)!r} is truncated or no checkpoint; delete it to start anew") from None

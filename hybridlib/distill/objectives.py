@@ -1,9 +1,10 @@
-"""What a student is trained on: the alignment loss of stage 1 and the divergences of stage 2."""
+"""Objectives: the alignment loss of stage 1 and the divergences of stage 2."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +15,17 @@ from hybridlib.checks import check_choice, check_int, check_number
 __all__ = ["alignment_loss", "divergence", "divergence_from_hidden", "kl_divergence", "mixer_loss"]
 
 _KINDS = ("forward", "reverse", "jensen_shannon", "alpha_beta")
+_TAKES = {"jensen_shannon": ("beta",), "alpha_beta": ("alpha", "beta")}
 _SMALLEST_EXPONENT = 0.01
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
-    """Stage 1: mean squared error of a mixer's output against the attention output it stands in for.
+    """Return the mean squared error of a mixer's output against that of the attention it replaces (stage 1).
 
     Parameters
     ----------
     student, teacher : (batch, time, width), outputs of the mixer and of the teacher's attention for the same input.
-    normalize : divide by the mean square of `teacher`, so that 0 is exact and 1 is as bad as silence, at every depth;
+    normalize : divide by the mean square of `teacher`, so that 0 is exact and 1 as bad as silence at every depth;
         without it, layers with large outputs dominate.
 
     Returns a scalar, float32. Source: paper section 3, stage 1; RADLADS (arXiv 2505.03005), step 1.
@@ -34,7 +36,7 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: b
 
 def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "forward",
                alpha: float | None = None, beta: float | None = None, temperature: float = 1.0) -> torch.Tensor:
-    """Divergence of next-token distributions at each position, in nats, times temperature squared.
+    """Return the divergence of next-token distributions at each position, in nats, times temperature squared.
 
     With p the teacher's distribution and q the student's, both softened by the temperature:
 
@@ -83,7 +85,7 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
 
 def kl_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *,
                   temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher || student): `divergence` of kind ``"forward"``."""
+    """Return KL(teacher || student), the `divergence` of kind ``"forward"``."""
     return divergence(teacher_logits, student_logits, temperature=temperature)
 
 
@@ -91,7 +93,7 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
                            student_head: torch.Tensor, *, kind: str = "forward", alpha: float | None = None,
                            beta: float | None = None, temperature: float = 1.0, chunk: int = 2048,
                            backend: str = "auto") -> torch.Tensor:
-    """Mean of `divergence` over tokens, from hidden states and output heads, `chunk` tokens of logits at a time.
+    """Return the mean of `divergence` over tokens, from hidden states and heads, by `chunk` tokens of logits at a time.
 
     The gradient is computed along with the loss, so no logits outlive their chunk: with g the derivative of a token's
     divergence by log q, that by the student's logits is temperature (g - q sum g).
@@ -125,21 +127,18 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
                               temperature, min(chunk, student_hidden[..., 0].numel()), compute, gradients)
 
 
-def check_divergence(kind, alpha, beta, name="kind") -> tuple[float | None, float | None]:
-    """Return alpha and beta, defaults filled in; raise ValueError unless they suit `kind` as `divergence` says."""
+def check_divergence(kind: str, alpha: Any, beta: Any, name: str = "kind") -> tuple[Any, Any]:
+    """Return alpha and beta, or their defaults; raise ValueError unless they suit `kind` as `divergence` says."""
     check_choice(name, kind, _KINDS)
-    given = {"alpha": alpha, "beta": beta}
-    takes = {"forward": (), "reverse": (), "jensen_shannon": ("beta",), "alpha_beta": ("alpha", "beta")}[kind]
-    for parameter, value in given.items():
-        if parameter not in takes and value is not None:
+    for parameter, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None and parameter not in _TAKES.get(kind, ()):
             raise ValueError(f"{parameter}={value!r} is not taken by {name}={kind!r}; leave it out")
     if kind == "jensen_shannon":
         beta = 0.5 if beta is None else beta
         if not _is_number(beta) or not 0 < beta < 1:
             raise ValueError(f"beta={beta!r} is not a number above 0 and below 1, as {name}='jensen_shannon' needs")
     if kind == "alpha_beta":
-        for parameter, value in given.items():
-            _check_exponent(parameter, value)
+        _check_exponent("alpha", alpha), _check_exponent("beta", beta)
         if abs(alpha + beta) < 1e-9:  # 0.1 + 0.2 against -0.3
             beta = -alpha
         _check_exponent("alpha + beta", alpha + beta)
@@ -157,8 +156,7 @@ def _check_exponent(name, value):
 
 
 def _check_shapes(teacher_hidden, teacher_head, student_hidden, student_head):
-    hidden = {"teacher": (teacher_hidden, teacher_head), "student": (student_hidden, student_head)}
-    for whose, (states, head) in hidden.items():
+    for whose, states, head in (("teacher", teacher_hidden, teacher_head), ("student", student_hidden, student_head)):
         if states.dim() < 2 or states.numel() == 0:
             raise ValueError(f"{whose}_hidden has shape {tuple(states.shape)}; it must be (..., width), with a token")
         if head.dim() != 2 or head.shape[1] != states.shape[-1]:
@@ -172,7 +170,7 @@ def _check_shapes(teacher_hidden, teacher_head, student_hidden, student_head):
 
 
 def _choose_backend(backend, compute, hidden):
-    """The function that turns a chunk's student logits into their gradient; raises ValueError if it cannot run."""
+    """Return the function that turns a chunk's student logits into their gradient; ValueError if it cannot run."""
     check_choice("backend", backend, ("auto", "torch", "triton"))
     reason = _why_not_triton(compute, hidden)
     if backend == "triton" and reason is not None:
@@ -208,9 +206,9 @@ class _Chunked(torch.autograd.Function):
         # two buffers for all chunks: a name rebound in the loop would keep a third alive; GPUs want aligned rows
         width = -(-vocab // 64) * 64 if student_hidden.is_cuda else vocab
         p_logits, q_logits = (student_hidden.new_empty(chunk, width, dtype=compute)[:, :vocab] for _ in range(2))
-        wants_hidden, wants_head = (gradients and ctx.needs_input_grad[i] for i in (2, 3))
-        grad_hidden = torch.empty_like(student_hidden) if wants_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=wide) if wants_head else None
+        of_hidden, of_head = (gradients and ctx.needs_input_grad[i] for i in (2, 3))
+        grad_hidden = torch.empty_like(student_hidden) if of_hidden else None
+        grad_head = torch.zeros_like(student_head, dtype=wide) if of_head else None
         total = student_hidden.new_zeros((), dtype=wide)
         scale = temperature / tokens
         for i in range(0, tokens, chunk):
@@ -219,9 +217,9 @@ class _Chunked(torch.autograd.Function):
             torch.mm(teacher_hidden[i:i + chunk].to(compute), teacher_weight.T, out=p)
             torch.mm(x, student_weight.T, out=q)
             total += in_place(p, q).sum()
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[i:i + chunk] = (q @ student_weight).mul_(scale)
-            if wants_head:
+            if grad_head is not None:
                 _add_product(grad_head, q.T, x, scale)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(student_head.dtype))
         return total * (temperature**2 / tokens)
@@ -234,7 +232,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _add_product(total, a, b, scale):
-    """total += scale a @ b; in float32 throughout where total is float32, a and b are half and torch offers it."""
+    """Add scale a @ b to `total`; throughout in float32 where total is, a and b are half and torch offers it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=scale)
     elif total.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():  # torch 2.8
@@ -244,9 +242,9 @@ def _add_product(total, a, b, scale):
 
 
 def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temperature):
-    """Divergence of each row, without temperature squared; student_logits become its gradient by logits / temperature.
+    """Return the divergence of each row, without temperature squared; student_logits become its gradient.
 
-    That gradient is g - q sum g, with g the derivative by log q; a multiple of q in g makes no difference.
+    The gradient by logits / temperature is g - q sum g, with g the derivative by log q up to a multiple of q.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
@@ -278,7 +276,7 @@ def _log_mean(log_p, log_q, beta):
 
 
 def _alpha_beta(log_p, log_q, alpha, beta):
-    """The alpha-beta divergence's terms, and their derivatives by log q.
+    """Return the alpha-beta divergence's terms, and their derivatives by log q.
 
     With s = alpha + beta and G(x) = (p^x q^(s - x) - q^s) / x, which is q^s log(p / q) at x = 0, the divergence is
     sum (G(s) - G(alpha)) / beta, and the derivative -G(alpha); at beta = 0 the quotient is G's derivative.
@@ -300,6 +298,7 @@ def _alpha_beta(log_p, log_q, alpha, beta):
     return terms, -at_alpha
 
 
-def mixer_loss(mixer: nn.Module, given: torch.Tensor, returned: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """Stage 1's loss of a mixer on a layer's `attention_io`; see `objectives.alignment_loss`."""
-    return alignment_loss(mixer(given)[0], returned, normalize=normalize)
+def mixer_loss(mixer: nn.Module, attention_input: torch.Tensor, attention_output: torch.Tensor,
+               normalize: bool) -> torch.Tensor:
+    """Return the `alignment_loss` of a mixer on a layer's `attention_io`."""
+    return alignment_loss(mixer(attention_input)[0], attention_output, normalize=normalize)

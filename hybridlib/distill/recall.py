@@ -3,7 +3,7 @@
 Four families, each a few lines of plain text that any tokenizer can read, with knobs for difficulty:
 
 =================  ==========================================================  =====================
-name               what stands in the prompt                                   what is asked
+name               the prompt                                                  the question
 =================  ==========================================================  =====================
 key_value          a phone book, one ``name: number`` a line                   a name's number
 needle             ``The code of name is number.`` among filler sentences      a name's code
@@ -21,15 +21,19 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlib.checks import check_choice, check_int
+from hybridlib.models.passes import evaluation_mode
 
-__all__ = ["RECALL_TASKS", "RecallExample", "RecallScore", "RecallTask", "encode_recall", "generate_recall",
-           "load_recall", "score_recall"]
+__all__ = ["RECALL_TASKS", "RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "exact_match",
+           "generate_recall", "judge", "load_recall", "pad_left", "recall_logits", "score_recall"]
 
 RECALL_TASKS = ("key_value", "needle", "multi_hop", "variable_tracking")
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
@@ -54,14 +58,14 @@ _ENDS = ("in the morning", "before the rain", "without a word", "for many years"
 
 @dataclass(frozen=True)
 class RecallTask:
-    """What to generate.
+    """A family of examples and its difficulty.
 
     Parameters
     ----------
     name : one of `RECALL_TASKS`.
     pairs : facts with a number in the prompt (chains, for the last two families); 2 to 512.
     queries : questions after the prompt, each on another fact; 1 to `pairs`.
-    hops : links from the asked name to its number, 1 to 8; 1 for ``key_value`` and ``needle``.
+    hops : links from a question's name to its number, 1 to 8; 1 for ``key_value`` and ``needle``.
     digits : digits of a number, 1 to 12.
     filler : filler sentences before each fact, 0 to 64.
     split : ``"heldout"`` or ``"train"``; no (name, number) pair is in both.
@@ -87,10 +91,9 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class RecallExample:
-    """One prompt and its turns: each turn is (question, answer); the answer is what the model must write.
+    """One prompt and its turns, each a (question, answer) of which the model must write the answer.
 
-    `exact` says how greedy generation is judged: the whole answer must match, or (loaded sets) be contained in the
-    first line, whatever its case.
+    Greedy generation must match the whole answer if `exact`, else hold it in its first line, whatever its case.
     """
 
     prompt: str
@@ -122,8 +125,8 @@ def generate_recall(task: RecallTask, num_examples: int, seed: int = 0) -> list[
 def load_recall(path: str | Path, limit: int | None = None) -> list[RecallExample]:
     """Load a recall set: a parquet or jsonl file with text columns ``text`` (the prompt) and ``value``.
 
-    The model continues the text and is right if `value` stands in its first line, whatever its case (the scoring
-    of SWDE, FDA and SQuAD in arXiv 2402.18668). Raises ValueError if the file or a column is missing.
+    A model continues the text and is right if `value` is in its first line, whatever its case (the scoring of SWDE,
+    FDA and SQuAD in arXiv 2402.18668). Raises ValueError if the file or a column is missing.
     """
     import pandas as pd
 
@@ -138,11 +141,12 @@ def load_recall(path: str | Path, limit: int | None = None) -> list[RecallExampl
     return [RecallExample(p, (("", " " + v.strip()),), exact=False) for p, v in zip(rows["text"], rows["value"])]
 
 
-def encode_recall(example: RecallExample, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of an example and, for each answer, its (start, end) in them.
+def encode_recall(example: RecallExample, tokenizer: PreTrainedTokenizerBase
+                  ) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the token ids of an example and, for each answer, its (start, end) in them.
 
     Prompt, questions and answers are tokenized apart, so that an answer's tokens never merge with its question's.
-    A beginning-of-text token is put first if the tokenizer has one.
+    A beginning-of-text token comes first if the tokenizer has one.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     spans = []
@@ -156,14 +160,14 @@ def encode_recall(example: RecallExample, tokenizer) -> tuple[list[int], list[tu
 
 
 @torch.no_grad()
-def score_recall(model, tokenizer, examples: list[RecallExample], *, mode: str = "teacher_forced",
-                 batch_size: int = 16) -> RecallScore:
+def score_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[RecallExample], *,
+                 mode: str = "teacher_forced", batch_size: int = 16) -> RecallScore:
     """Score a causal LM of transformers on recall.
 
     Parameters
     ----------
     model : maps ``input_ids`` (batch, time) and ``attention_mask`` to ``.logits`` (batch, time, vocab).
-    mode : ``"teacher_forced"``, an answer counts if every one of its tokens is the arg max given the true text before
+    mode : ``"teacher_forced"``, an answer counts if every one of its tokens is the arg max after the true text before
         it; or ``"greedy"``, the model writes the first answer itself, token by token.
     batch_size : examples at a time; shorter ones are padded on the left.
 
@@ -173,21 +177,17 @@ def score_recall(model, tokenizer, examples: list[RecallExample], *, mode: str =
     """
     check_choice("mode", mode, ("teacher_forced", "greedy"))
     encoded = encode_all(examples, tokenizer, model.config)
-    was_training = model.training
-    model.eval()
-    score = _teacher_forced if mode == "teacher_forced" else _greedy
-    right, tokens_right, tokens = [], 0, 0
-    for i in range(0, len(encoded), batch_size):
-        batch = score(model, tokenizer, examples[i:i + batch_size], encoded[i:i + batch_size])
-        for exact, hits, count in batch:
-            right.append(exact)
-            tokens_right, tokens = tokens_right + hits, tokens + count
-    model.train(was_training)
-    return RecallScore(*exact_match(right), tokens_right / tokens, len(right))
+    score, answers = _teacher_forced if mode == "teacher_forced" else _greedy, []
+    with evaluation_mode(model):
+        for i in range(0, len(encoded), batch_size):
+            answers += score(model, tokenizer, examples[i:i + batch_size], encoded[i:i + batch_size])
+    right, hits, counts = zip(*answers)
+    return RecallScore(*exact_match(right), sum(hits) / sum(counts), len(right))
 
 
-def encode_all(examples: list[RecallExample], tokenizer, config) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """`encode_recall` of each example; ValueError if there is none or one is beyond the context of `config`."""
+def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase, config
+               ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Apply `encode_recall` to each example; ValueError if there is none or one is beyond the context of `config`."""
     if not examples:
         raise ValueError("examples is empty; generate_recall or load_recall makes some")
     encoded = [encode_recall(e, tokenizer) for e in examples]
@@ -198,8 +198,8 @@ def encode_all(examples: list[RecallExample], tokenizer, config) -> list[tuple[l
     return encoded
 
 
-def exact_match(right: list[bool]) -> tuple[float, float]:
-    """Share of answers that are right, and its binomial standard error."""
+def exact_match(right: Sequence[bool]) -> tuple[float, float]:
+    """Return the share of answers that are right, and its binomial standard error."""
     p = sum(right) / len(right)
     return p, (p * (1 - p) / len(right)) ** 0.5
 
@@ -209,15 +209,16 @@ def _teacher_forced(model, tokenizer, examples, encoded):
     return judge(recall_logits(model, input_ids, mask).argmax(-1), input_ids, shift, encoded)
 
 
-def judge(predicted, input_ids, shift, encoded):
-    """For each answer of padded examples: whether it is right, how many of its tokens are, and how many it has.
+def judge(predicted: torch.Tensor, input_ids: torch.Tensor, shift: list[int], encoded
+          ) -> Iterator[tuple[bool, int, int]]:
+    """Yield for each answer of padded examples whether it is right, its right tokens, and all its tokens.
 
     `predicted`, `input_ids` : (batch, time), the likeliest next token and the true one; `shift` : padding of each row.
     """
     for row, (_, spans) in enumerate(encoded):
         for start, end in spans:
             start, end = start + shift[row], end + shift[row]
-            hits = (predicted[row, start - 1:end - 1] == input_ids[row, start:end]).sum().item()
+            hits = int((predicted[row, start - 1:end - 1] == input_ids[row, start:end]).sum())
             yield hits == end - start, hits, end - start
 
 
@@ -239,8 +240,8 @@ def _greedy(model, tokenizer, examples, encoded):
         yield exact, hits, len(answer)
 
 
-def recall_logits(model, input_ids, mask):
-    """Logits (batch, time, vocab) of rows padded on the left, where `mask` is 0."""
+def recall_logits(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the logits (batch, time, vocab) of rows padded on the left, where `mask` is 0."""
     if bool(mask.all()):
         return model(input_ids=input_ids).logits
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -251,13 +252,13 @@ def _pad_id(tokenizer):
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if i is not None)
 
 
-def pad_left(rows, tokenizer, device):
-    """Rows as ids (rows, width) and mask (rows, width) of the longest's width, and how much each was padded."""
-    width = max(map(len, rows))
-    shift = [width - len(r) for r in rows]
-    ids = torch.tensor([[_pad_id(tokenizer)] * s + r for s, r in zip(shift, rows)], device=device)
-    mask = torch.tensor([[0] * s + [1] * len(r) for s, r in zip(shift, rows)], device=device)
-    return ids, mask, shift
+def pad_left(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+             ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return rows as ids (rows, width) and mask (rows, width) of the longest's width, and the padding of each."""
+    ids, mask = (pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=value,
+                              padding_side="left").to(device)
+                 for parts, value in ((rows, _pad_id(tokenizer)), ([[1] * len(r) for r in rows], 0)))
+    return ids, mask, [ids.shape[1] - len(r) for r in rows]
 
 
 def _ids(tokenizer, text):
@@ -265,7 +266,7 @@ def _ids(tokenizer, text):
 
 
 def _names(rng, count):
-    """`count` different names of two words; the second words differ too, as far as there are enough."""
+    """Draw `count` different names of two words; the second words differ too while there are enough of them."""
     seconds = [word for i in range(-(-count // len(_SECOND))) for word in rng.sample(_SECOND, len(_SECOND))][:count]
     names = []
     for second in seconds:
@@ -296,7 +297,7 @@ def _filler(rng, task):
 
 
 def _facts(rng, task):
-    taken = set()
+    taken: set[str] = set()
     return [(name, _number(rng, name, task, taken)) for name in _names(rng, task.pairs)]
 
 
@@ -314,8 +315,9 @@ def _needle(task, rng):
 
 
 def _chains(rng, task):
-    """(names of each chain, its number); the last name of a chain holds the number."""
-    names, taken = _names(rng, task.pairs * task.hops), set()
+    """Draw (names of each chain, its number); the last name of a chain holds the number."""
+    taken: set[str] = set()
+    names = _names(rng, task.pairs * task.hops)
     chains = [names[i * task.hops:(i + 1) * task.hops] for i in range(task.pairs)]
     return [(chain, _number(rng, chain[-1], task, taken)) for chain in chains]
 

@@ -1,4 +1,4 @@
-"""Distillation: one training loop, two stages.
+"""The two stages of distillation.
 
 `align` (stage 1) trains each mixer to give the teacher's attention output for the teacher's own layer input. `match`
 (stage 2) trains all weights on the divergence of next-token distributions. Both stop with a sentence at the first
@@ -12,18 +12,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
+from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.loop import train_steps
 from hybridlib.distill.objectives import divergence_from_hidden, mixer_loss
 from hybridlib.distill.settings import AlignSettings, History, MatchSettings
 from hybridlib.models.hybrid import linear_layers
 from hybridlib.models.passes import TeacherStates, attention_io, compiled_if, last_hidden
 
-__all__ = ["align", "match"]
+__all__ = ["align", "match", "matching_loss", "weight_groups"]
 
 
-def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings | None = None,
-          checkpoint: str | Path | None = None) -> History:
+
+def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num_tokens: int, *,
+          settings: AlignSettings | None = None, checkpoint: str | Path | None = None) -> History:
     """Stage 1: train every linear mixer of `student`, in place, to give the teacher's attention output.
 
     Parameters
@@ -47,19 +50,20 @@ def align(student, teacher, tokens, num_tokens: int, *, settings: AlignSettings 
 
     def step_loss(share, rows):
         with torch.no_grad():
-            seen = list(attention_io(teacher, rows, compiled=compiled))
+            pairs = list(attention_io(teacher, rows, compiled=compiled))
         losses = {}
         for l, mixer in mixers.items():  # layers do not depend on one another: one graph at a time
-            losses[l] = loss_of(mixer, *seen[l], settings.normalize)
+            losses[l] = loss_of(mixer, *pairs[l], settings.normalize)
             (losses[l] * (share / len(layers))).backward()
         return {l: loss.detach() for l, loss in losses.items()}
 
     groups = [(named, settings.learning_rate)]
-    return train_steps("align", student, tokens, num_tokens, settings, groups, step_loss, checkpoint)
+    return train_steps("align", student, tokens, num_tokens, settings, groups, step_loss,
+                       checkpoint=checkpoint)
 
 
-def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings | None = None,
-          checkpoint: str | Path | None = None, until: int | None = None,
+def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num_tokens: int, *,
+          settings: MatchSettings | None = None, checkpoint: str | Path | None = None, until: int | None = None,
           states: TeacherStates | None = None) -> History:
     """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
 
@@ -76,26 +80,42 @@ def match(hybrid, teacher, tokens, num_tokens: int, *, settings: MatchSettings |
     settings = settings or MatchSettings()
     if states is not None and states.teacher is not teacher:
         raise ValueError("states are of another teacher; make them with TeacherStates(teacher)")
-    prefixes = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(hybrid.config))
-    mixers = [(n, p) for n, p in hybrid.named_parameters() if n.startswith(prefixes)]
-    others = [(n, p) for n, p in hybrid.named_parameters() if not n.startswith(prefixes)]
+    mixers = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(hybrid.config))
+    groups = weight_groups(hybrid.named_parameters(), lambda name: name.startswith(mixers), settings)
     compiled = settings.compile and next(hybrid.parameters()).is_cuda
-    groups = [(mixers, settings.mixer_learning_rate), (others, settings.learning_rate)]
-    targets = None if states is None else partial(states, compiled=compiled)
-    return train_steps("match", hybrid, tokens, num_tokens, settings, groups,
-                       matching_loss(hybrid, teacher, settings, compiled), checkpoint, until, targets)
+    loss = matching_loss(lambda ids: [(last_hidden(hybrid, ids, compiled=compiled), hybrid.lm_head.weight)],
+                         teacher, settings, compiled)
+    return train_steps("match", hybrid, tokens, num_tokens, settings, groups, loss, checkpoint=checkpoint, until=until,
+                       targets=None if states is None else partial(states, compiled=compiled))
 
 
-def matching_loss(model, teacher, settings: MatchSettings, compiled: bool = False) -> Callable:
-    """The `step_loss` of stage 2, see `train_steps`; without the teacher's hidden states it computes them."""
-    def step_loss(share, rows, target=None):
+def weight_groups(named, is_mixer: Callable[[str], bool], settings: MatchSettings) -> list:
+    """Stage 2's groups for `Run` of `named` weights: the mixers' at their rate, and all others at theirs."""
+    named = list(named)
+    return [([(n, p) for n, p in named if is_mixer(n)], settings.mixer_learning_rate),
+            ([(n, p) for n, p in named if not is_mixer(n)], settings.learning_rate)]
+
+
+def matching_loss(outputs: Callable, teacher: PreTrainedModel, settings: MatchSettings, compiled: bool = False, *,
+                  skip: int = 0) -> Callable:
+    """The `step_loss` of stage 2, see `Run`; without the teacher's hidden states among its rows it computes them.
+
+    Parameters
+    ----------
+    outputs : takes ids (rows, time) and gives, for each member of the run, its last hidden states (rows, time, width)
+        and the weight of its output head.
+    compiled : run the teacher's layers through ``torch.compile``.
+    skip : positions at the start of each row whose divergence does not count.
+    """
+    def step_loss(share, ids, target=None):
         if target is None:
             with torch.no_grad():
-                target = last_hidden(teacher, rows, compiled=compiled)
-        loss = divergence_from_hidden(target, teacher.lm_head.weight, last_hidden(model, rows, compiled=compiled),
-                                      model.lm_head.weight, kind=settings.divergence, alpha=settings.alpha,
-                                      beta=settings.beta, temperature=settings.temperature)
-        (loss * share).backward()
-        return {None: loss.detach()}
+                target = last_hidden(teacher, ids, compiled=compiled)
+        losses = torch.stack([divergence_from_hidden(target[:, skip:], teacher.lm_head.weight, hidden[:, skip:], head,
+                                                     kind=settings.divergence, alpha=settings.alpha,
+                                                     beta=settings.beta, temperature=settings.temperature)
+                              for hidden, head in outputs(ids)])
+        (losses.sum() * share).backward()
+        return {None: losses.detach()}
 
     return step_loss

@@ -1,7 +1,7 @@
 """Two linear attention operators, one signature each, several ways to run them.
 
 ===============  ====================================================  =============================================
-backend          what it is                                            where it runs
+backend          meaning                                               where it runs
 ===============  ====================================================  =============================================
 ``"reference"``  the recurrence, a token at a time                     everywhere; slow; float64 for tests
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
@@ -12,9 +12,9 @@ backend          what it is                                            where it 
                  ``"chunked"``
 ===============  ====================================================  =============================================
 
-Float32 is not for ``"fla"`` unless it is asked for: Triton, which flash-linear-attention is written in, multiplies
-float32 in TF32 unless told otherwise. ``"fused"`` multiplies it in three TF32 products, to float32's own error.
-``"fla"`` runs flash-linear-attention's own kernels, also where FlashQLA is installed, to which it hands some calls.
+``"auto"`` gives float32 to ``"fused"``, which multiplies it in three TF32 products, to float32's own error, and never
+to ``"fla"``, which multiplies it in TF32. ``"fla"`` runs flash-linear-attention's own kernels, also where FlashQLA is
+installed, to which that hands some calls.
 
 Sequences may be packed into one of batch 1 with `cu_seqlens`, (sequences + 1,) integers from 0 to time, where each
 begins and the last ends. ``"fused"`` takes them at once, the other backends one after another.
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridlib.checks import check_choice, check_number
-from hybridlib.kernels import chunked, fla, fused, reference
+from hybridlib.kernels import chunked, fla_adapter, fused, reference
 
 __all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated_linear_attention"]
 
@@ -93,7 +93,7 @@ def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, b
 
 
 def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
-    """What `gated_delta_rule` is given in a mixer, from the mixer's projections.
+    """Make the inputs of `gated_delta_rule` from a mixer's projections.
 
     q and k become silu(q) and silu(k) of unit length, v silu(v), log_decay = -exp(A_log) softplus(a + dt_bias) and
     beta = sigmoid(b).
@@ -102,8 +102,7 @@ def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
     ----------
     q, k : (batch, time, heads, key_dim); v : (batch, time, heads, value_dim); a, b : (batch, time, heads).
     A_log, dt_bias : (heads,), or (batch, 1, heads).
-    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call, one launch each way; everywhere
-        else, and with any other backend, PyTorch does it.
+    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; otherwise PyTorch computes.
 
     Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Raises ValueError for an unknown backend, and
     if shapes do not fit one another. Source: arXiv 2412.06464, section 3.4.
@@ -111,10 +110,9 @@ def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
     check_choice("backend", backend, _BACKENDS)
     if (q.dim() != 4 or k.shape != q.shape or not q.shape[:3] == v.shape[:3] == a.shape == b.shape or v.dim() != 4
             or A_log.shape != dt_bias.shape or A_log.shape not in ((q.shape[2],), (q.shape[0], 1, q.shape[2]))):
-        given = {"q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias}
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
-        raise ValueError(f"shapes do not fit one another: {shapes}; give them as the mixer does, see the function's "
-                         "parameters")
+        inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias}
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        raise ValueError(f"shapes do not fit one another: {shapes}; the function's parameters say which do")
     if backend in ("auto", "fused") and q.dtype == v.dtype and fused.why_not_for(q, v) is None:
         return fused.delta_rule_inputs(q, k, v, a, b, A_log, dt_bias)
     q, k = (F.normalize(F.silu(x), dim=-1, eps=1e-6) for x in (q, k))
@@ -128,18 +126,18 @@ def available_backends() -> dict[str, str | None]:
     ``"fla"`` may run forward and still be refused when gradients of the gated delta rule are wanted (Hopper GPUs with
     Triton 3.4 to 3.7.0 and no TileLang).
     """
-    return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla.why_not()}
+    return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla_adapter.why_not()}
 
 
-_known = set()  # calls that passed the checks and run on the fused kernels: checking again would take longer than they
+_accepted: set = set()  # calls that passed the checks and run fused: a second check would take longer than the kernels
 
 
 def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlens):
     compiling = torch.compiler.is_compiling()
     tensors = (*inputs.values(), initial_state, cu_seqlens)
     plain = not compiling and isinstance(backend, str) and isinstance(scale, (int, float, type(None)))
-    known = (operator, backend, scale, *map(_kind, tensors)) if plain else None
-    if known in _known:
+    call = (operator, backend, scale, *map(_kind, tensors)) if plain else None
+    if call in _accepted:
         scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
     check_choice("backend", backend, _BACKENDS)
@@ -152,14 +150,14 @@ def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlen
     check_number("scale", scale, 0, open_low=True)
     backend = _choose(operator, inputs, initial_state, backend)
     if backend == "fused":
-        if not compiling and len(_known) < 1000:
-            _known.add(known)
+        if not compiling and len(_accepted) < 1000:
+            _accepted.add(call)
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
-    run = getattr({"reference": reference, "chunked": chunked, "fla": fla}[backend], operator)
+    run = getattr({"reference": reference, "chunked": chunked, "fla": fla_adapter}[backend], operator)
     return _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens)
 
 
-@torch.compiler.disable  # loops over chunks or tokens, which would be unrolled, or kernels that are compiled already
+@torch.compiler.disable  # the compiler would unroll loops over chunks or tokens
 def _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens):
     with torch.autocast(inputs["v"].device.type, enabled=False):
         if cu_seqlens is None:
@@ -168,12 +166,12 @@ def _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens):
 
 
 def _kind(x):
-    """What the checks read of an argument, in a form that sets take."""
+    """Return the part of an argument that the checks read, hashable."""
     return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x)
 
 
 def _choose(operator, inputs, initial_state, backend):
-    """The backend to run, where ``"auto"`` is asked for; ValueError if the one asked for cannot run this call."""
+    """Return the backend of a call, chosen where `backend` is ``"auto"``; ValueError if it cannot run the call."""
     q, v = inputs["q"], inputs["v"]
     if backend == "auto" and not v.is_cuda:
         return "chunked"
@@ -188,7 +186,7 @@ def _choose(operator, inputs, initial_state, backend):
         if backend == "auto":
             chosen = "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
             if not torch.compiler.is_compiling():
-                _tell(chosen, fused.why_not_for(q, v))
+                _warn(chosen, fused.why_not_for(q, v))
             return chosen
         if refusal is not None:
             raise ValueError(f"backend='fla' cannot run here: {refusal}")
@@ -196,8 +194,8 @@ def _choose(operator, inputs, initial_state, backend):
 
 
 @functools.cache
-def _tell(chosen, refusal):
-    """Say once why calls run on another backend than the fastest."""
+def _warn(chosen, refusal):
+    """Log once why calls run on another backend than the fastest."""
     logger.warning("backend='auto' runs %r, for 'fused' cannot run here: %s", chosen, refusal)
 
 
@@ -217,12 +215,12 @@ def _one_by_one(run, inputs, scale, initial_state, borders):
 
 
 def _why_not_fla(operator, inputs, initial_state):
-    """Why flash-linear-attention cannot take this call; None if it can."""
+    """Return the reason why flash-linear-attention cannot take this call; None if it can."""
     q, v = inputs["q"], inputs["v"]
-    wants_gradients = torch.is_grad_enabled() and any(
+    gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs.values(), initial_state))
     delta_rule = operator == "gated_delta_rule"
-    reason = fla.why_not(delta_rule_gradients=delta_rule and wants_gradients)
+    reason = fla_adapter.why_not(delta_rule_gradients=delta_rule and gradients)
     if reason is not None:
         return reason
     if not v.is_cuda:
@@ -261,7 +259,7 @@ def _check_tensors(tensors, shapes, cu_seqlens):
 
 
 def _count(cu_seqlens, tensors):
-    """How many sequences cu_seqlens holds; ValueError unless it is of integers, one-dimensional, and batch is 1."""
+    """Count the sequences of cu_seqlens; ValueError unless it is of integers, one-dimensional, and batch is 1."""
     v = tensors["v"]
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1:
         raise ValueError("cu_seqlens must be a one-dimensional tensor of int32 or int64")

@@ -10,7 +10,7 @@ Gated delta rule (arXiv 2412.06464, section 3; the WY form of arXiv 2406.06484):
 
     A  = strictly lower part of  beta_i (k_i . k_j) D_ij
     [U | W] = (I + A)^-1 [beta v | beta in k]
-    N  = U - W S                                      what each token really writes
+    N  = U - W S                                      each token's write, net of the state under its key
     O  = scale (in q) S + P N,                        P = scale (q_i . k_j) D_ij
     S' = in_C S + (out k)^T N  =  (in_C I - (out k)^T W) S + (out k)^T U
 
@@ -25,9 +25,9 @@ it likes. Here that matters most in P, where D does not factor over i and j: `_d
 halves, quarters and so on, and a pair (i, j) in two neighbouring blocks meets at their border, where
 D_ij = (a_(j+1) ... to the border) (from the border ... a_i).
 
-Backward passes are written by hand, in the same few large products. Inputs, states and one (C, C) a chunk, (I + A)^-1
-or P, are kept for them; all else is computed again. Gradients of log_decay are sums over the pairs that a decay lies
-between, never differences of sums, so that small ones stay exact.
+Backward passes are written by hand, in the same few large products. They take inputs, states and one (C, C) a chunk,
+(I + A)^-1 or P, from the forward pass and compute the rest again. Gradients of log_decay are sums over the pairs that a
+decay lies between, never differences of sums, so that small ones stay exact.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
     Arguments and result as `hybridlib.kernels.gated_delta_rule`; float32 inside, float64 if v is float64.
     """
     inputs = q, k, v, log_decay, beta
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
-    function = _delta_rule_alone if _in_turn(v) and not wanted else _GatedDeltaRule.apply
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
+    function = _GatedDeltaRule.apply if gradients or not _in_turn(v) else _delta_rule_without_gradients
     return _in_chunks(function, inputs, scale, initial_state, chunk)
 
 
@@ -82,12 +82,12 @@ def _in_chunks(function, inputs, scale, initial_state, chunk):
 
 
 def _in_turn(x):
-    """Whether chunks are taken one after the other, in several small products. On a GPU launches would dominate."""
+    """Tell whether chunks go one after the other, in several small products. On a GPU launches would dominate."""
     return x.device.type == "cpu"
 
 
-def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
-    """`_GatedDeltaRule` without what gradients need: one state, which is written over."""
+def _delta_rule_without_gradients(q, k, v, log_decay, beta, state, scale):
+    """Run `_GatedDeltaRule` with one state, which is written over, in place of those that gradients need."""
     (count, rows, size, _), value_dim = k.shape, v.shape[-1]
     q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
     scores, _, new, w, q_in, k_out, total = _chunks(q, k, v, log_decay, beta, scale)
@@ -101,7 +101,7 @@ def _delta_rule_alone(q, k, v, log_decay, beta, state, scale):
 
 
 def _chunks(q, k, v, log_decay, beta, scale):
-    """What chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1).
+    """Return what chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1).
 
     Decays, scale and beta multiply A and P (C x C), not keys and queries before the products.
     """
@@ -121,8 +121,8 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, state, scale):
         count, rows, size, value_dim = v.shape
-        flat = [x.flatten(0, 1) for x in (q, k, v, log_decay, beta)]
-        scores, inverse, u, w, q_in, k_out, total = _chunks(*flat, scale)
+        flat = tuple(x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
+        scores, inverse, u, w, q_in, k_out, total = _chunks(*flat, scale)  # type: ignore[call-arg]
         states, new = _states(u, w, k_out, total, state, count)
         o = torch.bmm(q_in, states[:-1].flatten(0, 1)).baddbmm_(scores, new)
         ctx.scale, ctx.shape = scale, (count, rows, size)
@@ -143,27 +143,27 @@ class _GatedDeltaRule(torch.autograd.Function):
         out, total, q_in = decay[:, -1, :, None], decay_in[:, -1:], scale * decay_in
         scores = (q @ k.mT).mul_(decay).mul_(scale)                                 # P
         k_out, w = k * out, inverse @ (k * (beta * -decay_in))                      # out k, -W
-        known = k @ before                                                          # what S has of v
-        gap = torch.addcmul(v, known, decay_in, value=-1)
+        recalled = k @ before                                                       # v as S has it
+        gap = torch.addcmul(v, recalled, decay_in, value=-1)
         new = inverse @ (gap * beta)                                                # N
 
         # of the states, last chunk first; dN with them, and through N = (I + A)^-1 R: dR = (I + A)^-T dN
         dnew, dstates = _state_gradients(scores.mT @ do, (q * q_in).mT @ do, w, k_out, total, dstate, count)
         dafter = dstates[1:].flatten(0, 1)
         dright = inverse.mT @ dnew                                                  # (all, C, V)
-        dknown, dv = dright * (beta * -decay_in), dright * beta
-        dq_in, dk_in, dk_out = do @ before.mT, dknown @ before.mT, new @ dafter.mT  # (all, C, K)
+        drecalled, dv = dright * (beta * -decay_in), dright * beta
+        dq_in, dk_in, dk_out = do @ before.mT, drecalled @ before.mT, new @ dafter.mT  # (all, C, K)
         dpairs, dscores = (dright @ new.mT).neg_().tril_(-1), do @ new.mT           # of A and P (all, C, C)
 
-        # log_decay: every D_ij, every in_i (with in_C of the state), every out_j = D_Cj. Where something is needed for
-        # the last time it is written over, as fresh memory takes longer than the product
+        # log_decay: every D_ij, every in_i (with in_C of the state), every out_j = D_Cj. Last uses write in place, as
+        # fresh memory takes longer than the product
         products = k @ k.mT                                                         # A = beta D products
         dpairs.mul_(decay)
         dbeta = (dpairs * products).sum(-1) + gap.mul_(dright).sum(-1)
         dpairs.mul_(beta)
         ddecay = products.mul_(dpairs).addcmul_(dscores, scores)
         ddecay[:, -1] += k_out.mul_(dk_out).sum(-1)
-        dstart = known.mul_(dknown).sum(-1) + (dq_in * q).sum(-1).mul_(q_in[..., 0])  # (all, C)
+        dstart = recalled.mul_(drecalled).sum(-1) + (dq_in * q).sum(-1).mul_(q_in[..., 0])  # (all, C)
         dstart[:, -1] += total[:, 0, 0] * dafter.mul_(before).sum((1, 2))
         dlog_decay = _log_decay_gradient(ddecay, dstart)
 
@@ -175,7 +175,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 def _states(new, w, k_out, total, state, count):
-    """States (chunks + 1, rows, K, V) and N (all, C, V), from U, -W, out k and in_C (all, 1, 1).
+    """Return states (chunks + 1, rows, K, V) and N (all, C, V), from U, -W, out k and in_C (all, 1, 1).
 
     Either N and the next state in turn, or states by one product a chunk and then every N.
     """
@@ -193,7 +193,7 @@ def _states(new, w, k_out, total, state, count):
 
 
 def _state_gradients(dnew, read, w, k_out, total, dstate, count):
-    """Gradients of N and of the states, from those that outputs give: P^T dO and (in q)^T dO; else as `_states`.
+    """Return gradients of N and of the states, from those of outputs: P^T dO and (in q)^T dO; else as `_states`.
 
     dN = P^T dO + out k dS',  dS = in_C dS' + (in q)^T dO - W^T dN
     """
@@ -212,7 +212,7 @@ def _state_gradients(dnew, read, w, k_out, total, dstate, count):
 
 
 def _transition(k_out, w, total):
-    """in_C I - (out k)^T W (all, K, K), from -W."""
+    """Return in_C I - (out k)^T W (all, K, K), from -W."""
     transition = k_out.mT @ w
     transition.diagonal(dim1=1, dim2=2).add_(total[:, 0])
     return transition
@@ -276,7 +276,7 @@ class _GatedLinearAttention(torch.autograd.Function):
 
 
 def _decayed_levels(q, k, decay):
-    """For blocks of 1, 2, 4, .. C tokens: q decayed from its block's start, k to its block's end, blocks' totals.
+    """Return for blocks of 1, 2, .. C tokens: q decayed from its block's start, k to its block's end, blocks' totals.
 
     q, k and decay (all, C, K); totals (all, C / block, K). Token i's own decay counts as q's, not as k's.
     """
@@ -292,7 +292,7 @@ def _decayed_levels(q, k, decay):
 
 
 def _by_half(levels):
-    """(1, first level), (2, second), (4, third), .."""
+    """Yield (1, first level), (2, second), (4, third), .."""
     return ((1 << i, level) for i, level in enumerate(levels))
 
 
@@ -311,13 +311,11 @@ def _lower_blocks(x, half):
 
 
 def _inverse(a):
-    """(I + strictly lower part of a)^-1, for a (all, C, C).
+    """Return (I + strictly lower part of a)^-1, for a (all, C, C), by substitution on a CPU.
 
-    By substitution on a CPU. On a GPU by inverses of 1, 2, 4, .. tokens, two joined into one,
+    On a GPU it is as stable, but in products, to join inverses of 1, 2, 4, .. tokens, two into one:
 
-        [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]:
-
-    as stable as substitution, but in products.
+        [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
     """
     size, half = a.shape[-1], 1
     if a.device.type == "cpu":
@@ -334,14 +332,14 @@ def _inverse(a):
 
 
 def _pairwise_decay(log_decay):
-    """D (all, C, C) from log_decay (all, C, 1): exp of the sum over t of [j < t <= i] log_decay_t."""
+    """Return D (all, C, C) from log_decay (all, C, 1): exp of the sum over t of [j < t <= i] log_decay_t."""
     size = log_decay.shape[1]
     lower = log_decay.new_ones(size, size).tril_()
     return ((lower * log_decay.mT) @ lower.tril(-1)).exp_().mul_(lower)
 
 
 def _log_decay_gradient(dpairs, dstart):
-    """Gradient (all, C) of log_decay from those of log D (all, C, C) and log in (all, C).
+    """Return the gradient (all, C) of log_decay from those of log D (all, C, C) and log in (all, C).
 
     Token t's decay is part of D_ij for j < t <= i and of in_i for t <= i.
     """
@@ -351,7 +349,7 @@ def _log_decay_gradient(dpairs, dstart):
 
 
 def _scan(write, transition, state, count, reverse=False):
-    """States (count + 1, rows, K, V): S_(n+1) = transition_n S_n + write_n, from `state`, or backwards to S_0.
+    """Return states (count + 1, rows, K, V): S_(n+1) = transition_n S_n + write_n, from `state`, or back to S_0.
 
     write (all, K, V); transition (all, K, K), or (all, K, 1) if it is diagonal.
     """

@@ -1,8 +1,8 @@
 """Our GPU kernel for divergences of next-token distributions: a row's loss, and its gradient in place of its logits.
 
-Needs triton. A program takes one row and goes over it two or three times: for the two log-sum-exps, for the sums that
-the gradient needs (the forward KL needs none), and for the gradient. Arithmetic is in float32. A program is wide, so
-that few rows are under way at once and the later reads of a row can find it in cache.
+Needs triton. A program goes over one row two or three times: for the two log-sum-exps, for the sums that the gradient
+needs (the forward KL needs none), and for the gradient, in float32. It is wide, so that few rows are under way at once
+and a row's later reads find it in cache.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ __all__ = ["loss_and_gradient"]
 
 def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor, kind: str, alpha: float | None,
                       beta: float | None, temperature: float, *, block: int = 8192, warps: int = 32) -> torch.Tensor:
-    """Divergence of each row in nats, without temperature squared; student_logits become its gradient.
+    """Return the divergence of each row in nats, without temperature squared; student_logits become its gradient.
 
     Parameters
     ----------
-    teacher_logits, student_logits : (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The
-        student's are overwritten by the gradient of the row's divergence by logits / temperature; where the stride is
-        larger than vocab, what lies between is read and overwritten too, and does not matter.
+    teacher_logits, student_logits : (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The gradient
+        of the row's divergence by logits / temperature overwrites the student's, and any padding between rows.
     kind, alpha, beta, temperature : as in `hybridlib.distill.objectives.divergence`, checked there.
     block : columns at a time, a power of 2. warps : of 32 threads each, a program.
 
@@ -101,7 +100,7 @@ def _log_sum(largest, total):
 
 @triton.jit
 def _terms(log_p, log_q, kind: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr):
-    """Terms of the divergence and their derivatives by log q, up to a multiple of q."""
+    """Return the terms of the divergence and their derivatives by log q, up to a multiple of q."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if kind == "forward":
         term, slope = p * (log_p - log_q), -p

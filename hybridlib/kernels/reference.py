@@ -1,19 +1,7 @@
-"""The two recurrences, one token at a time: slow, exact, and what every other backend is tested against.
+"""The two recurrences, one token at a time: slow, exact, the truth for tests of every other backend.
 
-Gated delta rule (arXiv 2412.06464, section 3) and gated linear attention (arXiv 2312.06635, section 4), in our
-symbols: state S (key_dim, value_dim), decay a = exp(log_decay), write strength beta.
-
-=====================  =======================================  ==========================
-operator               state                                    output
-=====================  =======================================  ==========================
-gated delta rule       S <- a S                                 o = scale * S^T q
-                       S <- S + beta k (v - S^T k)^T
-gated linear           S <- diag(a) S + k v^T                   o = scale * S^T q
-attention
-=====================  =======================================  ==========================
-
-Both functions take `scale` and `initial_state` as `hybridlib.kernels` passes them on: a number, and a tensor or None.
-They compute in float64 if v is float64, else in float32.
+Equations are in the docstrings of `hybridlib.kernels`: state S (key_dim, value_dim), decay a = exp(log_decay), write
+strength beta. `scale` is a number, `initial_state` a tensor or None; both compute in float64 if v is, else in float32.
 """
 
 from __future__ import annotations
@@ -44,12 +32,12 @@ def gated_linear_attention(q, k, v, log_decay, scale, initial_state):
 
 
 def _read(state, key):
-    """S^T k: state (batch, heads, key_dim, value_dim), key (batch, heads, key_dim) -> (batch, heads, value_dim)."""
+    """Return S^T k: state (batch, heads, key_dim, value_dim), key (batch, heads, key_dim)."""
     return (state * key[..., :, None]).sum(-2)
 
 
 def _tokens(dtype, *inputs):
-    """The inputs (batch, time, ...) as one tuple a time step, in `dtype`."""
+    """Yield the inputs (batch, time, ...) as one tuple a time step, in `dtype`."""
     return zip(*(x.to(dtype).unbind(1) for x in inputs))
 
 

@@ -1,11 +1,10 @@
-"""One token at a time, from the state that the tokens before it left: what decoding runs.
+"""One token at a time, from the state that the tokens before it left: the operators as decoding runs them.
 
-The recurrences are those of `hybridlib.kernels.reference`, for a single token and without a time axis. A step is
-exact: float32 inside whatever the dtype of its inputs, float64 if v is float64, and each call costs the same however
-long the text before it.
+The recurrences are those of `hybridlib.kernels.reference`, without a time axis, in float32 whatever the dtype of the
+inputs, or in float64 if v is. A call costs the same after any text.
 
 On a GPU that runs the ``"fused"`` kernels a step is one launch, which reads the state once and writes it once, where
-key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and no gradients are wanted. Everywhere else, and
+key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and nothing takes a gradient. Everywhere else, and
 under torch.compile, it is a few operations of PyTorch, which have gradients.
 """
 
@@ -15,6 +14,7 @@ import torch
 
 from hybridlib.checks import check_choice
 from hybridlib.kernels import _BACKENDS, fused
+from hybridlib.kernels.reference import _read
 
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
 
@@ -27,10 +27,9 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
     q, k : (batch, heads, key_dim); k of unit length.
     v : (batch, heads, value_dim).
     log_decay, beta : (batch, heads).
-    state : (batch, heads, key_dim, value_dim), what the tokens before this one left; it is not written to.
+    state : (batch, heads, key_dim, value_dim), after the tokens before this one; it stays as it is.
     scale : factor on the output; key_dim ** -0.5 if None.
-    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; everywhere else, and with any
-        other backend of `hybridlib.kernels`, PyTorch does it.
+    backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; otherwise PyTorch computes.
 
     Returns
     -------
@@ -85,13 +84,8 @@ def gated_linear_attention(q, k, v, log_decay, state, scale=None, backend="auto"
         return (scale * _read(state, query)).to(v.dtype), state
 
 
-def _read(state, key):
-    """S^T k: state (batch, heads, key_dim, value_dim), key (batch, heads, key_dim) -> (batch, heads, value_dim)."""
-    return (state * key[..., :, None]).sum(-2)
-
-
 def _is_fused(backend, scale, *tensors):
-    """Whether the kernel takes the call; tensors are q, k, v and the others. A scale on the GPU would be waited for."""
+    """Tell whether the kernel takes the call; tensors are q, k, v and the others. A scale must not be on the GPU."""
     dims = tensors[0].shape[-1], tensors[2].shape[-1]
     return not isinstance(scale, torch.Tensor) and fused.takes_step(backend, dims, *tensors)
 

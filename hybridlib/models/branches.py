@@ -1,82 +1,137 @@
-"""A layer that holds both branches, softmax attention and a linear mixer."""
+"""Layers that hold both branches, softmax attention and a linear mixer, and models of such layers.
+
+A class says how the two make one output: mixed by a gate (`GatedAttention`), or one of them, chosen before the pass
+(`ChosenAttention`) or within it (`SwitchedAttention`, whose choice a recorded CUDA graph can be told). Such models are
+for measuring and for training; they keep no cache and are not for saving.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from hybridlib.models.hybrid import SOFTMAX, check_layers, check_same_shape, linear_layers
+from hybridlib.models.hybrid import SOFTMAX, check_layers, check_same_shape, linear_layers, restore
 
-__all__ = ["EitherAttention", "GatedAttention", "gated_model", "place", "set_gates"]
+__all__ = ["BothBranches", "ChosenAttention", "GatedAttention", "SwitchedAttention", "both_branches", "gated_model",
+           "place", "set_gates"]
 
 
-class _Switch(nn.Module):
-    """A layer's attention: the mixer, or softmax where `keeps` is true."""
+class BothBranches(nn.Module):
+    """A layer's attention with both branches, called as a decoder layer calls its ``self_attn``.
 
-    def __init__(self, mixer: nn.Module, attention: nn.Module):
+    A subclass gives `mix`: the output (batch, time, width) for the input (batch, time, width).
+    """
+
+    def __init__(self, linear: nn.Module, softmax: nn.Module):
         super().__init__()
-        self.linear, self.softmax = mixer, attention
-        self.register_buffer("keeps", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.linear, self.softmax = linear, softmax
 
-    def forward(self, hidden_states, **kwargs):
-        linear, softmax = self.linear(hidden_states, **kwargs)[0], self.softmax(hidden_states, **kwargs)[0]
-        return torch.where(self.keeps, softmax, linear), None
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache; call it "
+                             "without, or decode with the hybrid that restore gives")
+        return self.mix(hidden_states, **kwargs), None
 
 
-class GatedAttention(nn.Module):
-    """(1 - gate) linear(x) + gate softmax(x), called as a decoder layer calls its ``self_attn``.
+class GatedAttention(BothBranches):
+    """(1 - gate) linear(x) + gate softmax(x).
 
     `gate` is a tensor () or (rows,), one number for all rows of a batch or one for each; see `set_gates`.
     """
 
     def __init__(self, linear: nn.Module, softmax: nn.Module):
-        super().__init__()
-        self.linear, self.softmax, self.gate = linear, softmax, torch.zeros(())
+        super().__init__(linear, softmax)
+        self.gate = torch.zeros(())
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            raise ValueError("past_key_values was given to a gated model, which keeps no cache; call it without, or "
-                             "decode with the hybrid that restore gives")
-        linear = self.linear(hidden_states, **kwargs)[0]
-        softmax = self.softmax(hidden_states, **kwargs)[0]
+    def mix(self, x, **kwargs):
+        linear, softmax = self.linear(x, **kwargs)[0], self.softmax(x, **kwargs)[0]
         g = self.gate.to(linear.device, torch.promote_types(linear.dtype, torch.float32))[..., None, None]
-        return ((1 - g) * linear + g * softmax).to(linear.dtype), None  # (rows, time, width)
+        return ((1 - g) * linear + g * softmax).to(linear.dtype)
 
 
-def gated_model(student, teacher, gates: torch.Tensor | None = None, *, frozen: bool = True) -> nn.Module:
+class ChosenAttention(BothBranches):
+    """softmax(x) or linear(x), as `place` chose; the other branch is not computed."""
+
+    chosen = False  # whether softmax is
+
+    def choose(self, softmax: bool) -> None:
+        self.chosen = softmax
+
+    def mix(self, x, **kwargs):
+        return (self.softmax if self.chosen else self.linear)(x, **kwargs)[0]
+
+
+class SwitchedAttention(BothBranches):
+    """softmax(x) or linear(x), as `place` chose; both are computed, so that one recorded graph serves every choice."""
+
+    def __init__(self, linear: nn.Module, softmax: nn.Module):
+        super().__init__(linear, softmax)
+        self.register_buffer("chosen", torch.zeros((), dtype=torch.bool), persistent=False)
+
+    def choose(self, softmax: bool) -> None:
+        self.chosen.fill_(softmax)
+
+    def mix(self, x, **kwargs):
+        linear, softmax = self.linear(x, **kwargs)[0], self.softmax(x, **kwargs)[0]
+        return torch.where(self.chosen, softmax, linear)
+
+
+def place(model: nn.Module, layers: Iterable[int]) -> None:
+    """Make `layers` of a model of `ChosenAttention` or `SwitchedAttention` softmax, and the others linear."""
+    layers = check_layers(layers, len(model.model.layers))
+    for l, layer in enumerate(model.model.layers):
+        layer.self_attn.choose(l in layers)
+
+
+def both_branches(student: PreTrainedModel, teacher: PreTrainedModel,
+                  attention: Callable[[nn.Module, nn.Module], BothBranches]) -> PreTrainedModel:
+    """A copy of `student` whose layers hold ``attention(mixer, softmax)``, a copy of the teacher's attention in each.
+
+    Every weight can be trained, on the student's device; student and teacher are left as they were. Raises ValueError
+    as `gated_model` does.
+    """
+    _check_linear(student)
+    every = range(student.config.num_hidden_layers)
+    linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
+    for mixers, layer in zip(linear.model.layers, model.model.layers, strict=True):
+        layer.self_attn = attention(mixers.self_attn, layer.self_attn)
+    return model.to(next(student.parameters()).device).requires_grad_()
+
+
+def gated_model(student: PreTrainedModel, teacher: PreTrainedModel, gates: torch.Tensor | None = None
+                ) -> PreTrainedModel:
     """A model that holds, in every layer, the student's mixer and the teacher's attention, mixed by a gate.
 
     With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. No weight is
-    copied: the model shares memory with student and teacher, which stay as they were. It is in eval mode; it is for
-    measuring and for training gates, keeps no cache and is not for saving.
+    copied: the model shares memory with student and teacher, which stay as they were, and gives weights no gradient.
+    It is in eval mode.
 
     Parameters
     ----------
     student : all linear, from `hybrid.linearize`.
     teacher : the model it was made from, on the same device.
     gates : (layers,) or (layers, rows), see `set_gates`; zeros if None.
-    frozen : no gradient goes to the weights. If False their `requires_grad` is the student's and the teacher's, and
-        training the gated model changes them.
 
     Raises ValueError for a student with softmax layers, a teacher of another shape, or gates that do not fit.
     """
-    if linear_layers(student.config) != tuple(range(student.config.num_hidden_layers)):
-        raise ValueError("student has softmax layers; a gated model takes the all-linear student that linearize gave")
+    _check_linear(student)
     check_same_shape(student, teacher)
-    model = _sharing(student, frozen)
+    model = _sharing(student)
     model.config.layer_types = [SOFTMAX] * student.config.num_hidden_layers  # so that every layer is given its mask
     for layer, theirs in zip(model.model.layers, teacher.model.layers, strict=True):
-        softmax = _sharing(theirs.self_attn, frozen)
+        softmax = _sharing(theirs.self_attn)
         softmax.config = model.config
         layer.self_attn = GatedAttention(layer.self_attn, softmax)
     set_gates(model, torch.zeros(len(model.model.layers)) if gates is None else gates)
     return model.eval()
 
 
-def set_gates(model, gates: torch.Tensor) -> None:
-    """Give the layers of a `gated_model` their gates, (layers,), or (layers, rows) for a batch of that many rows.
+def set_gates(model: nn.Module, gates: torch.Tensor) -> None:
+    """Give the layers of a model of `GatedAttention` their gates: (layers,), or (layers, rows) for a batch of rows.
 
     A gradient that goes to a gate goes on to `gates`. Raises ValueError unless `gates` is floating and of that shape;
     its values are not checked (they need not lie in [0, 1]).
@@ -90,29 +145,13 @@ def set_gates(model, gates: torch.Tensor) -> None:
         layer.self_attn.gate = gate
 
 
-def _sharing(module, frozen):
-    """A copy of `module` whose weights and buffers are those of `module` itself, if `frozen` without gradients."""
+def _check_linear(student):
+    if linear_layers(student.config) != tuple(range(student.config.num_hidden_layers)):
+        raise ValueError("student has softmax layers; give the all-linear student that linearize made")
+
+
+def _sharing(module):
+    """A copy of `module` whose weights and buffers are those of `module` itself; its weights take no gradients."""
     tensors = {id(b): b for b in module.buffers()}
-    tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) if frozen else p for p in module.parameters()}
+    tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, tensors)
-
-
-class EitherAttention(nn.Module):
-    """softmax(x) if `keep`, else linear(x), called as a decoder layer calls its ``self_attn``."""
-
-    def __init__(self, linear: nn.Module, softmax: nn.Module):
-        super().__init__()
-        self.linear, self.softmax, self.keep = linear, softmax, False
-
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            raise ValueError("past_key_values was given to a once-for-all student, which keeps no cache; call it "
-                             "without, or decode with the hybrid that restore gives")
-        return (self.softmax if self.keep else self.linear)(hidden_states, **kwargs)[0], None
-
-
-def place(model, layers) -> None:
-    """Let `layers` of a once-for-all student be softmax and the others linear."""
-    layers = check_layers(layers, len(model.model.layers))
-    for l, layer in enumerate(model.model.layers):
-        layer.self_attn.keep = l in layers

@@ -3,10 +3,8 @@
 `linearize` turns a teacher into an all-linear student, `restore` puts the teacher's attention back at chosen layers.
 A hybrid is a transformers model: ``config.layer_types`` says ``"linear_attention"`` or ``"full_attention"`` a layer,
 `save_pretrained` writes safetensors and a config, and `load_hybrid` (or AutoModelForCausalLM, once hybridlib is
-imported) reads them back.
-
-``generate`` keeps a cache, keys and values for softmax layers and a state for linear ones. Called directly, a hybrid
-makes one if asked to (``use_cache=True``) and goes on from one that it is given (``past_key_values``).
+imported) reads them back. ``generate`` keeps a cache, keys and values for softmax layers and a state for linear ones;
+a direct call makes one under ``use_cache=True`` and goes on from ``past_key_values``.
 """
 
 from __future__ import annotations
@@ -16,20 +14,21 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM,
-                          MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+                          MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_choice, check_device
 from hybridlib.models.mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
-from hybridlib.models.teachers import check_family
+from hybridlib.models.teachers import Teacher, check_family
 
 __all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
            "softmax_layers"]
@@ -38,7 +37,7 @@ LINEAR, SOFTMAX = "linear_attention", "full_attention"
 
 
 class _HybridModel:
-    """What a hybrid adds to its family's causal LM: mixers in the linear layers, and padding made known to them."""
+    """What a hybrid adds to its family's causal LM: mixers in the linear layers, and padding masks for them."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -54,10 +53,10 @@ class _HybridModel:
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=False, logits_to_keep=0, **kwargs):
-        """As the family's forward, except that no cache is made unless `use_cache` is True.
+        """Run the family's forward, which makes a cache only if `use_cache` is True.
 
         `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. `past_key_values`
-        is a ``DynamicCache(config=model.config)``; raises ValueError for another, or a mask of another shape.
+        is a ``DynamicCache(config=model.config)``. Raises ValueError for another cache, or a mask of another shape.
         """
         inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
@@ -69,7 +68,7 @@ class _HybridModel:
             cache = DynamicCache(config=self.config)
         past = 0
         if cache is not None:
-            _hold_states(cache, self.config)
+            _put_states(cache, self.config)
             past = _cached_time(cache, self.config, batch)
         padding = {}
         if attention_mask is not None:
@@ -89,73 +88,59 @@ class _HybridModel:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is not None:
-            _hold_states(model_kwargs["past_key_values"], self.config)
+            _put_states(model_kwargs["past_key_values"], self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
-            _hold_states(model_kwargs["past_key_values"], self.config)
+            _put_states(model_kwargs["past_key_values"], self.config)
 
     @property
     def _is_stateful(self):  # transformers then refuses decoding that takes tokens back
         return bool(linear_layers(self.config))
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write config and safetensors into a folder; raises OSError, leaving what was there, if that fails."""
+        """Write config and safetensors into a folder; OSError, if that fails, leaves the folder as it was."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as written:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             try:
-                super().save_pretrained(written, **kwargs)
+                super().save_pretrained(temporary, **kwargs)
             except (OSError, SafetensorError) as error:
                 raise OSError(f"could not save to {folder}: {error}; what was there is unchanged") from error
-            for file in sorted(Path(written).iterdir(), reverse=True):  # weights before the config that names them
+            for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before the config that names them
                 os.replace(file, folder / file.name)
 
 
-class HybridLlamaConfig(LlamaConfig):
+@dataclass(kw_only=True)
+class _HybridFields:
+    """What a hybrid's config says beyond its family's: the mixer, its weights, and the teacher it came from."""
+
+    mixer: str = "gdn"
+    layer_types: list[str] | None = None
+    mixer_qkv_bias: bool = False
+    mixer_o_bias: bool = False
+    mixer_qk_norm: bool = False
+    kv_transfer: str = "repeat_heads"
+    teacher_name: str | None = None
+    teacher_revision: str | None = None
+
+
+class HybridLlamaConfig(_HybridFields, LlamaConfig):
     model_type = "hybrid_llama"
-    mixer: str = "gdn"
-    layer_types: list[str] | None = None
-    mixer_qkv_bias: bool = False
-    mixer_o_bias: bool = False
-    mixer_qk_norm: bool = False
-    kv_transfer: str = "repeat_heads"
-    teacher_name: str | None = None
-    teacher_revision: str | None = None
 
 
-class HybridMistralConfig(MistralConfig):
+class HybridMistralConfig(_HybridFields, MistralConfig):
     model_type = "hybrid_mistral"
-    mixer: str = "gdn"
-    layer_types: list[str] | None = None
-    mixer_qkv_bias: bool = False
-    mixer_o_bias: bool = False
-    mixer_qk_norm: bool = False
-    kv_transfer: str = "repeat_heads"
-    teacher_name: str | None = None
-    teacher_revision: str | None = None
 
 
-class HybridQwen2Config(Qwen2Config):
+class HybridQwen2Config(_HybridFields, Qwen2Config):
     model_type = "hybrid_qwen2"
-    mixer: str = "gdn"
     head_dim: int | None = None
     mixer_qkv_bias: bool = True
-    mixer_o_bias: bool = False
-    mixer_qk_norm: bool = False
-    kv_transfer: str = "repeat_heads"
-    teacher_name: str | None = None
-    teacher_revision: str | None = None
 
 
-class HybridQwen3Config(Qwen3Config):
+class HybridQwen3Config(_HybridFields, Qwen3Config):
     model_type = "hybrid_qwen3"
-    mixer: str = "gdn"
-    mixer_qkv_bias: bool = False
-    mixer_o_bias: bool = False
     mixer_qk_norm: bool = True
-    kv_transfer: str = "repeat_heads"
-    teacher_name: str | None = None
-    teacher_revision: str | None = None
 
 
 class HybridLlamaForCausalLM(_HybridModel, LlamaForCausalLM):
@@ -181,43 +166,34 @@ for _model in HYBRIDS.values():
     AutoModelForCausalLM.register(_model.config_class, _model)
 
 
-def softmax_layers(config) -> tuple[int, ...]:
-    """Indices of the layers that keep softmax attention, ascending."""
+def softmax_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the indices of the layers that keep softmax attention, ascending."""
     return tuple(l for l, kind in enumerate(config.layer_types) if kind == SOFTMAX)
 
 
-def linear_layers(config) -> tuple[int, ...]:
-    """Indices of the layers that hold a linear mixer, ascending."""
+def linear_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the indices of the layers that hold a linear mixer, ascending."""
     return tuple(l for l, kind in enumerate(config.layer_types) if kind == LINEAR)
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Bytes that a cache holds, by the type of layer: keys and values of softmax layers, states of linear ones.
+    """Count the bytes of a cache, ``past_key_values`` of a hybrid or its teacher, by the type of layer.
 
-    Parameters
-    ----------
-    cache : what a hybrid or its teacher returns as ``past_key_values``.
-
-    Returns
-    -------
-    ``{"full_attention": bytes, "linear_attention": bytes}``: the first grows with the text, the second does not.
-
-    Raises
-    ------
-    ValueError : `cache` is no transformers cache.
+    Returns ``{"full_attention": bytes, "linear_attention": bytes}``: keys and values, which grow with the text, and
+    states, which do not. Raises ValueError if `cache` is no transformers cache.
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give the past_key_values that a model returned")
-    held = {SOFTMAX: 0, LINEAR: 0}
+    sizes = {SOFTMAX: 0, LINEAR: 0}
     for layer in cache.layers:
         linear = isinstance(layer, LinearAttentionLayer)
         tensors = layer.recurrent_states.values() if linear else (layer.keys, layer.values)
-        held[LINEAR if linear else SOFTMAX] += sum(x.nbytes for x in tensors if x is not None)
-    return held
+        sizes[LINEAR if linear else SOFTMAX] += sum(x.nbytes for x in tensors if x is not None)
+    return sizes
 
 
 def check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """`layers` ascending; raises ValueError unless they are different whole numbers from 0 to `num_layers` - 1."""
+    """Return `layers` ascending; ValueError unless they are different whole numbers from 0 to `num_layers` - 1."""
     layers = tuple(layers)
     for l in layers:
         if not isinstance(l, int) or isinstance(l, bool) or not 0 <= l < num_layers:
@@ -227,22 +203,20 @@ def check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def linearize(teacher: nn.Module, mixer: str = "gdn", *, seed: int = 0, kv_transfer: str = "repeat_heads",
-              teacher_name: str | None = None, teacher_revision: str | None = None) -> nn.Module:
-    """An all-linear student of `teacher`: every attention layer becomes a mixer that starts from its weights.
+def linearize(teacher: PreTrainedModel, mixer: str = "gdn", *, seed: int = 0, kv_transfer: str = "repeat_heads",
+              teacher_name: str | None = None, teacher_revision: str | None = None) -> PreTrainedModel:
+    """Make an all-linear student of `teacher`: every attention layer becomes a mixer that starts from its weights.
 
     Parameters
     ----------
     teacher : a causal LM of transformers, of a family that `hybridlib.models.teachers.check_family` accepts.
     mixer : ``"gdn"`` or ``"gla"``.
-    seed : draws what attention has no counterpart for (decay, beta, output gate).
+    seed : of the weights that attention has no counterpart for (decay, beta, output gate).
     kv_transfer : how grouped key/value heads are expanded, ``"repeat_heads"`` (right) or ``"repeat_rows"`` (as in the
         paper's code).
-    teacher_name, teacher_revision : kept in the config; by default what `load_teacher` noted on the model.
+    teacher_name, teacher_revision : entries of the config; those that `load_teacher` noted on the model if None.
 
-    Returns
-    -------
-    A new model on the teacher's device and dtype. The teacher is left as it was. Source: paper section 3.
+    Returns a new model on the teacher's device and dtype; the teacher stays as it was. Source: paper section 3.
     """
     check_choice("mixer", mixer, tuple(MIXERS))
     check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
@@ -256,16 +230,16 @@ def linearize(teacher: nn.Module, mixer: str = "gdn", *, seed: int = 0, kv_trans
                  "mixer_qk_norm": hasattr(attention, "q_norm"),
                  "teacher_name": teacher_name or getattr(teacher, "teacher_name", None),
                  "teacher_revision": teacher_revision or getattr(teacher, "teacher_revision", None)}
-    student = _empty(HYBRIDS[teacher.config.model_type], settings, teacher)
+    student = _new_model(HYBRIDS[teacher.config.model_type], settings, teacher)
     generator = torch.Generator().manual_seed(seed)
     for layer, teacher_layer in zip(student.model.layers, teacher.model.layers):
         layer.self_attn.init_gates(generator)
         layer.self_attn.init_from_attention(teacher_layer.self_attn, kv_transfer)
-    return student.train()
+    return student.eval()
 
 
-def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn.Module:
-    """A copy of `student` in which `layers` hold the teacher's softmax attention; `student` is left as it was.
+def restore(student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+    """Make a copy of `student` in which `layers` hold the teacher's softmax attention; `student` stays as it was.
 
     All other weights are the student's. Raises ValueError for a layer out of range or named twice, or a teacher of
     another shape than the student's.
@@ -276,22 +250,22 @@ def restore(student: nn.Module, teacher: nn.Module, layers: Iterable[int]) -> nn
     for key in ("model_type", "architectures", "transformers_version"):
         settings.pop(key, None)
     settings["layer_types"] = [SOFTMAX if l in layers else kind for l, kind in enumerate(student.config.layer_types)]
-    hybrid = _empty(type(student), settings, student)
+    hybrid = _new_model(type(student), settings, student)
     for l in range(hybrid.config.num_hidden_layers):
         source = teacher if l in layers else student
         hybrid.model.layers[l].self_attn.load_state_dict(source.model.layers[l].self_attn.state_dict())
-    return hybrid.train()
+    return hybrid.eval()
 
 
-def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, teacher=None) -> nn.Module:
-    """Load a hybrid that `save_pretrained` wrote.
+def load_hybrid(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                teacher: Teacher | None = None) -> PreTrainedModel:
+    """Load a hybrid that `save_pretrained` wrote; a `teacher` must have the revision and layers of the hybrid's own.
 
-    `teacher` (from `load_teacher`), if given, must be the one that the hybrid was made from: another revision or
-    another number of layers is refused. Raises ValueError, naming the file, for a folder that holds no hybrid, a
-    truncated or foreign checkpoint, or weights that do not fit the config.
+    Raises ValueError, naming the file, for a folder that holds no hybrid, a truncated or foreign checkpoint, weights
+    that do not fit the config, or another teacher.
     """
     path, device = Path(path), check_device(device)
-    config, keys = _read_saved(path)
+    config, shapes = _read_headers(path)
     if teacher is not None:
         if config.teacher_revision != teacher.revision:
             raise ValueError(f"{path} was distilled from teacher revision {config.teacher_revision}, "
@@ -303,8 +277,8 @@ def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = N
     with torch.device("meta"):
         expected = {k: tuple(v.shape) for k, v in model_class(config).state_dict().items()}
     if config.tie_word_embeddings:
-        keys.setdefault("lm_head.weight", expected["lm_head.weight"])
-    wrong = sorted(set(expected.items()) ^ set(keys.items()))
+        shapes.setdefault("lm_head.weight", expected["lm_head.weight"])
+    wrong = sorted(set(expected.items()) ^ set(shapes.items()))
     if wrong:
         raise ValueError(f"{path}: weight {wrong[0][0]!r} does not fit the config (mixer {config.mixer}, softmax "
                          f"layers {list(softmax_layers(config))}); the folder mixes two checkpoints, save it again")
@@ -312,19 +286,18 @@ def load_hybrid(path: str | Path, *, device="cpu", dtype: torch.dtype | None = N
     return hybrid.to(device)
 
 
-def _empty(model_class, settings, like):
-    """A model of `model_class` with `settings`, with the device, dtype and, where they fit, weights of model `like`."""
+def _new_model(model_class, settings, like):
+    """Make a `model_class` of `settings` with the device and dtype of model `like`, and its weights where they fit."""
     parameter = next(like.parameters())
     with torch.device(parameter.device):  # drawing weights that are then replaced takes seconds on a CPU
         model = model_class(model_class.config_class(**settings)).to(parameter.dtype)
-    kept = {k: v for k, v in like.state_dict().items() if ".self_attn." not in k}
-    model.load_state_dict(kept, strict=False)
+    model.load_state_dict({k: v for k, v in like.state_dict().items() if ".self_attn." not in k}, strict=False)
     model.config._attn_implementation = like.config._attn_implementation
     model.generation_config = copy.deepcopy(like.generation_config)
     return model
 
 
-def _hold_states(cache, config):
+def _put_states(cache, config):
     """Put a `MixerState` into each empty linear layer of `cache`; raise ValueError unless its layers are `config`'s."""
     advice = "make it with DynamicCache(config=model.config)"
     if not isinstance(cache, DynamicCache):
@@ -342,7 +315,7 @@ def _hold_states(cache, config):
 
 
 def _cached_time(cache, config, batch):
-    """How many tokens `cache` holds; raises ValueError unless its layers agree and fit `config` and the batch."""
+    """Count the tokens that `cache` holds; ValueError unless its layers agree and fit `config` and the batch."""
     times = {layer.get_seq_length() for layer in cache.layers}
     if len(times) > 1:
         raise ValueError(f"past_key_values has layers of {min(times)} and of {max(times)} tokens (one of them was "
@@ -351,14 +324,14 @@ def _cached_time(cache, config, batch):
         kind, heads, x = "keys", config.num_key_value_heads, layer.keys
         if isinstance(layer, MixerState):
             kind, heads, x = "a state", config.num_attention_heads, layer.state
-        found, expected = (*x.shape[:2], x.shape[-1]), (batch, heads, config.head_dim)
-        if found != expected:
-            raise ValueError(f"past_key_values holds in layer {l} {kind} of (batch, heads, dim) = {found}, but the "
+        shape, expected = (*x.shape[:2], x.shape[-1]), (batch, heads, config.head_dim)
+        if shape != expected:
+            raise ValueError(f"past_key_values holds in layer {l} {kind} of (batch, heads, dim) = {shape}, but the "
                              f"inputs and the model need {expected}; give the cache that the same texts left")
     return max(times)
 
 
-def check_same_shape(student, teacher):
+def check_same_shape(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ValueError unless both have the same layers, width, heads and vocabulary."""
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
@@ -367,8 +340,8 @@ def check_same_shape(student, teacher):
                              f"give the teacher that the student was made from")
 
 
-def _read_saved(path):
-    """(config, {weight name: shape}) of a saved hybrid, read from its headers only."""
+def _read_headers(path):
+    """Read (config, {weight name: shape}) of a saved hybrid from the headers of its files."""
     try:
         settings = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -386,11 +359,11 @@ def _read_saved(path):
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} holds no .safetensors file; the checkpoint is incomplete, save it again")
-    keys = {}
+    shapes: dict = {}
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                keys |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+                shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}); the checkpoint is truncated, save it again") from None
-    return config, keys
+    return config, shapes

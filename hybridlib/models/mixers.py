@@ -34,10 +34,10 @@ KV_TRANSFERS = ("repeat_heads", "repeat_rows")
 
 
 class MixerState(LinearAttentionLayer, CacheLayerMixin):
-    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) and the tokens it has read.
+    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) and `num_tokens` behind it.
 
-    It says how long the text is, as a softmax layer's cache does, so that a model without softmax layers has one that
-    does. `crop` raises ValueError: what a state has read cannot be taken out of it.
+    It gives the length of the text as a softmax layer's cache does, for models without softmax layers. `crop` raises
+    ValueError: tokens cannot be taken out of a state.
     """
 
     is_compileable = False  # its count of tokens is a number, not a tensor
@@ -52,14 +52,14 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
         return self.recurrent_states[0]
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, num_tokens=1, **kwargs):
-        """Keep the state after `num_tokens` more tokens; nothing is written in place, so that gradients flow."""
+        """Take the state after `num_tokens` more tokens; nothing is written in place, so that gradients flow."""
         self.recurrent_states[0], self.device = recurrent_states, recurrent_states.device
         self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = True
         self.num_tokens += num_tokens
         return recurrent_states
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise ValueError("key_states were given to a linear layer's cache, which takes a state; make the cache with "
+        raise ValueError("key_states do not fit a linear layer's cache, which takes a state; make the cache with "
                          "DynamicCache(config=model.config)")
 
     def get_seq_length(self) -> int:
@@ -86,11 +86,15 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
 
 
 class _Mixer(nn.Module):
-    """Projections, output norm and gate that both mixers share.
+    """Projections, output norm and gate of both mixers.
 
-    A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `gate_projections` and `mix`.
-    Attribute `backend` names the kernel to run, ``"auto"`` unless it is set; see `hybridlib.kernels`.
+    A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `state_flops`, those of its recurrence
+    for each entry of the state (`selection.cost.forward_flops`), `init_gates`, `gate_projections` and `mix`.
+    Attribute `backend` names the backend of `hybridlib.kernels`, at first ``"auto"``.
     """
+
+    operator: str
+    state_flops: int
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -113,8 +117,7 @@ class _Mixer(nn.Module):
 
         `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. With
         `past_key_values`, a cache that holds a `MixerState` for this layer, mixing goes on from its state and leaves
-        there the state after the last token. Other keyword arguments of a decoder layer (attention mask, positions)
-        have no meaning here and are ignored.
+        the state after the last token there. A decoder layer's attention mask and positions are ignored.
         """
         state = None if past_key_values is None else self._cached(past_key_values)
         q, k, v, g, *gates = self.project(hidden_states)
@@ -124,7 +127,7 @@ class _Mixer(nn.Module):
         return self.o_proj(self.gate_output(o, g)), None
 
     def project(self, hidden_states):
-        """q, k, v and the output's gate, (batch, time, heads, head_dim) each, and the operator's gates as they come."""
+        """Return q, k, v and the output's gate, (batch, time, heads, head_dim) each, and the operator's raw gates."""
         parts = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.gate_projections())
         q, k, v, g, *gates = _project(hidden_states, parts)
         q, k, v, g = (self._heads(x) for x in (q, k, v, g))
@@ -133,7 +136,7 @@ class _Mixer(nn.Module):
         return q, k, v, g, *gates
 
     def gate_output(self, o, g):
-        """The operator's output, normalised head by head and gated: (batch, time, heads * head_dim)."""
+        """Normalise the operator's output head by head and gate it: (batch, time, heads * head_dim)."""
         norm = self.o_norm
         if o.shape[1] == 1 and norm.weight.shape == o.shape[-1:] and fused.takes_step(
                 self.backend, norm.weight.shape, o, g, norm.weight):
@@ -148,7 +151,7 @@ class _Mixer(nn.Module):
         return layer.state
 
     def _run(self, inputs, state):
-        """(output, state) of `inputs`, (batch, time, heads, ...) each: one step where there is one token to add."""
+        """Return (output, state) of `inputs`, (batch, time, heads, ...) each, by a step where one token is added."""
         if state is None or inputs[0].shape[1] > 1:
             return getattr(kernels, self.operator)(*inputs, initial_state=state, backend=self.backend)
         o, state = getattr(step, self.operator)(*(x[:, 0] for x in inputs), state, backend=self.backend)
@@ -159,12 +162,11 @@ class _Mixer(nn.Module):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, kv_transfer: str = "repeat_heads") -> None:
-        """Take over the q, k, v and o weights, biases and q/k norms of a softmax attention layer.
+        """Copy the q, k, v and o weights, biases and q/k norms of a softmax attention layer.
 
-        Grouped keys and values (fewer heads than queries) are expanded by repeating whole heads, which gives every
-        query head the key and value head that it reads in the teacher. ``kv_transfer="repeat_rows"`` repeats single
-        rows instead and leaves biases at zero, as the paper's code does; it mixes up the heads and is kept to show
-        what that costs.
+        Grouped keys and values (fewer heads than queries) are expanded by repeating whole heads, so that every query
+        head gets the key and value head that it reads in the teacher. ``kv_transfer="repeat_rows"`` repeats single
+        rows and leaves biases at zero, as the paper's code does, which mixes up the heads.
         """
         check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
         groups = self.k_proj.out_features // attention.k_proj.out_features
@@ -195,6 +197,7 @@ class GatedDeltaNet(_Mixer):
     """
 
     operator = "gated_delta_rule"
+    state_flops = 7  # decay 1, reading what is stored under the key 2, writing 2, reading 2
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -230,6 +233,7 @@ class GatedLinearAttention(_Mixer):
     """
 
     operator = "gated_linear_attention"
+    state_flops = 5  # decay 1, writing 2, reading 2
 
     def __init__(self, config, layer_idx: int, rank: int = 16, temperature: float = 16.0):
         super().__init__(config, layer_idx)
@@ -258,13 +262,13 @@ MIXERS = {"gdn": GatedDeltaNet, "gla": GatedLinearAttention}
 
 
 def build_mixer(name: str, config, layer_idx: int) -> _Mixer:
-    """A mixer of one layer by name, ``"gdn"`` or ``"gla"``. Raises ValueError if the name is unknown."""
+    """Make a mixer of one layer by name, ``"gdn"`` or ``"gla"``. Raises ValueError if the name is unknown."""
     check_choice("mixer", name, tuple(MIXERS))
     return MIXERS[name](config, layer_idx)
 
 
 def _project(x, linears):
-    """What each of `linears` makes of x (batch, time, width), in one product where there are tokens enough to pay."""
+    """Apply each of `linears` to x (batch, time, width), in one product where the tokens are enough to pay for it."""
     if x.shape[0] * x.shape[1] < 64:
         return [linear(x) for linear in linears]
     sizes, like = [linear.out_features for linear in linears], linears[0].weight
@@ -280,13 +284,12 @@ def _project(x, linears):
 
 
 def _normed(norm, x):
-    """`norm` of `x` in the norm's own precision, which under autocast is wider than that of `x`."""
+    """Apply `norm` to `x` in the norm's own precision, which under autocast is wider than that of `x`."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def _init_linear(linear, generator):
-    gain = 2 ** -2.5  # Xavier's, as GDN and GLA take it
-    bound = gain * (6 / (linear.in_features + linear.out_features)) ** 0.5
+    bound = 2 ** -2.5 * (6 / (linear.in_features + linear.out_features)) ** 0.5  # Xavier, GDN's gain
     linear.weight.copy_(torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator))
     if linear.bias is not None:
         linear.bias.zero_()

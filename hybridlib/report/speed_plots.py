@@ -1,22 +1,20 @@
-"""Figures of the speed study: those that draw take a table of `SpeedStudy` and return a list, empty without records."""
+"""Figures of the speed study; a function that draws takes a table of `SpeedStudy` and returns a list of figures."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from hybridlib.bench.operators import OPERATORS
 from hybridlib.bench.step import PHASES
 from hybridlib.checks import check_choice
 from hybridlib.report import plots
-from hybridlib.report.kernel_tables import scaling_points
-from hybridlib.report.speed import LOSSES, decoding_table, step_bars, step_losses
-from hybridlib.report.style import MUTED, Plot, finish, house_style, log_ticks, look
+from hybridlib.report.speed import decoding_table, measured
 
-__all__ = ["decoding_figures", "kernel_figures", "loss_figures", "operator_curves", "operator_figures", "step_figures"]
+__all__ = ["decoding_figures", "loss_figures", "operator_curves", "operator_figures", "step_figures", "step_losses"]
 
 _PHASES = dict(zip(PHASES, ("teacher's pass", "student's pass", "objective", "backward", "optimizer")))
+_LOSSES = {"align": "stage 1: error of mixers, relative", "match": "stage 2: KL (nats a token)"}
 _CLOCKS = {"seconds": "microseconds a token, as launched", "gpu_seconds": "microseconds a token, GPU time"}
 
 
@@ -28,7 +26,7 @@ def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame
     repeated beside each operator. Empty if nothing was timed by that clock.
     """
     check_choice("clock", clock, ("seconds", "gpu_seconds"))
-    rows = frame[frame["reason"].isna()] if len(frame) else frame
+    rows = measured(frame)
     rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
     if rows.empty:
         return pd.DataFrame()
@@ -56,14 +54,30 @@ def operator_figures(frame: pd.DataFrame) -> list[Figure]:
 
 def step_figures(frame: pd.DataFrame) -> list[Figure]:
     """Where the time of a training step goes, a bar a stage and loop."""
-    bars = step_bars(frame)
+    bars = pd.DataFrame([{"bar": f"{row['stage']}, {row['loop']}"}
+                         | {name: 1e3 * row[f"{name}_seconds"] for name in PHASES}
+                         for _, row in measured(frame).iterrows()])
     return [plots.breakdown(bars, _PHASES, "bar", xlabel="milliseconds a step")] if len(bars) else []
 
 
 def loss_figures(frame: pd.DataFrame) -> list[Figure]:
     """Loss of every timed step against tokens trained on, a figure a stage: both loops, and the other precision."""
-    return [plots.loss_curves({f"{loop} loop": curve for loop, curve in loops.items()}, LOSSES[stage])
-            for stage, loops in step_losses(frame).items()]
+    return [plots.loss_curves(loops, _LOSSES[stage]) for stage, loops in step_losses(frame).items()]
+
+
+def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
+    """Losses by stage and loop: (tokens trained on, losses), as `plots.loss_curves` takes them.
+
+    Beside the loops stands the plain one in the other precision, e.g. ``"plain loop, float32"``, where it was recorded.
+    Of several records of one stage and loop, the last.
+    """
+    stages = {}
+    for _, row in measured(frame).iterrows():
+        curves = stages.setdefault(row["stage"], {})
+        curves[f"{row['loop']} loop"] = row["loss_tokens"], row["loss"]
+        if isinstance(row.get("noise_loss"), list):
+            curves[f"{row['loop']} loop, {row['noise_dtype']}"] = row["loss_tokens"], row["noise_loss"]
+    return stages
 
 
 def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
@@ -73,37 +87,3 @@ def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
                "gpu_tokens_per_second": "tokens a second, GPU time"}
     return [plots.scaling_curves(table, "context", column, "label", xlabel="tokens of context", ylabel=text)
             for column, text in columns.items() if len(table) and table[column].notna().any()]
-
-
-def kernel_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Seconds of each kernel against its programs, both logarithmic, a panel an operator, dim and call.
-
-    A dashed line stands at the number of multiprocessors, up to which each program has one of its own.
-    """
-    points = scaling_points(frame)
-    if points.empty:
-        return []
-    names, kernels = list(dict.fromkeys(points["panel"])), list(dict.fromkeys(points["kernel"]))
-    edge = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (5, 2))}
-    with house_style():
-        figure = Plot(figsize=(7, 0.9 + 2.5 * -(-len(names) // 2)), layout="constrained")
-        grid = figure.subplots(-(-len(names) // 2), 2, sharex=True, sharey=True, squeeze=False)
-        for axes in grid.flat[len(names):]:
-            axes.remove()
-        for axes, name in zip(grid.flat, names):
-            part = points[points["panel"] == name]
-            for i, kernel in enumerate(kernels):
-                line = part[part["kernel"] == kernel].sort_values("programs")
-                axes.plot(line["programs"], line["microseconds"], **look(i), markeredgecolor="white", markersize=6,
-                          markeredgewidth=0.6)
-            axes.axvline(part["multiprocessors"].iloc[0], **edge, zorder=1)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.grid()
-            axes.set_title(name, fontsize=8, loc="left")
-        log_ticks(grid[0, 0].xaxis, *grid[0, 0].get_xlim())
-        log_ticks(grid[0, 0].yaxis, *grid[0, 0].get_ylim())
-        figure.supxlabel("programs of the kernel", fontsize=9)
-        figure.supylabel("microseconds", fontsize=9)
-        handles = [Line2D([], [], **look(i), label=kernel) for i, kernel in enumerate(kernels)]
-        return [finish(figure, [*handles, Line2D([], [], **edge, label="multiprocessors")])]

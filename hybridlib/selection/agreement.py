@@ -1,7 +1,7 @@
 """How far two rankings or two layer sets agree, and how sure a number over a few seeds is.
 
-All intervals are (value, low, high). Where a number has no meaning (one seed has no spread, a constant ranking orders
-nothing) it is nan, never a guess.
+All intervals are (value, low, high). A number that is not defined (the spread of one seed, the correlation of a
+constant ranking) is nan.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
 
 
 def chance_jaccard(num_layers: int, k_a: int, k_b: int | None = None) -> float:
-    """Expected `jaccard` of two sets of `k_a` and `k_b` (as many, if None) layers drawn at random from `num_layers`.
+    """Expected `jaccard` of two sets of `k_a` and `k_b` (None: `k_a`) layers drawn at random from `num_layers`.
 
-    The overlap is hypergeometric; the expectation is summed exactly. What an agreement is to be compared with.
+    The overlap is hypergeometric; the expectation is summed exactly.
     """
     k_b = k_a if k_b is None else k_b
     check_int("num_layers", num_layers, 1)
@@ -47,10 +47,10 @@ def chance_jaccard(num_layers: int, k_a: int, k_b: int | None = None) -> float:
 
 
 def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, float]:
-    """Whether chosen layers cluster: (pairs, expected, probability), of pairs of neighbours l and l + 1, both chosen.
+    """Whether layers cluster: (pairs, expected, probability), for pairs of neighbours l and l + 1 in the set.
 
-    `expected` is the mean over all sets of as many layers, K (K - 1) / L, and `probability` the share of those sets
-    that have at least as many pairs, exactly: small if the layers cluster, see `contiguity_distribution`.
+    `expected` is the mean number of pairs over all sets of as many layers, K (K - 1) / L. `probability` is the share of
+    those sets that have at least as many pairs, see `contiguity_distribution`; it is small if the layers cluster.
 
     Raises ValueError if there is no layer, or one that is not from 0 to ``num_layers - 1``.
     """
@@ -63,7 +63,7 @@ def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, floa
 
 
 def contiguity_distribution(k: int, num_layers: int) -> np.ndarray:
-    """Entry p: the share of all sets of `k` layers that have p pairs of neighbours; (k,).
+    """The share of all sets of `k` layers that have p pairs of neighbours, for each p: (k,).
 
     k layers in r runs have k - r pairs, and C(k - 1, r - 1) C(L - k + 1, r) of the C(L, k) sets have r runs (the runs
     test of Wald and Wolfowitz, 1940).
@@ -88,42 +88,36 @@ def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation; equal values share their mean rank.
 
-    nan if `x` or `y` is constant: then it orders nothing. Raises ValueError if they differ in length, have fewer than
-    two values or one that is not finite.
+    nan if `x` or `y` is constant. Raises ValueError if they differ in length, have fewer than two values or one that is
+    not finite. The numbers are those of scipy's `spearmanr`, a call of which takes about ten times as long: a bootstrap
+    makes thousands.
     """
-    x, y = _pair("x", x, "y", y, 2)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    x, y = _order(x).sum(1), _order(y).sum(1)  # twice the ranks less their mean
-    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
-
-
-def _order(x):
-    """1, 0 or -1 of every pair: whether x_i is above, level with or below x_j (n, n)."""
-    return np.sign(x[:, None] - x[None, :])
+    return _correlation(x, y, lambda order: order.sum(1))  # twice the ranks less their mean
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float:
     """Kendall's tau-b: pairs in the same order less pairs in opposite order, corrected for ties.
 
-    nan and ValueError as in `spearman`.
+    nan and ValueError as in `spearman`; the numbers are those of scipy's `kendalltau`.
     """
-    x, y = _pair("x", x, "y", y, 2)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    return _correlation(x, y, np.ravel)
+
+
+def _correlation(x, y, form):
+    """Of a `form` of the order of every pair: 1, 0 or -1 if x_i is above, level with or below x_j, (n, n)."""
+    x, y = (form(np.sign(values[:, None] - values)) for values in _pair("x", x, "y", y, 2))
+    if not x.any() or not y.any():
         return float("nan")
-    x, y = _order(x), _order(y)
-    return float(np.clip((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()), -1.0, 1.0))
+    return float(np.clip(x @ y / np.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
 def interval(values: Sequence[float], confidence: float = 0.95,
              within: tuple[float, float] | None = None) -> tuple[float, float, float]:
-    """Mean and Student's t interval of a quantity over seeds.
+    """Mean and Student's t interval of a quantity over seeds, ``mean +- t * s / sqrt(n)``.
 
-    ``mean +- t * s / sqrt(n)`` with n - 1 degrees of freedom; right for independent, roughly normal values. With two
-    seeds t is 12.7, and the interval is as wide as that says. A single value v gives (v, nan, nan).
-
-    `within` (`RANGES` has those of metrics) cuts the interval to what the quantity can be. That loses none of what it
-    covers, but near an end values are not normal, and an interval that was cut is rough.
+    The interval holds for independent, roughly normal values; for two of them t is 12.7. One value v gives (v, nan,
+    nan). `within` (least, largest) is what the quantity can be, see `RANGES`: the interval is cut to it, and is rough
+    where it was cut, since values near an end are not normal.
     """
     values = _finite("values", values, 1)
     check_confidence(confidence)
@@ -137,9 +131,9 @@ def interval(values: Sequence[float], confidence: float = 0.95,
 
 def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95,
                       within: tuple[float, float] | None = None) -> tuple[float, float, float]:
-    """`interval` of a - b, seed by seed: what two runs of one seed share cancels. `within` is of a and b.
+    """`interval` of a - b, where entry i of both is of one seed, so that what its two runs share cancels.
 
-    The two differ at that confidence if low and high have the same sign. Entry i of both must be of the same seed.
+    The two differ at that confidence if low and high have the same sign. `within` is the range of `a` and of `b`.
     """
     a, b = _pair("a", a, "b", b, 1)
     return interval(a - b, confidence, within and (within[0] - within[1], within[1] - within[0]))
@@ -149,15 +143,16 @@ def bootstrap_interval(statistic: Callable[..., float], *samples: Sequence[float
                        resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Value and percentile bootstrap interval of ``statistic(*samples)``.
 
-    All samples are resampled with the same indices, so entry i of each stays together (a layer's two scores). Draws
-    for which the statistic is nan are left out; if that is more than half of them, low and high are nan. Rough for
-    few layers, and narrow at the ends of a bounded statistic.
+    All samples are resampled with the same indices, so that entry i of each (a layer's two scores) stays together.
+    Draws whose statistic is nan are left out, which scipy's `bootstrap` cannot do; if they are more than half, low and
+    high are nan. The interval is rough for few layers, and narrow at the ends of a bounded statistic.
 
     Parameters
     ----------
     statistic : maps arrays of one length to a number.
     samples : one or more sequences of the same length, at least two values each.
-    resamples : draws, at least 100. seed : of the draws; the same seed gives the same interval.
+    resamples : draws, at least 100.
+    seed : of the draws.
     """
     if not samples:
         raise ValueError("samples is empty; give bootstrap_interval at least one sequence")
@@ -169,11 +164,11 @@ def bootstrap_interval(statistic: Callable[..., float], *samples: Sequence[float
     check_int("seed", seed, 0)
     value, n = float(statistic(*arrays)), len(arrays[0])
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    drawn = np.array([statistic(*(a[rows] for a in arrays)) for rows in draws], dtype=float)
-    drawn = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or len(drawn) <= resamples / 2:
+    values = np.array([statistic(*(a[rows] for a in arrays)) for rows in draws], dtype=float)
+    values = values[np.isfinite(values)]
+    if not np.isfinite(value) or len(values) <= resamples / 2:
         return value, float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return value, float(low), float(high)
 
 
@@ -184,12 +179,10 @@ def pairwise(measure: Callable[..., float], items: Sequence) -> np.ndarray:
 
 
 def stability(history: Sequence[Sequence[float]], k: int) -> np.ndarray:
-    """How near a ranking was to its end at each measurement along training: (measurements, 2).
+    """How near the ranking at each measurement along training is to the last one: (measurements, 2).
 
-    Columns: `spearman` with the last measurement, and `top_k_jaccard` of the `k` best with it. The last row is 1, 1
-    (nan where a ranking is constant). `history` has a score a layer for each measurement, as `LayerScores.history` has.
-
-    Raises ValueError for no measurement, and as those two do.
+    Columns: `spearman` with the last measurement, and `top_k_jaccard` of the `k` best with it. `history` has a score a
+    layer for each measurement, as `LayerScores.history` has. Raises ValueError for no measurement, and as those two do.
     """
     history = [list(scores) for scores in history]
     if not history:

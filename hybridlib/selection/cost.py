@@ -1,7 +1,7 @@
 """What a score costs: tokens, passes, estimated FLOPs, seconds, peak memory and device, counted alike for every scorer.
 
-A scorer keeps a `Meter` and tells it what it lets each model read; the `Cost` that comes out is kept with its scores.
-What came before, the alignment of the student, is not in it: all scores that need the student share one.
+A scorer tells a `Meter` what each model reads, and keeps its `Cost` with the scores. The alignment of the student is
+not counted: all scores that need the student share it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import nn
 
-from hybridlib.models.mixers import GatedDeltaNet, GatedLinearAttention
 from hybridlib.records.provenance import describe_device
 
 __all__ = ["Cost", "Meter", "forward_flops", "held_beside", "heldout_size", "one_run_a_layer_flops", "training_flops"]
-
-_STATE_FLOPS = {GatedDeltaNet: 7, GatedLinearAttention: 5}  # for each entry of the state: see `forward_flops`
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,18 @@ class Cost:
 
     Parameters
     ----------
-    forward_tokens : tokens that a whole model (teacher, student, hybrid, gated model) read without a backward pass,
-        each model's own reading counted: n tokens of training read by teacher and student are n here, n below.
+    forward_tokens : tokens that a whole model (teacher, student, hybrid, gated model) read without a backward pass;
+        the tokens of a training count here for the teacher, below for the student.
     training_tokens : tokens that went forward and backward, whether weights or only gates were trained.
-    passes : how often a model went over a body of text (held-out rows, prompts, training rows), with or without the
-        way back.
+    passes : how often a model went over a body of text (held-out rows, prompts, training rows).
     flops : estimated, see `forward_flops` and `training_flops`.
     seconds : wall time.
     peak_memory : most bytes that tensors held on the GPU (``torch.cuda.max_memory_allocated``) for this work: the
-        models that a `Meter` was given, and all that was allocated since. What else lay there before is left out; in
-        records older than that rule it is in. None on a CPU, where nothing counts them.
+        models that a `Meter` was given and all that was allocated after. In older records also what other work held
+        there. None on a CPU.
     device : what it ran on.
 
-    The sum of two is what both take one after the other; memory is then the larger peak.
+    The sum of two is the cost of both, one after the other; its memory is the larger peak.
     """
 
     forward_tokens: int = 0
@@ -67,12 +63,12 @@ class Cost:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, given: dict) -> Cost:
+    def from_dict(cls, values: dict) -> Cost:
         """From `to_dict`. Raises ValueError if a field is missing or unknown."""
         names = {f.name for f in fields(cls)}
-        if set(given) != names:
-            raise ValueError(f"cost has the fields {sorted(given)}; it must have {sorted(names)}")
-        return cls(**given)
+        if set(values) != names:
+            raise ValueError(f"cost has the fields {sorted(values)}; it must have {sorted(names)}")
+        return cls(**values)
 
     @staticmethod
     def total(costs: Iterable[Cost]) -> Cost:
@@ -81,17 +77,16 @@ class Cost:
 
 
 class Meter:
-    """Counts what is read from now on; `cost` tells it.
+    """A counter of what models read from its making on; `cost` gives the sum.
 
     Parameters
     ----------
-    models : those of the work that are there already, at least one; the device of the first is the one that is watched.
+    models : the models of the work, at least one; memory is watched on the device of the first.
     beside : bytes on that GPU that are not this work's, `held_beside` of the models by default. The parts of a larger
-        job, each with a meter, take what lay there when the job began, so that what one part leaves for the next is
-        counted.
+        job, each with a meter, share the value from the job's start, so that what one part leaves for the next counts.
 
-    On a GPU the peak of memory counts from here: a meter that is made while another runs cuts the other's peak off,
-    so let the larger job sum the costs of its parts.
+    A new meter resets the GPU's peak of memory, also for a meter that is still in use; so a larger job sums the costs
+    of its parts.
     """
 
     def __init__(self, *models: nn.Module, beside: int | None = None):
@@ -103,27 +98,25 @@ class Meter:
         self._flops, self._started = 0.0, time.perf_counter()
 
     def forward(self, model: nn.Module, tokens: int, context: float, *, head: bool = True, passes: int = 1) -> None:
-        """`model` read `tokens` (in all `passes` together) in rows of `context`, with its output `head` or without."""
+        """Count `tokens`, in all `passes`, that `model` read in rows of `context`, with or without its output `head`."""
         self._forward += tokens
         self._passes += passes
         self._flops += tokens * forward_flops(model if head else model.model, context)
 
     def train(self, model: nn.Module, tokens: int, context: float, *, frozen: bool = False, passes: int = 1) -> None:
-        """`model` read `tokens` forward and backward; `frozen` if no weight was trained."""
+        """Count `tokens` that `model` read forward and backward; `frozen` if no weight was trained."""
         self._training += tokens
         self._passes += passes
         self._flops += tokens * training_flops(model, context, frozen=frozen)
 
     def parts(self, modules: Iterable[nn.Module], tokens: int, context: float) -> None:
-        """Single modules of a model read `tokens` beside a pass that is counted by `forward`: their FLOPs alone."""
+        """Count the FLOPs alone of modules that read `tokens` which `forward` counts for a whole model."""
         self._flops += tokens * sum(forward_flops(m, context) for m in modules)
 
     def stage_2(self, hybrid: nn.Module, teacher: nn.Module, trained: int, measured: int, context: int,
                 taught: int | None = None) -> None:
-        """A stage 2 of `trained` tokens (0: none) and a held-out KL over `measured`.
-
-        `taught` is how many of both the teacher read; None for all of them.
-        """
+        """Count a stage 2 of `trained` tokens (0: none) and a held-out KL over `measured`; the teacher read `taught` of
+        these tokens, None for all."""
         taught = trained + measured if taught is None else taught
         self.forward(teacher, taught, context, passes=0 if taught == 0 else 2 if trained else 1)
         if trained:
@@ -131,7 +124,7 @@ class Meter:
         self.forward(hybrid, measured, context)
 
     def cost(self) -> Cost:
-        """What was spent up to now."""
+        """The cost since the meter was made."""
         cuda = self._device.type == "cuda"
         peak = max(0, torch.cuda.max_memory_allocated(self._device) - self._beside) if cuda else None
         return Cost(self._forward, self._training, self._passes, self._flops, time.perf_counter() - self._started,
@@ -141,7 +134,7 @@ class Meter:
 def held_beside(*models: nn.Module) -> int:
     """Bytes that tensors hold on the GPU of these models beside the models themselves; 0 on a CPU.
 
-    What Python can no longer reach is collected before, for it would be given back at some moment of the work.
+    Garbage is collected first, since it would be given back at some moment of the work.
     """
     device = next(models[0].parameters()).device
     if device.type != "cuda":
@@ -153,7 +146,7 @@ def held_beside(*models: nn.Module) -> int:
 
 
 def heldout_size(tokens, heldout_tokens: int | None) -> int:
-    """Tokens in the held-out rows of `tokens` that a scorer reads, given at most how many it may."""
+    """Tokens in the held-out rows of `tokens` that a scorer reads, `heldout_tokens` at most (None: all)."""
     rows = len(tokens.heldout)
     rows = rows if heldout_tokens is None else min(rows, max(1, heldout_tokens // tokens.context))
     return rows * tokens.context
@@ -186,10 +179,10 @@ def training_flops(module: nn.Module, context: float, *, frozen: bool = False) -
 
 def one_run_a_layer_flops(student: nn.Module, teacher: nn.Module, num_tokens: int, heldout_tokens: int,
                           context: int) -> float:
-    """Estimated FLOPs of scoring every layer by a stage 2 of its own (GA-S2, GR-S2) with the teacher's pass shared.
+    """Estimated FLOPs of scoring every layer by a stage 2 of its own (GA-S2), with one pass of the teacher for all.
 
     Each of the L layers costs `num_tokens` of training of the `student` with that layer's attention restored and a pass
-    over `heldout_tokens`; the teacher makes one pass over both for all. Layers are taken to be alike.
+    over `heldout_tokens`. Layers are taken to be alike.
     """
     mixer, attention = student.model.layers[0].self_attn, teacher.model.layers[0].self_attn
     trained, read = (flops(student, context) - flops(mixer, context) + flops(attention, context)
@@ -204,8 +197,8 @@ def _flops(module, context):
     for part in module.modules():
         if isinstance(part, nn.Linear):
             products += 2 * part.weight.numel()
-        elif type(part) in _STATE_FLOPS:
-            mixing += _STATE_FLOPS[type(part)] * part.num_heads * part.head_dim ** 2
+        elif hasattr(part, "state_flops"):
+            mixing += part.state_flops * part.num_heads * part.head_dim ** 2
         elif hasattr(part, "q_proj") and hasattr(part, "head_dim"):
             mixing += 4 * part.q_proj.out_features * context
     return products, mixing

@@ -19,10 +19,10 @@ OFFSETS = ("centre", "start", "end")
 
 
 def budget_layers(budget: float | int, num_layers: int) -> int:
-    """K, how many layers `budget` keeps: round(share x layers), at least 1, or the count itself.
+    """K, the number of layers that stay softmax: round(share x layers), at least 1, or the count itself.
 
     A float is a share, 0 < budget <= 1; an int is a count, 1 to `num_layers` (the float 1.0 keeps all, the int 1 keeps
-    one). Halves round to even, as Python's round does. Raises ValueError for anything else.
+    one). Halves round to even. Raises ValueError for anything else.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) "
@@ -50,44 +50,36 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         - ``"avg"``: the K best by the mean of their ranks in two `scores`, GA-S2's and GR-S2's; ties go to GA-S2;
         - ``"ga-s2-spaced"``: layer by layer, the best by GA-S2's `scores` less a `penalty` for a neighbour;
         - ``"smart"``: Zebra-Llama's placement on `scores` of GA-S2's kind, see below;
-        - ``"uniform"``: even spacing, by default the centres of K equal blocks of layers;
+        - ``"uniform"``: even spacing, see `offset`;
         - ``"random"``: K of all layers, drawn with `seed`;
         - ``"first"``, ``"last"``: the first or the last K, as controls;
         - ``"manual"``: `layers`, checked.
     budget : share or count, see `budget_layers`; not for ``"manual"``.
-    num_layers : of the teacher, where no `scores` tell.
-    offset : where even spacing lies: ``"centre"``; ``"start"``, every n-th layer from layer 0 with the largest n that
-        fits, (L - 1) // (K - 1); or ``"end"``, the last layers of K equal blocks.
+    num_layers : of the teacher; needed only without `scores`.
+    offset : layers of even spacing: ``"centre"`` and ``"end"``, the middle or the last ones of K equal blocks;
+        ``"start"``, every n-th from layer 0 with the largest n that fits, (L - 1) // (K - 1).
     penalty : what a layer loses, once, if a layer already chosen is at most `distance` from it, in units of the
-        scores' spread, largest less smallest. 0 is GA-S2; above 1 neighbours are taken only when no other layer is
-        left (if all scores are equal, they have no spread and nothing is lost). Of equals the better score wins, then
-        the lower layer.
+        scores' spread, largest less smallest. 0 is GA-S2; above 1, neighbours are taken only when no other layer is
+        left. Of equals the better score wins, then the lower layer.
 
     Raises ValueError for an unknown name, a bad budget, or scores that are missing or of another kind.
 
     Notes
     -----
     SMART (arXiv 2505.17272): the sensitivity of layer l is s(l) = KL(all linear) - KL(l softmax). The most sensitive
-    of the first L // K layers stays, and that of the last L // K; between these two, neighbours lie the mean gap apart,
-    rounded down or up, which leaves no placement more even; of all such placements the one with the largest sum of s is
-    taken, exactly. KL(all linear) is the same in every s(l), so the scores decide alone. It is meant for scores of
-    little or no training: selector ``"smart"`` takes those of ``score_layers(num_tokens=0)``. How near to even
-    "near-uniform" is is a choice made here, which all SMART sets published with the paper satisfy; equals go to the
-    lower layers.
+    of the first L // K layers stays, and that of the last L // K. Between these two, neighbours lie the mean gap apart,
+    rounded down or up; of all such placements the one with the largest sum of s is taken, exactly, of equals the one
+    with the lower layers. KL(all linear) is the same in every s(l), so the scores decide alone. They are meant to be of
+    little or no training, as those of ``score_layers(num_tokens=0)``. The source says "near-uniform"; how near is
+    chosen here, and all SMART sets published with the paper satisfy it.
 
     The paper's uniform sets follow no rule in L and K alone: for L = 28 and K = 7 they are 0, 4 to 24 (Qwen2.5) and
     3, 7 to 27 (Llama-3.2). ``"end"`` gives those of Llama-3.2-3B where K divides L, ``"start"`` all others.
-
-    The rules by scores assume that layers add up, each judged alone; AVG (the paper) that the errors of its two ranks
-    differ, the penalty (asked for by the paper's reviewers) that neighbours stand in for one another, and even spacing
-    (common practice) that all depths matter alike.
-
-    None of these rules trains or measures: the cost, in tokens and passes, is that of the scores.
     """
     check_choice("name", name, RULES)
-    given = [scores] if isinstance(scores, LayerScores) else list(scores or ())
-    if num_layers is None and given:
-        num_layers = len(given[0].values)
+    scores = [scores] if isinstance(scores, LayerScores) else list(scores or ())
+    if num_layers is None and scores:
+        num_layers = len(scores[0].values)
     check_int("num_layers", num_layers, 1)
     check_choice("offset", offset, OFFSETS)
     check_number("penalty", penalty, 0)
@@ -105,13 +97,15 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         return tuple(range(count))
     if name == "last":
         return tuple(range(num_layers - count, num_layers))
-    found = [_of_kind(name, *kind, given) for kind in SCORES_NEEDED[name]]
+    first, *second = (_of_kind(name, *kind, scores) for kind in SCORES_NEEDED[name])
     if name == "smart":
-        return _smart(found[0].values, count)
+        return _smart(first.values, count)
     if name == "ga-s2-spaced":
-        return _spaced(found[0].values, count, penalty, distance)
-    order = _mean_rank(*found) if name == "avg" else found[0].ranking
-    return tuple(sorted(order[:count]))
+        return _spaced(first.values, count, penalty, distance)
+    if name == "avg":
+        ranks = [{l: rank for rank, l in enumerate(s.ranking)} for s in (first, *second)]
+        return tuple(sorted(sorted(first.ranking, key=lambda l: ranks[0][l] + ranks[1][l])[:count]))
+    return first.best(count)
 
 
 def _uniform(num_layers, count, offset):
@@ -142,26 +136,20 @@ def _smart(values, count):
 
 
 def _spaced(values, count, penalty, distance):
-    cost = penalty * (max(values) - min(values))
-    kept: list[int] = []
+    loss, layers = penalty * (max(values) - min(values)), []
 
     def worth(l):
-        near = any(abs(l - m) <= distance for m in kept)
-        return values[l] - (cost if near else 0), values[l], -l
+        near = any(abs(l - m) <= distance for m in layers)
+        return values[l] - (loss if near else 0), values[l], -l
 
-    while len(kept) < count:
-        kept.append(max((l for l in range(len(values)) if l not in kept), key=worth))
-    return tuple(sorted(kept))
+    while len(layers) < count:
+        layers.append(max((l for l in range(len(values)) if l not in layers), key=worth))
+    return tuple(sorted(layers))
 
 
-def _of_kind(selector, direction, metric, given):
-    for scores in given:
-        if (scores.direction, scores.metric) == (direction, metric):
-            return scores
+def _of_kind(selector, direction, metric, scores):
+    for one in scores:
+        if (one.direction, one.metric) == (direction, metric):
+            return one
     raise ValueError(f"selector {selector!r} needs scores of score_layers(direction={direction!r}, metric={metric!r}); "
-                     f"got {[(s.direction, s.metric) for s in given] or None}")
-
-
-def _mean_rank(first, second):
-    ranks = [{l: r for r, l in enumerate(s.ranking)} for s in (first, second)]
-    return sorted(ranks[0], key=lambda l: (ranks[0][l] + ranks[1][l], ranks[0][l]))
+                     f"got {[(s.direction, s.metric) for s in scores] or None}")

@@ -13,12 +13,17 @@ __all__ = ["LayerScores"]
 class LayerScores:
     """One score a layer; a higher `values[l]` means that layer l is more worth keeping softmax.
 
-    `measured[l]` is what was measured, with its standard error over held-out rows: the KL of layer l's candidate in
-    nats a token (metric ``"kl"``), the alignment error (``"mse"``), or what the function that scored it names. `tokens`
-    are those of training, forward and backward (``cost.training_tokens``), and `seconds` the time that scoring took;
-    `cost` says all that it cost, None in records that are older than it. `history` has the values of every measurement
-    along training, the last one's among them, and `history_tokens` how far each candidate then was; those before the
-    last may be of fewer held-out tokens, see `EarlyStop`.
+    Parameters
+    ----------
+    direction, metric : as in `score_layers`, or the metric that another scorer names.
+    values : (layers,).
+    measured, stderr : (layers,), the measurement behind each value, with its standard error over held-out rows: the KL
+        of a candidate in nats a token (``"kl"``), the alignment error (``"mse"``), or what the scorer says.
+    tokens : of training, forward and backward.
+    seconds : of scoring.
+    cost : all that scoring cost; None in records older than it.
+    history, history_tokens : the values at every measurement along training, the last among them, and the tokens after
+        which they were; those before the last may be of fewer held-out tokens, see `EarlyStop`.
     """
 
     direction: str
@@ -36,6 +41,10 @@ class LayerScores:
     def ranking(self) -> tuple[int, ...]:
         """Layers, the one most worth keeping first; ties go to the lower index."""
         return tuple(sorted(range(len(self.values)), key=lambda l: (-self.values[l], l)))
+
+    def best(self, count: int) -> tuple[int, ...]:
+        """The `count` layers most worth keeping, ascending."""
+        return tuple(sorted(self.ranking[:count]))
 
     def to_dict(self) -> dict:
         return asdict(self)

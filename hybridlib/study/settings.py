@@ -7,27 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from hybridlib.checks import check_choice, check_device, check_int, check_number
+from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.models.mixers import MIXERS
 from hybridlib.selection.rules import budget_layers
 
-__all__ = ["StudySettings", "notebook_settings"]
+__all__ = ["NotebookSettings", "StudySettings", "notebook_settings"]
 
 
 @dataclass(frozen=True)
-class StudySettings:
-    """The parameters that notebooks share; a notebook's `parameters` cell uses these names.
+class NotebookSettings:
+    """The parameters of every notebook that trains; a notebook's `parameters` cell uses these names.
 
     Parameters
     ----------
     teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
-    context : tokens a row.
-    align_tokens, match_tokens : tokens of stage 1 and of stage 2; score_tokens : of stage 2 for each layer's candidate.
+    context : tokens a row. batch_tokens : tokens a step.
     budget : share (float) or count (int) of softmax layers.
-    seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
-    batch_tokens : tokens a step.
-    heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
-    align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
-    recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     results : folder of records; ``""`` is ``data/results/local`` of the checkout.
     recompute : run everything again, replacing its records.
@@ -37,17 +32,8 @@ class StudySettings:
     mixer: str = "gdn"
     corpus: str = "lab"
     context: int = 256
-    align_tokens: int = 65_536
-    score_tokens: int = 8_192
-    match_tokens: int = 24_576
-    budget: float | int = 0.25
-    seeds: int = 3
     batch_tokens: int = 1_024
-    heldout_tokens: int = 8_192
-    align_learning_rate: float = 1e-2
-    match_learning_rate: float = 3e-4
-    mixer_learning_rate: float = 1e-3
-    recall_pairs: int = 16
+    budget: float | int = 0.25
     device: str = "auto"
     results: str = ""
     recompute: bool = False
@@ -58,20 +44,59 @@ class StudySettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not text")
         check_choice("mixer", self.mixer, tuple(MIXERS))
         check_int("context", self.context, 2)
+        check_int("batch_tokens", self.batch_tokens, self.context)
+        budget_layers(self.budget, 10**6)  # its form; its range is checked with the teacher
+        check_device(self.device)
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
+
+
+@dataclass(frozen=True)
+class StudySettings(NotebookSettings):
+    """The parameters of a study: those of `NotebookSettings`, and what it trains and measures.
+
+    Parameters
+    ----------
+    align_tokens, match_tokens : tokens of stage 1 and of stage 2; score_tokens : of stage 2 for each layer's candidate.
+    seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
+    heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
+    align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
+    recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
+    """
+
+    align_tokens: int = 65_536
+    score_tokens: int = 8_192
+    match_tokens: int = 24_576
+    seeds: int = 3
+    heldout_tokens: int = 8_192
+    align_learning_rate: float = 1e-2
+    match_learning_rate: float = 3e-4
+    mixer_learning_rate: float = 1e-3
+    recall_pairs: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
         for name in ("align_tokens", "match_tokens", "heldout_tokens"):
             check_int(name, getattr(self, name), self.context)
         if self.score_tokens != 0:
             check_int("score_tokens", self.score_tokens, self.context)
-        budget_layers(self.budget, 10**6)  # its form; its range is checked with the teacher
         check_int("seeds", self.seeds, 1)
-        check_int("batch_tokens", self.batch_tokens, self.context)
         check_number("align_learning_rate", self.align_learning_rate, 0, open_low=True)
         check_number("match_learning_rate", self.match_learning_rate, 0)
         check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
         check_int("recall_pairs", self.recall_pairs, 2)
-        check_device(self.device)
-        if not isinstance(self.recompute, bool):
-            raise ValueError(f"recompute={self.recompute!r} is neither True nor False")
+
+    @property
+    def align_settings(self) -> AlignSettings:
+        """The settings of stage 1."""
+        return AlignSettings(batch_tokens=self.batch_tokens, learning_rate=self.align_learning_rate, compile=True,
+                             cuda_graph=True)
+
+    @property
+    def match_settings(self) -> MatchSettings:
+        """The settings of stage 2, for candidates and hybrids alike."""
+        return MatchSettings(batch_tokens=self.batch_tokens, learning_rate=self.match_learning_rate,
+                             mixer_learning_rate=self.mixer_learning_rate, compile=True, cuda_graph=True)
 
 
 def notebook_settings(namespace: Mapping, form: type = StudySettings):

@@ -1,12 +1,11 @@
-"""A study: the steps of the paper for one set of parameters, each run once and remembered as a record.
+"""A study: the steps of the paper under one set of parameters, each run once and remembered as a record.
 
-The notebooks call this module, so that a cell reads like the paper's algorithm and two notebooks that need the same
+Notebooks call its methods, so that a cell reads like the paper's algorithm, and two notebooks that need the same
 aligned student or the same scores share them.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -20,38 +19,41 @@ from hybridlib.checks import check_choice, check_device, check_executor, check_i
 from hybridlib.distill.corpus import Tokens, load_tokens
 from hybridlib.distill.evaluate import evaluate
 from hybridlib.distill.recall import RecallTask
-from hybridlib.distill.settings import AlignSettings, MatchSettings
-from hybridlib.distill.stages import align, match
-from hybridlib.models.hybrid import linearize, load_hybrid, restore
+from hybridlib.distill.settings import MatchSettings
+from hybridlib.distill.stages import align
+from hybridlib.models.hybrid import linearize, load_hybrid
 from hybridlib.models.teachers import SMOLLM2, Teacher, load_teacher
 from hybridlib.records.folders import results_folder
 from hybridlib.records.ledger import Ledger, Record
-from hybridlib.selection.engine.inputs import ScoringInputs, weights_sha256
-from hybridlib.selection.engine.rounds import EarlyStop
+from hybridlib.selection.engine.candidates import Job, measure_set
+from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs, weights_sha256
+from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scores import LayerScores
-from hybridlib.study.catalogue import run_selector
+from hybridlib.study.catalogue import run_selector, score_parameters
+from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
-from hybridlib.study.steps import Selection
 
 __all__ = ["Study", "StudyRecords"]
-
-logger = logging.getLogger(__name__)
 
 
 class Study:
     """The steps of the paper under one `StudySettings`, each a record in `ledger`.
 
-    Asking twice for the same step, in this notebook or another, computes it once. With ``recompute=True`` each step is
-    computed once again in this object's life. Aligned students are kept beside the records, in ``models/``, and so is
-    the checkpoint of a run that is longer than `checkpoint_every` tokens: asked for again, a killed run goes on there.
+    A step that was run before, in this notebook or another, is read from its record. With ``recompute=True`` each step
+    is run once more in the life of this object. Aligned students lie beside the records, in ``models/``. So does the
+    checkpoint of a run of more than `checkpoint_every` tokens, from which the same call continues a killed run.
 
     Parameters
     ----------
+    settings : `StudySettings`; its defaults if None.
     executor : scores layers by tasks, as in `score_layers`. Workers load teacher, corpus and aligned student by the
         names in `settings`, on its device, and must see the folder of records.
     group : layers that are scored together, as in `score_layers`. No record depends on it.
+
+    Raises ValueError if the teacher's context is shorter than ``settings.context``, or it has fewer layers than
+    ``settings.budget`` counts.
     """
 
     def __init__(self, settings: StudySettings | None = None, executor=None, group: int | None = None):
@@ -81,10 +83,10 @@ class Study:
         return range(self.settings.seeds)
 
     def tokens(self, seed: int, num_tokens: int, part: str = "test") -> Tokens:
-        """Rows for `num_tokens` tokens of training in the order of `seed`, and one part of the held-out rows.
+        """Rows of `num_tokens` training tokens in the order of `seed`, and one half of the held-out rows.
 
-        Layers are scored on the ``"score"`` part and hybrids are measured on the ``"test"`` part, so that a choice is
-        never judged by the rows it was made on.
+        Layers are scored on `part` ``"score"`` and hybrids are measured on ``"test"``, so that no choice is judged by
+        the rows that it was made on. Raises ValueError if there are fewer than two held-out rows.
         """
         s = self.settings
         key = seed, max(num_tokens, s.context)
@@ -101,7 +103,7 @@ class Study:
 
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
-        parameters, settings = self.aligned_parameters(mixer, seed), self.align_settings
+        parameters, settings = self.aligned_parameters(mixer, seed), self.settings.align_settings
         folder = self._model_folder(parameters)
 
         def compute():
@@ -111,7 +113,7 @@ class Study:
             before = score_layers(student, teacher, tokens, metric="mse")
             with self._checkpoint("align", parameters, self.settings.align_tokens, settings) as checkpoint:
                 history = align(student, teacher, tokens, self.settings.align_tokens, settings=settings,
-                                checkpoint=checkpoint)
+                                checkpoint=checkpoint and checkpoint / "align.safetensors")
             after = score_layers(student, teacher, tokens, metric="mse")
             measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,21 +127,17 @@ class Study:
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
                normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:
-        """Scores of all layers of the aligned student. Record kind ``"score"``.
+        """Scores of all layers of the aligned student, as in `score_layers`. Record kind ``"score"``.
 
-        With metric ``"kl"`` every candidate is a record as soon as it is measured, of kind ``"candidate"``; with
-        `early_stop`, one at every measurement, of which those before the last name their ``until`` tokens, and those on
-        a part of the held-out tokens its size, ``measured_tokens``.
+        With metric ``"kl"``, every candidate becomes a record of kind ``"candidate"`` as soon as it is measured. With
+        `early_stop` it becomes one at every measurement: those before the last say after how many tokens, ``until``,
+        and those on a part of the held-out tokens say on how many, ``measured_tokens``.
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
         s, settings = self.settings, self.match_settings
-        parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
-                      "direction": direction, "metric": metric, "heldout_tokens": s.heldout_tokens}
-        if metric == "kl":
-            parameters |= {"num_tokens": s.score_tokens, "settings": settings.numbers()}
-        else:
-            parameters |= {"normalize": normalize}
+        parameters = full_parameters(score_parameters(s, direction, metric, normalize), s,
+                                     self.aligned_parameters(mixer, seed))
         records = StudyRecords(self, parameters)
         if early_stop is not None:
             if metric != "kl":
@@ -149,46 +147,44 @@ class Study:
         def compute():
             student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
             inputs = self.scoring_inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
+            engine = Engine(self.executor, self.group, records=records, inputs=inputs,
+                            checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem)
             return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
-                                early_stop=early_stop, executor=self.executor, group=self.group, inputs=inputs,
-                                records=records,
-                                checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem
-                                ).to_dict()
+                                early_stop=early_stop, engine=engine).to_dict()
 
         return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
-        """The layers that `selector`, a name of `selectors.SELECTORS`, keeps under the study's budget.
+        """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget.
 
-        Scored with `mixer` (the study's, if None); `options` are the selector's own. Raises ValueError for an unknown
-        selector or option, and what the selector raises.
+        `mixer` is the student's, None for the study's; `options` are the selector's own. Raises ValueError for an
+        unknown selector or option, and what the selector raises.
         """
         return self.selection(selector, mixer, seed, **options).layers
 
     def selection(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> Selection:
-        """As `select`, with what it cost and, where there are such, one number a layer."""
+        """As `select`, with its cost and, where the selector makes them, one number a layer."""
         return run_selector(selector, self, mixer or self.settings.mixer, seed, options)
 
     def remember(self, parameters: Mapping, compute: Callable[[], dict], mixer: str | None = None, seed: int = 0, *,
                  kind: str = "score") -> Record:
-        """A record of `kind`, computed once: what selectors keep what they measure with.
+        """The record of a selector's measurement, computed once.
 
-        Besides `parameters` it depends on the student aligned with `mixer` and `seed` or, without a mixer, on the
-        teacher, and on the held-out rows that layers are scored on.
+        It depends on `parameters`, on the held-out rows that layers are scored on, and on the student aligned with
+        `mixer` and `seed` or, without a mixer, on the teacher.
         """
         s = self.settings
-        known = {"heldout_tokens": s.heldout_tokens}
         if mixer is not None:
-            known |= {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed}
+            origin = self.aligned_parameters(mixer, seed)
         else:
             rows = self.tokens(0, s.score_tokens, "score").heldout
-            known |= {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
+            origin = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
                       "data": Tokens(rows, rows).fingerprint, "context": s.context}
-        return self.record(kind, known | dict(parameters), compute)
+        return self.record(kind, full_parameters(parameters, s, origin), compute)
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
-        """Restore `layers`, run stage 2, measure. Record kind ``"hybrid"``: `evaluate`'s figures, loss, cost."""
+        """Restore `layers`, run stage 2 and measure. Record kind ``"hybrid"``: `evaluate`'s figures, the losses."""
         s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
@@ -196,14 +192,11 @@ class Study:
                       "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
 
         def compute():
-            hybrid = restore(self.aligned(mixer, seed), self.teacher.model, layers)
-            tokens = self.tokens(seed, s.match_tokens)
+            inputs = LoadedInputs(self.aligned(mixer, seed), self.teacher.model, self.tokens(seed, s.match_tokens))
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings) as checkpoint:
-                history = match(hybrid, self.teacher.model, tokens, s.match_tokens, settings=settings,
-                                checkpoint=checkpoint)
-            measured = evaluate(hybrid, self.teacher.model, tokens, recall=self.recall_task)
-            return {**measured.metrics(), "loss": history.losses, "loss_tokens": history.tokens,
-                    "tokens": history.tokens[-1], "train_seconds": history.seconds}
+                figures = measure_set(Job(inputs, s.match_tokens, settings, evaluation=True, recall=self.recall_task,
+                                          checkpoints=checkpoint), layers)
+            return {name: value for name, value in figures.items() if name not in ("seconds", "device")}
 
         return self.record("hybrid", parameters, compute)
 
@@ -216,7 +209,8 @@ class Study:
             self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
-        """Distil every selection; one row a selection and seed: ``selector``, ``seed``, ``layers`` and the metrics.
+        """Distil every selection: a table with one row a selection and seed, of ``selector``, ``seed``, ``layers`` and
+        the metrics of `hybrid`.
 
         `selections` maps a name to {seed: layers}. Selections that keep the same layers share one run.
         """
@@ -224,17 +218,17 @@ class Study:
         for name, by_seed in selections.items():
             for seed, layers in by_seed.items():
                 record = self.hybrid(layers, mixer, seed)
-                scalars = {k: v for k, v in record.metrics.items() if not isinstance(v, list)}
+                scalars = {k: v for k, v in record.metrics.items() if not isinstance(v, (list, dict))}
                 rows.append({"selector": name, "seed": seed, "layers": tuple(record.parameters["layers"]), **scalars})
         return pd.DataFrame(rows)
 
     @property
     def recall_task(self) -> RecallTask:
-        """What hybrids are scored on beside their KL."""
+        """The recall task on which hybrids are measured beside their KL."""
         return RecallTask("key_value", pairs=self.settings.recall_pairs)
 
     def scoring_inputs(self, mixer: str, seed: int, tokens: Tokens) -> ScoringInputs:
-        """Where workers find the aligned student and the `tokens` that layers are scored on; `aligned` made it."""
+        """Where workers find the aligned student, which `aligned` saved, and the `tokens` that layers are scored on."""
         s = self.settings
         folder = self._model_folder(self.aligned_parameters(mixer, seed))
         return ScoringInputs(str(folder.resolve()), weights_sha256(folder), _absolute(s.teacher), _absolute(s.corpus),
@@ -247,33 +241,28 @@ class Study:
     @property
     def match_settings(self) -> MatchSettings:
         """The settings of stage 2, for candidates and hybrids alike."""
-        s = self.settings
-        return MatchSettings(batch_tokens=s.batch_tokens, learning_rate=s.match_learning_rate,
-                             mixer_learning_rate=s.mixer_learning_rate, compile=True, cuda_graph=True)
-
-    @property
-    def align_settings(self) -> AlignSettings:
-        """The settings of stage 1."""
-        return AlignSettings(batch_tokens=self.settings.batch_tokens, learning_rate=self.settings.align_learning_rate,
-                             compile=True, cuda_graph=True)
+        return self.settings.match_settings
 
     def aligned_parameters(self, mixer: str, seed: int) -> dict:
-        """What the record of `aligned` depends on; records that build on that student have it as ``aligned``."""
+        """The parameters of the record of `aligned`; records that build on that student have them as ``aligned``."""
         s = self.settings
         return {"teacher": self.teacher.name, "revision": self.teacher.revision, "mixer": mixer, "seed": seed,
                 "corpus": s.corpus, "data": self.tokens(seed, s.align_tokens, "score").fingerprint,
-                "context": s.context, "num_tokens": s.align_tokens, "settings": self.align_settings.numbers()}
+                "context": s.context, "num_tokens": s.align_tokens, "settings": s.align_settings.numbers()}
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
-        """Where a run longer than one checkpoint interval saves its state; gone when it has ended well."""
-        path = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
-        yield path if num_tokens > settings.checkpoint_every else None
-        path.unlink(missing_ok=True)
+        """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
+        folder = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
+        yield folder if num_tokens > settings.checkpoint_every else None
+        shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
-        """The record of (kind, parameters), computed if there is none, if what was kept beside it is `missing`, or if
-        the study recomputes and has not done so yet."""
+        """The record of (kind, parameters).
+
+        It is computed if there is none, if a file that belongs to it is `missing`, or if the study recomputes and has
+        not yet computed this one.
+        """
         path = str(self.ledger.path(kind, parameters))
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
@@ -281,33 +270,34 @@ class Study:
 
 
 def _absolute(name):
-    """A path as a worker finds it that began in another folder; any other name as it is."""
+    """`name` as an absolute path if it is a path, so that a worker in another folder finds it; else unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
 class StudyRecords:
-    """The records of a scoring's candidates in a study's ledger, for `score_layers`; see `scoring.CandidateRecords`.
+    """The candidates of one scoring as records in a study's ledger: a `CandidateRecords` for `score_layers`.
 
-    `parameters` are those of the scoring, ``num_tokens`` among them.
+    `parameters` are those of the scoring's own record, ``num_tokens`` among them.
     """
 
     def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters
 
-    def find(self, layer, tokens, part=None):
-        parameters = self._of(layer, tokens, part)
+    def find(self, candidate, tokens, heldout_tokens=None):
+        parameters = self._of(candidate, tokens, heldout_tokens)
         path = self.study.ledger.path("candidate", parameters)
         if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
             return None
         return self.study.ledger.run("candidate", parameters, dict).metrics
 
-    def keep(self, layer, tokens, found, part=None):
-        parameters = self._of(layer, tokens, part)
+    def keep(self, candidate, tokens, figures, heldout_tokens=None):
+        parameters = self._of(candidate, tokens, heldout_tokens)
         self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
-        metrics = {name: value for name, value in found.items() if name != "device"}
-        self.study.ledger.add("candidate", parameters, metrics, seconds=found["seconds"], device=found["device"])
+        metrics = {name: value for name, value in figures.items() if name != "device"}
+        self.study.ledger.add("candidate", parameters, metrics, seconds=figures["seconds"], device=figures["device"])
 
-    def _of(self, layer, tokens, part):
+    def _of(self, layer, tokens, heldout_tokens):
         until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
-        return self.parameters | {"layer": layer} | until | ({} if part is None else {"measured_tokens": part})
+        part = {} if heldout_tokens is None else {"measured_tokens": heldout_tokens}
+        return self.parameters | {"layer": layer} | until | part

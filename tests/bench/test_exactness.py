@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-import pandas as pd
 import pytest
 import torch
 
@@ -12,14 +12,9 @@ import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import exactness
 from hybridlib.bench.exactness import CASES, Case, make_case
-from hybridlib.report import speed as speed_report
+from hybridlib.bench.timing import Bench
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention")
-
-
-@pytest.fixture
-def ledger(tmp_path):
-    return hl.Ledger(tmp_path / "records", device="cpu")
 
 
 @pytest.fixture
@@ -31,8 +26,8 @@ def small(monkeypatch):
     return cases
 
 
-def measure(ledger, operator=OPERATORS[0], backend="chunked", cases=("one", "two", "packed"), **settings):
-    return exactness.measure_exactness(ledger, operator, backend, cases, device="cpu", **settings)
+def measure(bench, operator=OPERATORS[0], backend="chunked", cases=("one", "two", "packed"), dtype="float32", **truths):
+    return exactness.measure_exactness(dataclasses.replace(bench, dtype=dtype), operator, backend, cases, **truths)
 
 
 def test_an_error_is_relative_to_the_truth():
@@ -81,6 +76,10 @@ def test_cases_that_an_operator_dtype_or_backend_cannot_hold_are_left_out():
     assert exactness.cases_for(OPERATORS[0], "fla", "float32") == {}
     by_fla = exactness.cases_for(OPERATORS[0], "fla", "bfloat16", ["mild", "length 1", "dims 32", "packed"])
     assert set(by_fla) == {"mild"}
+    takes = ["dims 128", "2 x 4096 x 16 x 128"]
+    assert list(exactness.cases_for(OPERATORS[0], "flash_qla", "bfloat16")) == takes
+    assert not exactness.cases_for(OPERATORS[0], "flash_qla", "float32")
+    assert not exactness.cases_for(OPERATORS[1], "flash_qla", "bfloat16")
     with pytest.raises(ValueError, match="^cases='wild' is unknown"):
         exactness.cases_for(OPERATORS[0], "chunked", "float32", ["wild"])
 
@@ -88,8 +87,8 @@ def test_cases_that_an_operator_dtype_or_backend_cannot_hold_are_left_out():
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_backends_are_within_their_bounds(ledger, small, operator, dtype, backend):
-    row = measure(ledger, operator, backend, dtype=dtype)
+def test_backends_are_within_their_bounds(bench, small, operator, dtype, backend):
+    row = measure(bench, operator, backend, dtype=dtype)
     assert row["reason"] is None and row["reasons"] == {} and all(row["equal"].values())
     names = {"output", "final state", "gradient of q", "gradient of k", "gradient of v", "gradient of log decay",
              "gradient of initial state"} | ({"gradient of beta"} if operator == OPERATORS[0] else set())
@@ -98,7 +97,7 @@ def test_backends_are_within_their_bounds(ledger, small, operator, dtype, backen
     assert (0 if dtype == "float32" else 1e-4) < worst <= exactness.error_bound(backend, dtype)
 
 
-def test_a_known_wrong_is_found_in_the_tensor_that_has_it(ledger, small, monkeypatch):
+def test_a_known_wrong_is_found_in_the_tensor_that_has_it(bench, small, monkeypatch):
     right = kernels.gated_delta_rule
 
     def wrong(q, k, v, *gates, backend, **options):
@@ -106,17 +105,13 @@ def test_a_known_wrong_is_found_in_the_tensor_that_has_it(ledger, small, monkeyp
         return (o, state) if backend == "reference" else (o, state + 1e-3 * state.detach())
 
     monkeypatch.setattr(kernels, "gated_delta_rule", wrong)
-    row = measure(ledger)
+    row = measure(bench)
     for errors in row["errors"].values():
         assert errors["final state"] == pytest.approx(1e-3, rel=1e-2)
         assert max(error for name, error in errors.items() if name != "final state") < 1e-5
-    assert f"beyond** 1e-05, as in {len(row['errors'])} of them; " in speed_report.exactness_words(pd.DataFrame([row]))
-    assert ", `fused, Triton 9.9`, " in speed_report.exactness_words(pd.DataFrame([row | {"backend": "fused",
-                                                                                       "triton": "9.9"}]))
-    assert speed_report.exactness_table(pd.DataFrame([row])).iloc[0]["tensor"] == "final state"
 
 
-def test_runs_that_differ_are_said_to(ledger, small, monkeypatch):
+def test_runs_that_differ_are_said_to(bench, small, monkeypatch):
     right, calls = kernels.gated_delta_rule, []
 
     def moving(*inputs, backend, **options):
@@ -125,46 +120,45 @@ def test_runs_that_differ_are_said_to(ledger, small, monkeypatch):
         return (o + 1e-7 * len(calls), state) if o.shape[1] == 3 else (o, state)
 
     monkeypatch.setattr(kernels, "gated_delta_rule", moving)
-    row = measure(ledger)
+    row = measure(bench)
     assert row["equal"] == {"one": False, "two": True, "packed": True}
-    assert "two runs differed in one." in speed_report.exactness_words(pd.DataFrame([row]))
 
 
 def test_truth_by_a_few_sequences_is_the_truth(small, monkeypatch):
     monkeypatch.setattr(exactness, "_AT_ONCE", 1)
-    asked = exactness._Asked(OPERATORS[0], small["two"], "float32", "cpu")
-    whole = asked.answer("reference", torch.float64)
-    assert all(torch.allclose(asked.truth[name], x, rtol=1e-12, atol=1e-14) for name, x in whole.items())
-    packed = exactness._Asked(OPERATORS[0], small["packed"], "float32", "cpu")
+    answers = exactness._Answers(OPERATORS[0], small["two"], "float32", "cpu")
+    whole = answers.by("reference", torch.float64)
+    assert all(torch.allclose(answers.truth[name], x, rtol=1e-12, atol=1e-14) for name, x in whole.items())
+    packed = exactness._Answers(OPERATORS[0], small["packed"], "float32", "cpu")
     assert packed.truth["final state"].shape == (3, 1, 4, 4)
     state = packed.inputs["initial_state"][1]
     assert torch.equal(packed.truth["final state"][1], state.double())  # a sequence without a token
 
 
 def test_the_long_truth_is_that_of_the_recurrence():
-    asked = exactness._Asked(OPERATORS[0], Case(1, 1100, 1, 8, 8), "float32", "cpu")
-    by_token = asked.answer("reference", torch.float64)
-    assert max(exactness.relative_error(asked.truth[name], x) for name, x in by_token.items()) < 1e-12
-    assert not all(torch.equal(asked.truth[name], x) for name, x in by_token.items())  # it is another backend's
+    answers = exactness._Answers(OPERATORS[0], Case(1, 1100, 1, 8, 8), "float32", "cpu")
+    by_token = answers.by("reference", torch.float64)
+    assert max(exactness.relative_error(answers.truth[name], x) for name, x in by_token.items()) < 1e-12
+    assert not all(torch.equal(answers.truth[name], x) for name, x in by_token.items())  # it is another backend's
 
 
 def test_gradients_are_those_of_output_and_final_state(small):
-    asked = exactness._Asked(OPERATORS[1], small["one"], "float32", "cpu")
-    v, step, (by_o, by_state) = asked.inputs["v"].double(), 1e-3, (x.double() for x in asked.weights)
+    answers = exactness._Answers(OPERATORS[1], small["one"], "float32", "cpu")
+    v, step, (by_o, by_state) = answers.inputs["v"].double(), 1e-3, (x.double() for x in answers.weights)
 
     def functional(change):
-        inputs = {name: x.double() for name, x in asked.inputs.items()} | {"v": v + change}
+        inputs = {name: x.double() for name, x in answers.inputs.items()} | {"v": v + change}
         o, state = kernels.gated_linear_attention(*list(inputs.values())[:4], initial_state=inputs["initial_state"],
                                                   backend="reference")
         return ((o * by_o).sum() + (state * by_state).sum()).item()
 
     one = torch.zeros_like(v)
     one[1, 2, 0, 3] = step
-    assert asked.truth["gradient of v"][1, 2, 0, 3].item() == pytest.approx((functional(one) - functional(-one))
+    assert answers.truth["gradient of v"][1, 2, 0, 3].item() == pytest.approx((functional(one) - functional(-one))
                                                                            / (2 * step))
 
 
-def test_a_case_that_fails_leaves_the_others(ledger, small, monkeypatch):
+def test_a_case_that_fails_leaves_the_others(bench, small, monkeypatch):
     right = kernels.gated_delta_rule
 
     def refuses(*inputs, backend, **options):
@@ -173,73 +167,51 @@ def test_a_case_that_fails_leaves_the_others(ledger, small, monkeypatch):
         return right(*inputs, backend=backend, **options)
 
     monkeypatch.setattr(kernels, "gated_delta_rule", refuses)
-    row = measure(ledger)
+    row = measure(bench)
     assert row["reason"] is None and set(row["errors"]) == {"one", "packed"}
     assert row["reasons"] == {"two": "RuntimeError: five tokens are too many"}
-    assert "could not run: RuntimeError: five tokens" in speed_report.exactness_words(pd.DataFrame([row]))
-    alone = measure(ledger, cases=["two"])
-    assert alone["reason"] == "RuntimeError: five tokens are too many"
-    assert speed_report.exactness_words(pd.DataFrame([alone])) == ""
-    assert speed_report.refusals(pd.DataFrame([row, alone]))["reason"].tolist() == [alone["reason"]]
+    assert measure(bench, cases=["two"])["reason"] == "RuntimeError: five tokens are too many"
 
 
-def test_a_backend_that_is_not_here_has_its_reason(ledger, small, monkeypatch):
+def test_a_backend_that_is_not_here_has_its_reason(bench, small, monkeypatch):
     monkeypatch.setattr(kernels, "available_backends", lambda: {"fused": "it is not here"})
-    row = measure(ledger, backend="fused")
+    row = measure(bench, backend="fused")
     assert row["reason"] == "it is not here" and "errors" not in row
-    frame = pd.DataFrame([row, measure(ledger)])
-    assert len(speed_report.exactness_table(frame)) == len(speed_report.tensor_table(frame)) == 1
-    assert speed_report.exactness_table(frame[:1]).empty and speed_report.tensor_table(frame[:1]).empty
 
 
-def test_truths_are_kept_for_the_next_backend_and_records_for_the_next_question(ledger, small, monkeypatch):
+def test_truths_are_kept_for_the_next_backend_and_records_for_the_next_question(bench, small, monkeypatch):
     made, draw = [], exactness.make_case
     monkeypatch.setattr(exactness, "make_case", lambda *a: made.append(1) or draw(*a))
     truths = {}
-    first = measure(ledger, truths=truths)
-    measure(ledger, backend="reference", truths=truths)
+    first = measure(bench, truths=truths)
+    measure(bench, backend="reference", truths=truths)
     assert len(made) == 3 and set(truths) == set(small)
-    assert measure(ledger) == first and len(ledger.find("operator_exactness")) == 2
+    assert measure(bench) == first and len(bench.ledger.find("operator_exactness")) == 2
     assert first["cases"]["packed"] == "(1, 7, 1, 4, 4), decay mild, beta random, packed at 0, 2, 2, 7, seed 0"
-    measure(ledger, recompute=True)
+    measure(dataclasses.replace(bench, recompute=True))
     assert len(made) == 6
 
 
-def test_tables_and_words_name_the_worst():
-    row = {"operator": "gated_delta_rule", "backend": "fused", "dtype": "bfloat16", "reason": None, "reasons": {},
-           "errors": {"mild": {"output": 1e-3, "gradient of k": 4e-3},
-                      "strong": {"output": 2e-3, "gradient of k": 1e-5}},
-           "equal": {"mild": True, "strong": True}}
-    frame = pd.DataFrame([row, row | {"operator": "gated_linear_attention",
-                                      "errors": {"mild": {"output": math.inf}}, "equal": {"mild": True}}])
-    table = speed_report.exactness_table(frame)
-    first = table.loc[("gated delta rule", "fused", "bfloat16")]
-    assert (first["worst error"], first["bound"], first["within"]) == ("4.0e-03", "1e-02", "yes")
-    assert (first["case"], first["tensor"], first["two runs alike"]) == ("mild", "gradient of k", "2 of 2")
-    assert table.iloc[1]["within"] == "no" and table.iloc[1]["worst error"] == "inf"
-    assert speed_report.tensor_table(frame).iloc[0].tolist() == ["2.0e-03", "4.0e-03"]
-    assert speed_report.tensor_table(frame).iloc[1].tolist() == ["inf", "\u2013"]
-    words = speed_report.exactness_words(frame).splitlines()
-    assert words[0] == ("- gated delta rule, `fused`, bfloat16: at most **4.0e-03** over 2 cases (gradient of k, in "
-                        "\u201cmild\u201d), within 1e-02; two runs gave the same bits.")
+def test_bounds_are_those_of_the_precision_of_products():
     assert [exactness.error_bound(*pair) for pair in (("chunked", "float32"), ("fused", "float32"),
                                                       ("chunked", "float16"))] == [1e-5, 1e-3, 1e-2]
 
 
 @pytest.mark.parametrize("change, sentence", [
     ({"operator": "softmax_attention"}, "operator='softmax_attention' is unknown"),
-    ({"backend": "softmax"}, "backend='softmax' is unknown"), ({"dtype": "auto"}, "dtype='auto' is unknown"),
+    ({"backend": "softmax"}, "backend='softmax' is unknown"),
     ({"cases": ["wild"]}, "cases='wild' is unknown"), ({"cases": []}, r"cases=\[\] has none that 'chunked' takes"),
 ])
-def test_bad_arguments_are_refused_before_any_compute(ledger, change, sentence):
+def test_bad_arguments_are_refused_before_any_compute(bench, change, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
-        measure(ledger, **{"cases": ["mild"], **change})
-    assert not ledger.folder.exists()
+        measure(bench, **{"cases": ["mild"], **change})
+    assert not bench.ledger.folder.exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fused_kernels_are_within_their_bounds(ledger, dtype):
-    row = exactness.measure_exactness(ledger, OPERATORS[0], "fused", ["length 65", "packed"], dtype=dtype)
+def test_fused_kernels_are_within_their_bounds(tmp_path, dtype):
+    bench = Bench(hl.Ledger(tmp_path), "cuda", dtype)
+    row = exactness.measure_exactness(bench, OPERATORS[0], "fused", ["length 65", "packed"])
     assert row["reason"] is None and row["reasons"] == {} and all(row["equal"].values())
     assert max(e for errors in row["errors"].values() for e in errors.values()) <= exactness.error_bound("fused", dtype)

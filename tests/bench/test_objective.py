@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib.util
 import sys
 import types
-import warnings
 
-import pandas as pd
 import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.bench import objective as objectives, timing
+from hybridlib.bench import objective as objectives
+from hybridlib.bench.timing import Bench
 from hybridlib.distill import objectives as losses
-from hybridlib.report import speed as speed_report
 
 SHAPE = (6, 4, 9)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture
-def ledger(tmp_path):
-    return hl.Ledger(tmp_path / "records", device="cpu")
-
-
-def measure(ledger, implementation="hybridlib", shape=SHAPE, **settings):
-    return objectives.time_objective(ledger, implementation, shape, device="cpu", repeats=3, **settings)
+def measure(bench, implementation="hybridlib", shape=SHAPE, *arguments, dtype="float32", **truths):
+    bench = dataclasses.replace(bench, dtype=dtype)
+    return objectives.time_objective(bench, implementation, shape, *arguments, **truths)
 
 
 def by_hand(teacher_hidden, teacher_head, student_hidden, student_head):
@@ -60,29 +54,29 @@ def test_truth_is_the_formula_in_float64_slice_by_slice(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["hybridlib", "plain"])
-def test_what_is_timed_is_the_loss_and_its_gradients(ledger, implementation):
-    row = measure(ledger, implementation)
+def test_what_is_timed_is_the_loss_and_its_gradients(bench, implementation):
+    row = measure(bench, implementation)
     assert row["reason"] is None and row["seconds"] > 0 and row["gpu_seconds"] is None and row["peak_bytes"] is None
     assert set(row["errors"]) == {"loss", "hidden", "head"} and 0 < max(row["errors"].values()) < 1e-5
-    forward = measure(ledger, implementation, direction="forward")
+    forward = measure(bench, implementation, SHAPE, "forward")
     assert set(forward["errors"]) == {"loss"} and forward["errors"]["loss"] < 1e-5
-    half = measure(ledger, implementation, (64, 16, 300), dtype="bfloat16")
+    half = measure(bench, implementation, (64, 16, 300), dtype="bfloat16")
     assert 1e-3 < half["errors"]["head"] < 5e-2  # logits of size 3 are rounded to bfloat16
 
 
-def test_a_known_wrong_is_found(ledger, monkeypatch):
+def test_a_known_wrong_is_found(bench, monkeypatch):
     monkeypatch.setitem(objectives.IMPLEMENTATIONS, "hybridlib",
                         lambda **inputs: 1.01 * losses.divergence_from_hidden(**inputs))
-    assert list(measure(ledger)["errors"].values()) == pytest.approx([0.01] * 3, rel=1e-3)
+    assert list(measure(bench)["errors"].values()) == pytest.approx([0.01] * 3, rel=1e-3)
 
 
-def test_truths_are_kept_for_the_next_implementation_and_records_for_the_next_question(ledger, monkeypatch):
+def test_truths_are_kept_for_the_next_implementation_and_records_for_the_next_question(bench, monkeypatch):
     made, truth, truths = [], objectives._truth, {}
     monkeypatch.setattr(objectives, "_truth", lambda inputs: made.append(1) or truth(inputs))
-    first = measure(ledger, truths=truths)
-    measure(ledger, "plain", truths=truths)
+    first = measure(bench, truths=truths)
+    measure(bench, "plain", truths=truths)
     assert made == [1] and list(truths) == [SHAPE]
-    assert measure(ledger) == first and len(ledger.find("objective_speed")) == 2
+    assert measure(bench) == first and len(bench.ledger.find("objective_speed")) == 2
 
 
 def test_others_are_called_with_their_own_order_of_arguments(monkeypatch):
@@ -108,99 +102,36 @@ def test_others_are_called_with_their_own_order_of_arguments(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation, package", [("fla", "flash-linear-attention"), ("liger", "liger-kernel")])
-def test_what_is_not_installed_or_needs_a_gpu_is_refused_with_a_reason(ledger, monkeypatch, implementation, package):
+def test_what_is_not_installed_or_needs_a_gpu_is_refused_with_a_reason(bench, monkeypatch, implementation, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert measure(ledger, implementation)["reason"] == f"{package} is not installed (pip install {package})"
+    assert measure(bench, implementation)["reason"] == f"{package} is not installed (pip install {package})"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else name)
-    assert measure(ledger, implementation)["reason"] == "triton is not installed (pip install triton)"
+    assert measure(bench, implementation)["reason"] == "triton is not installed (pip install triton)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert measure(ledger, implementation)["reason"] == f"{package} needs a CUDA GPU, and this is on cpu"
+    assert measure(bench, implementation)["reason"] == f"{package} needs a CUDA GPU, and this is on cpu"
     assert objectives.why_not("hybridlib", "cpu") is None
 
 
-def test_a_lack_of_memory_is_a_row_with_its_reason(ledger, monkeypatch):
+def test_a_lack_of_memory_is_a_row_with_its_reason(bench, monkeypatch):
     def too_large(**inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    ours = measure(ledger)
     monkeypatch.setitem(objectives.IMPLEMENTATIONS, "plain", too_large)
-    row = measure(ledger, "plain")
-    assert row["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
-    frame = pd.DataFrame([ours, row])
-    assert "`plain` could not run: OutOfMemoryError: CUDA" in speed_report.objective_words(frame)
-    assert len(speed_report.objective_table(frame)) == 1
+    assert measure(bench, "plain")["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
 
 
-def test_words_and_tables_compare_with_hybridlib():
-    row = {"tokens": 16384, "width": 576, "vocab": 49152, "dtype": "bfloat16", "direction": "forward+backward",
-           "reason": None, "seconds": 8e-3, "low": 7e-3, "high": 9e-3, "gpu_seconds": 6e-3, "gpu_low": 5e-3,
-           "gpu_high": 7e-3, "peak_bytes": 2**28, "errors": {"loss": 1e-4, "hidden": 3e-3, "head": 2e-3}}
-    frame = pd.DataFrame([row | {"implementation": "hybridlib"},
-                          row | {"implementation": "plain", "gpu_seconds": 24e-3, "peak_bytes": 2**32},
-                          row | {"implementation": "liger", "gpu_seconds": None, "seconds": 20e-3}])
-    words = speed_report.objective_words(frame)
-    error = "error at most 3.0e-03 (gradient of hidden states)"
-    assert words == ("- 16,384 tokens of width 576, vocabulary 49,152, bfloat16, with gradients: **hybridlib** 6 ms of "
-                     f"GPU time, 256 MiB at the peak, {error}; `plain` 4.00 times hybridlib's time (of GPU time) and "
-                     f"16.0 times the memory, {error}; `liger` 2.50 times hybridlib's time (as launched) and 1.0 times "
-                     f"the memory, {error}.")
-    table = speed_report.objective_table(frame)
-    line = table.loc[("(16384, 576, 49152), bfloat16", "plain", "forward+backward")]
-    assert line.tolist() == ["8 [7, 9]", "24 [5, 7]", "4,096", "1.0e-04", "3.0e-03", "2.0e-03"]
-    assert table.iloc[2]["GPU, ms"] == "\u2013"
-    assert "**hybridlib**" not in speed_report.objective_words(frame[1:2])
-
-
-@pytest.mark.parametrize("change, sentence", [
-    ({"implementation": "theirs"}, "implementation='theirs' is unknown"),
-    ({"shape": (1, 2)}, r"shape=\(1, 2\) is not \(tokens, width, vocab\)"), ({"shape": (1, 0, 2)}, "shape="),
-    ({"direction": "up"}, "direction='up' is unknown"), ({"dtype": "int8"}, "dtype='int8' is unknown"),
-])
-def test_bad_arguments_are_refused_before_any_compute(ledger, change, sentence):
+@pytest.mark.parametrize("arguments, sentence", [
+    (("theirs", SHAPE), "implementation='theirs' is unknown"),
+    (("plain", (1, 2)), r"shape=\(1, 2\) is not \(tokens, width, vocab\)"), (("plain", (1, 0, 2)), "shape="),
+    (("plain", SHAPE, "up"), "direction='up' is unknown")])
+def test_bad_arguments_are_refused_before_any_compute(bench, arguments, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
-        measure(ledger, **change)
-    assert not ledger.folder.exists()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_torch_s_mode_that_finds_what_waits_is_then_as_it_was(monkeypatch, fails):
-    modes = [1]  # torch's number of "warn"
-
-    def set_mode(mode):
-        modes.append(mode)
-        if mode == "error":
-            warnings.warn("this mode does not see everything", stacklevel=2)
-
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match="^this waits$") if fails else contextlib.nullcontext():
-            with timing._no_waiting():
-                assert modes == [1, "error"]
-                if fails:
-                    raise RuntimeError("this waits")
-    assert modes == [1, "error", 1]
+        measure(bench, *arguments)
+    assert not bench.ledger.folder.exists()
 
 
 @needs_gpu
 def test_a_graph_times_the_objective_on_the_gpu(tmp_path):
-    row = objectives.time_objective(hl.Ledger(tmp_path), "hybridlib", (512, 64, 4096), repeats=3)
+    row = objectives.time_objective(Bench(hl.Ledger(tmp_path), repeats=3), "hybridlib", (512, 64, 4096))
     assert row["reason"] is None and row.get("graph_reason") is None, row
     assert row["gpu_seconds"] > 0 and row["peak_bytes"] > 0, row
-
-
-@needs_gpu
-def test_a_call_that_waits_is_not_captured(monkeypatch, tmp_path):
-    def waits(**inputs):
-        loss = losses.divergence_from_hidden(**inputs)
-        return loss if loss.item() > 0 else -loss
-
-    captured, capture = [], torch.cuda.graph
-    monkeypatch.setattr(torch.cuda, "graph", lambda *graphs: captured.append(1) or capture(*graphs))
-    monkeypatch.setitem(objectives.IMPLEMENTATIONS, "plain", waits)
-    row = objectives.time_objective(hl.Ledger(tmp_path), "plain", (512, 64, 4096), repeats=3)
-    assert row["reason"] is None and row["gpu_seconds"] is None and row["graph_reason"], row
-    assert not captured and torch.cuda.get_sync_debug_mode() == 0, row
-    row = objectives.time_objective(hl.Ledger(tmp_path), "hybridlib", (512, 64, 4096), repeats=3)
-    assert captured and row.get("graph_reason") is None and row["gpu_seconds"] > 0, row  # nothing was spoilt

@@ -11,7 +11,7 @@ import torch
 
 from hybridlib import kernels
 from hybridlib.bench import operators as benchmarks
-from hybridlib.kernels import chunked, fla, gated_delta_rule, gated_linear_attention, reference
+from hybridlib.kernels import chunked, fla_adapter, gated_delta_rule, gated_linear_attention, reference
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 8, 12
 TOLERANCE = 1e-5  # relative, Frobenius
@@ -229,7 +229,7 @@ def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
     monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
-    kernels._tell.cache_clear()
+    kernels._warn.cache_clear()
     for _ in range(2):
         gated_delta_rule(**inputs)
     said, = caplog.messages
@@ -248,7 +248,7 @@ def machine(monkeypatch, packages, gpu, capability=(9, 0), triton="3.6.0"):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
-    return fla.why_not.__wrapped__
+    return fla_adapter.why_not.__wrapped__
 
 
 def test_fla_says_why_not(monkeypatch):
@@ -274,7 +274,7 @@ def test_fla_refuses_wrong_gradients(monkeypatch, triton, capability, packages, 
 
 
 def test_available_backends(monkeypatch):
-    monkeypatch.setattr(fla, "why_not", lambda **_: "no fla")
+    monkeypatch.setattr(fla_adapter, "why_not", lambda **_: "no fla")
     backends = kernels.available_backends()
     assert list(backends) == ["reference", "chunked", "fused", "fla"]
     assert backends["reference"] is None and backends["chunked"] is None and backends["fla"] == "no fla"
@@ -284,7 +284,7 @@ def test_available_backends(monkeypatch):
 
 
 def test_fla_refuses_tensors_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(fla, "why_not", lambda **_: None)
+    monkeypatch.setattr(fla_adapter, "why_not", lambda **_: None)
     inputs, _ = make_inputs("gdn", 6)
     with pytest.raises(ValueError, match="needs tensors on a CUDA GPU, and these are on cpu"):
         gated_delta_rule(*inputs, backend="fla")
@@ -299,7 +299,7 @@ def test_chunked_on_gpu(operator):
     assert all(error(x.cpu(), t) < TOLERANCE for x, t in zip(found, truth))
 
 
-@pytest.mark.skipif(fla.why_not(True) is not None, reason=f"fla: {fla.why_not(True)}")
+@pytest.mark.skipif(fla_adapter.why_not(True) is not None, reason=f"fla: {fla_adapter.why_not(True)}")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_fla_agrees(operator):
     random = torch.Generator("cuda").manual_seed(0)

@@ -1,4 +1,4 @@
-"""How far selectors rank layers alike: the scores that count, their pairs, words on numbers with known answers."""
+"""How far selectors rank layers alike: the scores that count, their pairs, agreement with known answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from tests.conftest import CONTEST_SETTINGS as SETTINGS
 import hybridlib as hl
 from hybridlib.distill.recall import RecallTask
 from hybridlib.report import rankings
+from hybridlib.selection.agreement import spearman
 from hybridlib.selection.cost import Cost
+from hybridlib.selection.engine import candidates
 from hybridlib.study import contest as c, study as study_module
 
 
@@ -31,7 +33,8 @@ def test_agreement_of_scores_is_the_mean_over_seeds_of_those_that_have_numbers(k
 
 def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
     teacher, real = tiny_teacher(layers=4), hl.evaluate
-    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    for module in (study_module, candidates):  # no tokenizer here
+        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
     settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=["uniform"])
@@ -90,20 +93,6 @@ def test_scores_by_recall_are_those_of_the_task_that_the_selector_settles_on(kno
     assert rankings.recorded_scores(ledger, contest) == {"AR": (4.0,), "AR-MH": (2.0,)}
 
 
-def test_words_on_repeats_compare_with_one_run_and_with_the_mean_of_two(known):
-    assert rankings.repeat_words(known, ["cheap"]).startswith("- **GA-S2** was not run twice")
-    lines = rankings.repeat_words(known, ["cheap", "free", "absent"], again="dear").splitlines()
-    assert lines[0] == ("- **GA-S2** against itself, trained on other text: Spearman 1.00, Kendall 1.00."
-                        )  # dear has its values
-    assert lines[1:] == ["- **cheap**: Spearman 0.90 (0.80 to 1.00) with one run of GA-S2, 0.90 (0.80 to 1.00) with "
-                         "the mean of its two."]
-    twice = c.Contest(known.rows.copy(), {}, {}, 4, {}, "this CPU")
-    other = twice.rows["selector"] == "dear"
-    twice.rows.loc[other, "values"] = twice.rows.loc[other, "values"].map(lambda v: (4.0, 2.0, 3.0, 0.0))
-    # seed 0: rank differences 0 1 1 0, 1 - 6 x 2 / 60; seed 1: 0 1 2 1 (2 against 3 for layer 3), 1 - 6 x 6 / 60
-    assert "Spearman 0.60 (0.40 to 0.80), Kendall" in rankings.repeat_words(twice, [], again="dear")
-
-
 @pytest.fixture
 def aims(known, tmp_path):
     """aims(ours, theirs, flops, again): a contest, and a ledger with scores of two seeds under its settings."""
@@ -131,46 +120,37 @@ def aims(known, tmp_path):
     return make
 
 
-def speed(ledger, rate, loop, values):
-    aligned = {"teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0}
-    ledger.add("scoring_speed", {"aligned": aligned, "mixer": "gdn", "direction": "add", "num_tokens": 64,
-                                 "heldout_tokens": 64, "settings": {"mixer_learning_rate": rate}, "device": "cpu",
-                                 "loop": loop}, {"values": values, "reason": None}, seconds=1.0)
-
-
 UP = [float(layer) for layer in range(10)]
 SWAPPED = [5.0, 1.0, 2.0, 3.0, 4.0, 0.0, 6.0, 7.0, 8.0, 9.0]  # ranks of two layers differ by 5: 1 - 6 x 50 / 990
 
 
-def test_the_aim_of_the_gate_gradient_is_judged_seed_by_seed_and_beside_its_ceiling(aims):
-    ledger, contest = aims([UP, UP], [UP, SWAPPED])
-    words = rankings.aim_words(ledger, [contest])
-    assert "- **tiny**: **met on 1 of 2 seeds**; at seed 0 1.00 [1.00, 1.00], Kendall 1.00, for 1/40 of the" in words
-    assert "; at seed 1 0.70 [" in words
-    assert "  - GA-S2 agrees with itself by 0.70 at another seed: the aim asks for more than GA-S2 itself" in words
-    ledger, contest = aims([UP, UP], [UP, UP], again=SWAPPED)
-    words = rankings.aim_words(ledger, [contest])
-    assert "- **tiny**: **met**; " in words
-    assert words.endswith("  - GA-S2 agrees with itself by 0.70 on other text and by 1.00 at another seed.")
-    for loop in ("plain", "recorded"):  # GA-S2 repeats itself, but no better than at another seed
-        speed(ledger, 1e-4, loop, SWAPPED)
-    assert rankings.aim_words(ledger, [contest]) == words
+def test_agreement_with_ga_s2_is_of_the_same_seed_beside_what_ga_s2_agrees_with_itself(aims):
     ledger, contest = aims([UP, UP], [UP, SWAPPED], again=SWAPPED)
-    steadier = rankings.aim_words(ledger, [contest]).splitlines()[-1]
-    assert steadier.startswith("  - With GA-S2 over 64 tokens, mixers at 1e-4, which agrees with itself by 1.00 in ")
-    assert ": 0.70 [" in steadier and steadier.endswith("; **not met**.")
+    table = rankings.agreement_with_ga_s2(ledger, [contest, dataclasses.replace(contest, num_layers=3)])
+    assert list(table.index) == [("tiny", "gate gradient", 0), ("tiny", "gate gradient", 1),
+                                 ("tiny", "GA-S2, other text", 0)]
+    ours, later, again = (row for _, row in table.iterrows())
+    assert (ours["spearman"], ours["low"], ours["high"], ours["kendall"], ours["flops_share"]) == (1, 1, 1, 1, 1 / 40)
+    assert ours["ga_s2_again"] == again["spearman"] == later["spearman"] == pytest.approx(1 - 6 * 50 / 990)
+    assert later["low"] < 0.7 < later["high"] <= 1 and list(table["met"]) == [True, False, False]
+    both = [5.0, 2.0, 4.0, 6.0, 8.0, 5.0, 12.0, 14.0, 16.0, 18.0]  # UP and SWAPPED, added
+    assert ours["with_both"] == pytest.approx(spearman(UP, both)) and table["with_both"].isna().tolist() == [
+        False, True, False]
+    assert rankings.agreement_with_ga_s2(hl.Ledger(ledger.folder / "none"), [contest]).empty
+
+
+def test_a_ranking_that_costs_too_much_does_not_meet_the_aim(aims):
     ledger, contest = aims([UP, UP], [UP, UP], flops=21.0)
-    assert "- **tiny**: **not met**; at seed 0 1.00 [1.00, 1.00], Kendall 1.00, for 1/19 of" in rankings.aim_words(
-        ledger, [contest])  # it ranks alike, but for too much
-    assert rankings.aim_words(hl.Ledger(ledger.folder / "none"), [contest]).endswith("were not both run.")
+    table = rankings.agreement_with_ga_s2(ledger, [contest])
+    assert list(table["spearman"]) == [1, 1] and list(table["met"]) == [False, False]
 
 
 def test_the_layers_whose_ranks_differ_most_are_named(aims):
     ledger, contest = aims([UP, UP], [UP, SWAPPED], again=SWAPPED)
     table = rankings.rank_gaps(ledger, contest, 3)
-    assert list(table.index) == [(1, 0), (1, 5)] and list(table["of what is lost"]) == ["50%", "50%"]  # seed 0 agrees
+    assert list(table.index) == [(1, 0), (1, 5)] and list(table["lost"]) == [0.5, 0.5]  # seed 0 agrees
     assert list(table["gate gradient"]) == [10, 5] and list(table["GA-S2"]) == [5, 10]
-    assert set(table["GA-S2, other text"]) == {"\u2013"}
+    assert table["GA-S2, other text"].isna().all()
     ledger, contest = aims([SWAPPED, UP], [UP, UP], again=SWAPPED)
     assert list(rankings.rank_gaps(ledger, contest, 1)["GA-S2, other text"]) == [5]
     with pytest.raises(ValueError, match="^count=0"):

@@ -13,7 +13,7 @@ import hybridlib as hl
 from hybridlib.models.branches import gated_model
 from hybridlib.models.passes import last_hidden
 from hybridlib.selection.cost import Cost, Meter, forward_flops, held_beside, training_flops
-from hybridlib.selection.engine import inputs, measure as candidates
+from hybridlib.selection.engine import candidates, inputs
 
 TIME = 12  # tokens of a row; few enough that a mixer runs its projections one by one
 

@@ -13,7 +13,7 @@ import pytest
 import hybridlib as hl
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.settings import DistillationDiverged
-from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.search import beam, exhaustive, greedy_backward, greedy_forward, interactions, rank_of, regret
 
 SIZES = [(n, k) for n in range(1, 8) for k in range(1, n + 1)]

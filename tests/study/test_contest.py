@@ -10,6 +10,7 @@ from tests.conftest import CONTEST_SETTINGS as SETTINGS, contest_row as row
 
 import hybridlib as hl
 from hybridlib.report.tables import settings_table
+from hybridlib.selection.engine import candidates
 from hybridlib.study import contest as c, study as study_module
 
 
@@ -32,7 +33,8 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     teacher, real = tiny_teacher(layers=4), hl.evaluate
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
-    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    for module in (study_module, candidates):  # no tokenizer here
+        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
     names = ["uniform", "ppl", "gate-gradient", "ga-s2", "exhaustive"]
 
     def make():

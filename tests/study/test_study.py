@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 import hybridlib as hl
-from hybridlib.selection.engine import measure as candidates_module
-from hybridlib.study import study as study_module
+from hybridlib.selection.engine import candidates
+from hybridlib.study import settings as settings_module, study as study_module
 
 SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
              heldout_tokens=64, seeds=2, recall_pairs=2, budget=0.34, device="cpu")
@@ -22,9 +22,10 @@ def small_study(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
     monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
     monkeypatch.setattr(study_module, "align", lambda *a, **k: calls.append("align") or hl.align(*a, **k))
-    monkeypatch.setattr(study_module, "match", lambda *a, **k: calls.append("match") or hl.match(*a, **k))
+    monkeypatch.setattr(candidates, "match", lambda *a, **k: calls.append("match") or hl.match(*a, **k))
     real = hl.evaluate
-    monkeypatch.setattr(study_module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))  # no tokenizer here
+    for module in (study_module, candidates):  # no tokenizer here
+        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
 
     def make(**changes):
         return hl.Study(hl.StudySettings(**{**SMALL, "results": str(tmp_path / "results"), **changes}))
@@ -37,10 +38,11 @@ def test_steps_are_computed_once_and_found_by_another_study(small_study):
     first = small_study()
     scores = first.scores("gdn", 0)
     record = first.hybrid(first.select("ga-s2"), seed=0)
-    assert small_study.calls == ["align", "match"]  # scoring calls match inside hybridlib.selection.scorers.importance
+    steps = ["align", *["match"] * 4]  # three candidates and the hybrid
+    assert small_study.calls == steps
     again = small_study()
     assert again.scores("gdn", 0) == scores and again.hybrid(again.select("ga-s2"), seed=0) == record
-    assert small_study.calls == ["align", "match"]
+    assert small_study.calls == steps
     assert record.parameters["layers"] == list(first.select("ga-s2")) and record.metrics["tokens"] == 128
 
 
@@ -57,8 +59,8 @@ def test_recompute_runs_each_step_once_more_with_the_same_numbers(small_study):
 @pytest.mark.parametrize("stage", ["align", "hybrid"])
 def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkeypatch, stage):
     every = dict(checkpoint_every=64)
-    monkeypatch.setattr(study_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
-    monkeypatch.setattr(study_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
+    monkeypatch.setattr(settings_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
+    monkeypatch.setattr(settings_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
     whole = small_study(results=str(tmp_path / "whole")).hybrid([1])
     rows, left = hl.Tokens.rows, [3 if stage == "align" else 4 + 1]  # training steps until the kill; align takes 4
 
@@ -82,7 +84,7 @@ def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkey
 def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path, monkeypatch):
     whole = small_study(results=str(tmp_path / "whole")).scores("gdn", 0)
     small_study.calls.clear()
-    train, left = candidates_module.match, [2]
+    train, left = candidates.match, [2]
 
     def killed(*args, **kwargs):
         left[0] -= 1
@@ -90,7 +92,7 @@ def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path,
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(candidates_module, "match", killed)
+    monkeypatch.setattr(candidates, "match", killed)
     with pytest.raises(KeyboardInterrupt):
         small_study().scores("gdn", 0)
     assert [r.parameters["layer"] for r in small_study().ledger.find("candidate")] == [0, 1]

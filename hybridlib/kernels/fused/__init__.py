@@ -1,24 +1,23 @@
 """Our own GPU kernels for both operators, forward and backward, written in Triton.
 
 ===================  =====================================================================================
-module               what it has
+module               contents
 ===================  =====================================================================================
-`delta_rule`         the gated delta rule: the inverse, a scan over chunks, and both backwards
+`delta_rule`         the gated delta rule: a scan over chunks, outputs and gradients by chunk
+`inverse`            its inverse of each chunk
 `linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
-`delta_inputs`       what the gated delta rule is given: activations, normalised keys, gates
+`delta_inputs`       the inputs of the gated delta rule: activations, normalised keys, gates
 `step`               one token: the state after it, its output, the norm and gate of that
 `segments`           scans cut along time, where sequences and heads are too few to fill the GPU
+`follow`             kernels that start beside a scan
 `tiles`              tiles in and out of memory, decays, products
 `launch`             warps, stages and tile widths of each kernel, and when scans are cut
 `ops`                all as operators that torch.compile takes whole
 ===================  =====================================================================================
 
-Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Nothing is
-summed in an order that changes, so results are the same in every run. Triton is imported when a kernel first runs.
-
-A dim of 32 beside another one runs as 64, the rest zeros, and so do two of 32 in gated linear attention, whose results
-on a GPU were found to be wrong there. In float32 it runs a dim of 128 as two of 64, for key dims add up and value dims
-do not meet: with 128 a launch on a GPU was found to fail.
+Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Sums keep
+their order, so results are the same in every run. Triton is imported when a kernel first runs. The book's page on
+kernels says which sizes run as others, and why.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _STEP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
-    """Why the fused kernels cannot run on this machine, in one sentence; None if they can."""
+    """Return the reason why the fused kernels cannot run on this machine, in one sentence; None if they can."""
     return _why_not()
 
 
@@ -61,7 +60,7 @@ def _why_not():
 
 
 def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the fused kernels cannot take a call with these; None if they can."""
+    """Return the reason why the fused kernels cannot take a call with these; None if they can."""
     reason = why_not()
     if reason is not None:
         return reason
@@ -86,32 +85,32 @@ def gated_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens=
 
 
 def delta_rule_inputs(*inputs):
-    """What the gated delta rule is given; arguments and result as `hybridlib.kernels.delta_rule_inputs`."""
+    """Make the gated delta rule's inputs; arguments and result as `hybridlib.kernels.delta_rule_inputs`."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return ops.delta_rule_inputs(*inputs)
     return ops.module("delta_rule_inputs").forward(*inputs)
 
 
 def takes_step(backend: str, dims: tuple[int, ...], *tensors: torch.Tensor) -> bool:
-    """Whether `token` or `gated_norm`, which have no gradients, can take a call with these tensors, under a backend.
+    """Tell whether `token` or `gated_norm`, which have no gradients, can take a call with these tensors.
 
-    While torch.compile traces they do not: what it makes of the same in PyTorch is as few launches.
+    While torch.compile traces they do not: its form of the same in PyTorch has as few launches.
     """
     if backend not in ("auto", "fused") or torch.compiler.is_compiling():
         return False
-    device, keep = tensors[0].device, torch.is_grad_enabled()
+    device, grad = tensors[0].device, torch.is_grad_enabled()
     return ((device.type == "cuda" or _interpreted()) and all(dim in STEP_DIMS for dim in dims)
-            and all(x.device == device and x.dtype in _STEP_DTYPES and not (keep and x.requires_grad) for x in tensors)
+            and all(x.device == device and x.dtype in _STEP_DTYPES and not (grad and x.requires_grad) for x in tensors)
             and why_not() is None)
 
 
 def token(q, k, v, log_decay, beta, state, scale):
-    """One token of the gated delta rule, or with beta None of gated linear attention; as `hybridlib.kernels.step`."""
+    """Run a step of the gated delta rule, or with beta None of gated linear attention; see `hybridlib.kernels.step`."""
     return ops.module("step").token(q, k, v, log_decay, beta, state, scale)
 
 
 def gated_norm(o, g, weight, eps):
-    """RMSNorm of o, rounded to its dtype, times silu(g); o, g (batch, heads, dim), weight (dim,)."""
+    """Return RMSNorm of o, rounded to its dtype, times silu(g); o, g (batch, heads, dim), weight (dim,)."""
     return ops.module("step").gated_norm(o, g, weight, eps)
 
 
@@ -142,7 +141,7 @@ def _run(name, inputs, scale, initial_state, cu_seqlens):
 
 
 def _by_parts(inputs, scale, initial_state, cu_seqlens):
-    """Gated linear attention, 64 of the key dims and 64 of the value dims at a time."""
+    """Run gated linear attention by 64 of the key dims, which add up, and 64 of the value dims, which do not meet."""
     keys, values = (range(0, inputs[i].shape[-1], 64) for i in (0, 2))
     outputs, states = [], []
     for column in values:
@@ -161,18 +160,18 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operator, scale, cu_seqlens, initial_state, *inputs):
-        o, final, kept = operator.forward(*inputs, scale, initial_state, cu_seqlens, True)
+        o, final, saved = operator.forward(*inputs, scale, initial_state, cu_seqlens, True)
         ctx.operator, ctx.scale, ctx.count = operator, scale, len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(cu_seqlens, initial_state, *inputs, *kept)
+        ctx.save_for_backward(cu_seqlens, initial_state, *inputs, *saved)
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_o, d_final):
-        cu_seqlens, initial_state, *saved = ctx.saved_tensors
-        inputs, kept = saved[:ctx.count], saved[ctx.count:]
+        cu_seqlens, initial_state, *tensors = ctx.saved_tensors
+        inputs, saved = tensors[:ctx.count], tensors[ctx.count:]
         d_o = torch.zeros_like(inputs[2]) if d_o is None else by_token(d_o)
         d_final = None if d_final is None else d_final.contiguous()
-        *grads, d_initial = ctx.operator.backward(*inputs, ctx.scale, initial_state, cu_seqlens, kept, d_o, d_final)
+        *grads, d_initial = ctx.operator.backward(*inputs, ctx.scale, initial_state, cu_seqlens, saved, d_o, d_final)
         return None, None, None, d_initial, *grads

@@ -1,7 +1,7 @@
-"""What the gated delta rule is given, from a mixer's projections, and the gradients of that, in one kernel each way.
+"""The gated delta rule's inputs, from a mixer's projections, and their gradients, in one kernel each way.
 
 ==============  ========================================  ========================================================
-                made of a projection z                    gradient, from that of what was made (d)
+input           from a projection z                       gradient of z, from that of the input (d)
 ==============  ========================================  ========================================================
 q, k            y = s / |s|, s = silu(z)                  (d - y (y . d)) / |s| silu'(z)
 v               silu(z)                                   d silu'(z)
@@ -9,8 +9,8 @@ log_decay       g = -exp(A_log) softplus(z + dt_bias)     -exp(A_log) sigmoid(z 
 beta            sigmoid(z)                                beta (1 - beta) d
 ==============  ========================================  ========================================================
 
-A program has a few rows, each a head of a token, in registers: everything is read once and written once, and the
-backward pass computes again what it needs of the forward pass. Arithmetic is in float32.
+A program holds a few rows, each a head of a token: it reads and writes everything once, and the backward pass computes
+the activations again. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -28,50 +28,50 @@ _ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
 
 
 def forward(q, k, v, a, b, A_log, dt_bias):
-    """q, k, v, log_decay, beta; arguments as `hybridlib.kernels.delta_rule_inputs`."""
-    given = [*map(by_token, (q, k, v, a, b))]
-    made = _like(given)
-    made[3] = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    grid, sizes = _sizes(given, A_log)
+    """Return q, k, v, log_decay, beta; arguments as `hybridlib.kernels.delta_rule_inputs`."""
+    projections = [*map(by_token, (q, k, v, a, b))]
+    inputs = _like(projections)
+    inputs[3] = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    grid, sizes = _sizes(projections, A_log)
     with torch.cuda.device_of(q):
-        _forward[grid](*given, A_log.contiguous(), dt_bias.contiguous(), *made, *sizes, num_warps=_WARPS)
-    return made
+        _forward[grid](*projections, A_log.contiguous(), dt_bias.contiguous(), *inputs, *sizes, num_warps=_WARPS)
+    return inputs
 
 
-def backward(q, k, v, a, b, A_log, dt_bias, *d_made):
-    """Gradients of q, k, v, a, b from those of what `forward` returns, and in one tensor those of A_log and dt_bias."""
-    given = [*map(by_token, (q, k, v, a, b))]
-    found, (grid, sizes) = _like(given), _sizes(given, A_log)
+def backward(q, k, v, a, b, A_log, dt_bias, *d_inputs):
+    """Return gradients of q, k, v, a, b from those of `forward`'s results, and in one tensor of A_log and dt_bias."""
+    projections = [*map(by_token, (q, k, v, a, b))]
+    grads, (grid, sizes) = _like(projections), _sizes(projections, A_log)
     sums = torch.empty(2, grid[1], grid[0], q.shape[2], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        _backward[grid](*given, A_log.contiguous(), dt_bias.contiguous(), *(d.contiguous() for d in d_made), *found,
-                        sums, *sizes, triton.next_power_of_2(q.shape[2]), num_warps=_WARPS)
-    return [*found, sums.sum(2, keepdim=True) if A_log.dim() > 1 else sums.sum((1, 2))]
+        _backward[grid](*projections, A_log.contiguous(), dt_bias.contiguous(), *(d.contiguous() for d in d_inputs),
+                        *grads, sums, *sizes, triton.next_power_of_2(q.shape[2]), num_warps=_WARPS)
+    return [*grads, sums.sum(2, keepdim=True) if A_log.dim() > 1 else sums.sum((1, 2))]
 
 
 def _like(tensors):
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
 
 
-def _sizes(given, A_log):
-    """The grid, and what the kernels take after tensors."""
-    (batch, time, heads, key_dim), value_dim = given[0].shape, given[2].shape[-1]
+def _sizes(projections, A_log):
+    """Return the grid, and the kernels' arguments after tensors."""
+    (batch, time, heads, key_dim), value_dim = projections[0].shape, projections[2].shape[-1]
     rows = _ELEMENTS // max(key_dim, value_dim)
-    strides = [x.stride(1) for x in given]
+    strides = [x.stride(1) for x in projections]
     return (triton.cdiv(time * heads, rows), batch), (time, *strides, heads, key_dim, value_dim, A_log.dim() > 1, rows)
 
 
 @triton.jit
-def _forward(q, k, v, a, b, A_log, dt_bias, q_made, k_made, v_made, log_decay, beta, time, q_stride, k_stride, v_stride,
+def _forward(q, k, v, a, b, A_log, dt_bias, q_out, k_out, v_out, log_decay, beta, time, q_stride, k_stride, v_stride,
              a_stride, b_stride, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BY_BATCH: tl.constexpr,
              ROWS: tl.constexpr):
     row, token, head, exist = _rows(time, H, ROWS)
     s, length = _unit(_load(q, token * q_stride + head * K, exist, K))
-    _store(q_made, row * K, s / length[:, None], exist, K)
+    _store(q_out, row * K, s / length[:, None], exist, K)
     s, length = _unit(_load(k, token * k_stride + head * K, exist, K))
-    _store(k_made, row * K, s / length[:, None], exist, K)
+    _store(k_out, row * K, s / length[:, None], exist, K)
     z = _load(v, token * v_stride + head * V, exist, V)
-    _store(v_made, row * V, z * _sigmoid(z), exist, V)
+    _store(v_out, row * V, z * _sigmoid(z), exist, V)
     rate, x = _gate(a + token * a_stride + head, A_log, dt_bias, head, exist, H, BY_BATCH)
     tl.store(log_decay + row, -rate * _softplus(x), exist)
     strength = _sigmoid(tl.load(b + token * b_stride + head, exist, 0.0).to(tl.float32))
@@ -79,16 +79,16 @@ def _forward(q, k, v, a, b, A_log, dt_bias, q_made, k_made, v_made, log_decay, b
 
 
 @triton.jit
-def _backward(q, k, v, a, b, A_log, dt_bias, d_q_made, d_k_made, d_v_made, d_log_decay, d_beta, d_q, d_k, d_v, d_a, d_b,
+def _backward(q, k, v, a, b, A_log, dt_bias, d_q_out, d_k_out, d_v_out, d_log_decay, d_beta, d_q, d_k, d_v, d_a, d_b,
               sums, time, q_stride, k_stride, v_stride, a_stride, b_stride, H: tl.constexpr, K: tl.constexpr,
               V: tl.constexpr, BY_BATCH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
     row, token, head, exist = _rows(time, H, ROWS)
     z = _load(q, token * q_stride + head * K, exist, K)
-    _store(d_q, row * K, _unit_back(z, _load(d_q_made, row * K, exist, K)), exist, K)
+    _store(d_q, row * K, _unit_back(z, _load(d_q_out, row * K, exist, K)), exist, K)
     z = _load(k, token * k_stride + head * K, exist, K)
-    _store(d_k, row * K, _unit_back(z, _load(d_k_made, row * K, exist, K)), exist, K)
+    _store(d_k, row * K, _unit_back(z, _load(d_k_out, row * K, exist, K)), exist, K)
     z = _load(v, token * v_stride + head * V, exist, V)
-    _store(d_v, row * V, _load(d_v_made, row * V, exist, V) * _silu_slope(z), exist, V)
+    _store(d_v, row * V, _load(d_v_out, row * V, exist, V) * _silu_slope(z), exist, V)
     strength = _sigmoid(tl.load(b + token * b_stride + head, exist, 0.0).to(tl.float32))
     d = tl.load(d_beta + row, exist, 0.0).to(tl.float32) * strength * (1 - strength)
     tl.store(d_b + row, d.to(d_b.dtype.element_ty), exist)
@@ -124,7 +124,7 @@ def _store(x, start, value, exist, DIM: tl.constexpr):
 
 @triton.jit
 def _gate(a, A_log, dt_bias, head, exist, H: tl.constexpr, BY_BATCH: tl.constexpr):
-    """exp(A_log), and what softplus is taken of."""
+    """Return exp(A_log), and the argument of softplus."""
     own = head
     if BY_BATCH:
         own += tl.program_id(1) * H
@@ -134,7 +134,7 @@ def _gate(a, A_log, dt_bias, head, exist, H: tl.constexpr, BY_BATCH: tl.constexp
 
 @triton.jit
 def _unit(z):
-    """s = silu(z) and its length, at least 1e-6, a row."""
+    """Return s = silu(z) and the length of each row, at least 1e-6."""
     s = z * _sigmoid(z)
     return s, tl.maximum(tl.sqrt(tl.sum(s * s, 1)), 1e-6)
 

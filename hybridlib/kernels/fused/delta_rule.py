@@ -1,7 +1,7 @@
 """The gated delta rule in five kernels, in the symbols of `hybridlib.kernels.chunked`.
 
 =================  =======================  ============================================================
-kernel             one program for each     computes
+kernel             one program for each     result
 =================  =======================  ============================================================
 inverse.invert     chunk and head           T = (I + A)^-1
 _scan              segment and head         O or, for gradients, S and N: chunk after chunk, S on chip
@@ -10,12 +10,11 @@ _scan_back         segment and head         the states' gradients dS and dR, las
 _gradients         chunk and head           all other gradients
 =================  =======================  ============================================================
 
-With R = beta (v - in k S), what each token writes is N = T R; then O = scale (in q) S + P N and
-S' = in_C S + (out k)^T N. If gradients are wanted, T, the states and N (`written`) are kept for the backward pass, in
-the dtype of the inputs, and what rounding cut off T (`rest`), for dR = T^T dN cancels where keys repeat; R and P are
-computed again. Sums of log_decay from the chunk's start (`sums`) and beta (`strengths`) are kept by chunk, in float32.
-A segment is a sequence or, where these are few, a part of one; `segments` has the two kernels that this takes besides.
-`_outputs` and `_gradients` start while the scans before them run (`follow`).
+With R = beta (v - in k S), the tokens' writes are N = T R; then O = scale (in q) S + P N and S' = in_C S + (out k)^T N.
+The backward pass takes T, the states and N (`written`) from the forward pass, in the dtype of the inputs, with the part
+of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat; it computes R and P again. Sums of
+log_decay from the chunk's start (`sums`) and beta (`strengths`) lie by chunk, in float32. A segment is a sequence or,
+where these are few, a part of one (`segments`). `_outputs` and `_gradients` start while a scan runs (`follow`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from hybridlib.kernels.fused.launch import Place, SIZE, precision, stride
 from hybridlib.kernels.fused.tiles import (block, exp, fine_product, kernel, load_rows, load_square, pairwise_decay,
                                            product, segment, store_rows, tokens_of)
 
-ALL = 1 << 30  # chunks, more than there are
+ALL = 1 << 30  # chunks of a turn: all of them, see the book on launches
 
 
 @kernel
@@ -43,9 +42,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
 
     S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. Without `o`, and
     then without q, `states` and `written` get the state before each chunk and N, for `_outputs`, and `ready`, if not
-    None, counts chunks that are through. LOWER: of T the lower blocks alone are read. There is one `turn` of more
-    chunks than there are: in two loops Triton 3.6.0 orders a chunk's work so that three stages pay at 64 dims (records
-    of `operator_speed`, forward at (16, 1024, 9, 64): 95e3cc3 has both, a778ce4 neither).
+    None, counts finished chunks. LOWER: of T the lower blocks alone are read.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -96,7 +93,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
 @triton.jit
 def _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE: tl.constexpr, MANY: tl.constexpr,
                BACK: tl.constexpr):
-    """Where the chunk and head of this program are kept, and its tokens: none, for some programs beside a scan."""
+    """Return the index of this program's chunk and head, and its tokens: none, for some programs beside a scan."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     at = chunk * heads + head
     if ready is None:
@@ -143,7 +140,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
 
     dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR; `ready`, if not
-    None, counts chunks that are through.
+    None, counts finished chunks.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -206,10 +203,9 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
         dk    = out N dS'^T - beta in dR S^T + scale (dP D)^T q + (M + M^T) k,     M = beta dA D
         dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij,    sum_v dR e = sum_v dR v - in sum_k k (dR S^T)
 
-    One after another: dP, dq, dA, dk, each with its own pass over the columns of v. That takes fewer registers than all
-    at once, and the later passes find what they read in a cache. The first two need nothing of the scan backwards, and
-    come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum over what it
-    decays: pairs with j < t <= i (those of P and A), in_i for t <= i, out_j for j < t, and in_C.
+    One after another: dP, dq, dA, dk, each with its own pass over the columns of v. The first two need nothing of the
+    scan backwards, and come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum
+    over all that it decays: pairs with j < t <= i (of P and A), in_i for t <= i, out_j for j < t, and in_C.
     """
     head = tl.program_id(0)
     at, start, end = _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE, MANY, True)
@@ -294,8 +290,8 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
         finish()
 
 
-def kept(q, v, count, keep, sequences):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: T, its rest, sums, strengths, states, N, M."""
+def saved_tensors(q, v, count, keep, sequences):
+    """Allocate, for `count` chunks, what `forward` leaves to `backward`: T, its rest, sums, strengths, states, N, M."""
     inverse = q.new_empty(count, SIZE, SIZE)
     rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
     sums, strengths = (q.new_empty(count, SIZE, dtype=torch.float32) for _ in range(2))
@@ -305,10 +301,11 @@ def kept(q, v, count, keep, sequences):
 
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: T, its rest, sums, strengths, (if `keep`) states and N, and M."""
+    """Return o, the final state, and `saved_tensors` for `backward`, of which states and N only if `keep`."""
     at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
     strides = stride(q), stride(k), stride(v)
-    inverse, rest, sums, strengths, states, written, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
+    inverse, rest, sums, strengths, states, written, maps = saved = saved_tensors(
+        q, v, at.chunks * at.heads, keep, at.sequences)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
@@ -331,11 +328,11 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
         at.launch(_outputs, use, (at.heads, at.turns(ready), 1),
                   q, k, sums, states, written, o, ready, cu_seqlens, *shape, at.segments, scale, *strides[:2],
                   at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
-    return o, final, (inverse, rest, sums, strengths, states, written, maps)
+    return o, final, saved
 
 
 def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d_final):
-    """Gradients of q, k, v, log_decay, beta and (None if there was none) the initial state."""
+    """Return gradients of q, k, v, log_decay, beta and, None if there was none, the initial state."""
     at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
     inverse, rest, sums, strengths, states, written, maps = saved
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -347,9 +344,9 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     tiles, warps = at.value_dim // use.width, use.warps
     ready = at.counts(tiles)
 
-    def scan_back(*ends_and_found, part=0):
+    def scan_back(*ends_and_results, part=0):
         at.launch(_scan_back, use, (tiles, at.heads, at.sequences * at.segments),
-                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_found, cu_seqlens, *shape, at.segments, scale,
+                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_results, cu_seqlens, *shape, at.segments, scale,
                   stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots,
                   part=(part, ready is not None))
 

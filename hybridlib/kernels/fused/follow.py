@@ -1,14 +1,12 @@
-"""A kernel that starts while the one before it runs, and takes each chunk once that one is through with it.
+"""A kernel that starts while the scan before it runs, and takes each chunk once the scan has finished it.
 
-Scans go from chunk to chunk, in programs so few that most of a GPU idles; what a chunk needs of a scan is there long
-before the scan ends. So the kernel after it, which has a program for each chunk, is launched to start as soon as every
-program of the scan has (CUDA's programmatic dependent launch; compute capability 9.0). Each program of the scan has a
-count for each of its chunks in `ready`: it sets them to 0 before others may start (`open_counts`), and each of its
-warps counts a chunk up when it has stored what others read (`publish`). Whoever needs the chunk waits for all warps
-of all its tiles (`wait_for`). None waits in vain: all programs of the scan already run when the first that waits
-starts. One of them waits for the whole scan (`finish`), so that what comes after the two finds both done.
-
-Elsewhere the two run one after the other, by the same code without counts, with the same results.
+The kernel after a scan, with a program for each chunk, starts as soon as every program of the scan has (CUDA's
+programmatic dependent launch; compute capability 9.0). Each program of the scan has a count for each of its chunks in
+`ready`: it sets them to 0 before others may start (`open_counts`), and each of its warps counts a chunk up after its
+stores (`publish`). A program that needs the chunk waits for all warps of all its tiles (`wait_for`), never in vain, for
+all programs of the scan already run. One program waits for the whole scan (`finish`), so that later kernels find both
+done. The book's page on kernels says why and when. Elsewhere the two run one after the other, by the same code without
+counts, with the same results.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def publish(ready, more):
 
 @triton.jit
 def wait_for(ready, at, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """Wait until all warps of all programs of a scan are through with chunk and head `at`."""
+    """Wait until all warps of all programs of a scan have finished chunk and head `at`."""
     for tile in range(TILES):
         while tl.atomic_add(ready + at * TILES + tile, 0, sem="acquire") < WARPS:
             pass
@@ -62,10 +60,10 @@ def finish():
 
 @triton.jit
 def in_turn(program, time, sequences, heads, segments, SIZE: tl.constexpr, BACK: tl.constexpr):
-    """Of the program-th chunk and head, in the order in which scans come to them: where it is kept, its tokens.
+    """Return the index of the program-th chunk and head, in the order of scans, its first token and its sequence's end.
 
-    The tokens from the first to the one past the sequence's last. Sequences, of equal length, and all their segments
-    stand side by side. Where a segment is shorter than others some programs have no chunk, and no tokens.
+    Sequences, of equal length, and all their segments stand side by side. Where a segment is shorter than others some
+    programs have no chunk, and no tokens.
     """
     count = tl.cdiv(time, SIZE)
     each = tl.cdiv(count, segments)

@@ -1,4 +1,4 @@
-"""The inverse T = (I + A)^-1 of a chunk, for the gated delta rule: what of it does not depend on a state."""
+"""The inverse T = (I + A)^-1 of a chunk, the part of the gated delta rule that does not depend on a state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["invert"]
 
 @triton.jit
 def _inverse_of_16(a, PRECISION: tl.constexpr):
-    """(I + a)^-1 for a strictly lower (16, 16): inverses of 1, 2, 4, 8 tokens, two joined into one.
+    """Return (I + a)^-1 for a strictly lower (16, 16): inverses of 1, 2, 4, 8 tokens, two joined into one.
 
     [[I + A1, 0], [B, I + A2]]^-1 = X - X [[0, 0], [B, 0]] X, where X = [[(I + A1)^-1, 0], [0, (I + A2)^-1]].
     """
@@ -26,7 +26,7 @@ def _inverse_of_16(a, PRECISION: tl.constexpr):
 
 @triton.jit
 def _keys_and_gates(k, log_decay, beta, start, end, k_stride, gate_stride, beta_stride, head, KEY_DIM: tl.constexpr):
-    """Of 16 tokens: k (16, KEY_DIM), sums of log_decay from the first (16,), their total, beta (16,)."""
+    """Load of 16 tokens k (16, KEY_DIM), sums of log_decay from the first (16,), their total, beta (16,)."""
     t = start + tl.arange(0, 16)
     at = t.to(tl.int64)
     decay = tl.load(log_decay + at * gate_stride + head, t < end, 0.0).to(tl.float32)
@@ -37,7 +37,7 @@ def _keys_and_gates(k, log_decay, beta, start, end, k_stride, gate_stride, beta_
 
 @triton.jit
 def _scores(keys_i, keys_j, sums_i, sums_j, strength_i, keep, PRECISION: tl.constexpr):
-    """Block of A: beta_i (k_i . k_j) D_ij where `keep`."""
+    """Return a block of A: beta_i (k_i . k_j) D_ij where `keep`."""
     decay = pairwise_decay(sums_i, sums_j, keep)
     return product(keys_i, tl.trans(keys_j), PRECISION) * decay * strength_i[:, None]
 

@@ -1,13 +1,8 @@
 """Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
 
-`override` goes before the table, by the kernel's name ("delta_rule.scan"). In half precision the gated delta rule's
-launches, those of gated linear attention at 64 dims, and its gradients at 128 are the fastest of those tried on one
-H100; the others were chosen to compile without, or with few, spilled registers. Other launches may be wrong: Triton 3.6
-with ptxas 12.8 makes some, of narrow tiles above all (linear attention's outputs and gradients at 128 dims with tiles
-of 32, its gradients in float32 with 8 warps and tiles of 16), that read or write where they should not. Those of the
-table are held against float64 by `hybridlib.bench.exactness`, maps and joins at 64 dims only. `segments_of` says when
-scans are cut along time, `follows` when a kernel starts beside one; `override_segments` and `override_follows` go
-before it.
+`override` goes before the table, by the kernel's name ("delta_rule.scan"); `override_segments` and `override_follows`
+go before `segments_of` and `follows`. A launch that is not in the table may compute wrong results: the book's page on
+kernels says which do, and how the table was chosen. `hybridlib.bench.exactness` compares the table's with float64.
 """
 
 from __future__ import annotations
@@ -26,8 +21,8 @@ LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel, how many columns of the state its tiles have (0: does not apply), how many
-    registers a thread may have (0: as many as there are), and whether it starts while the one before it runs."""
+    """Warps and pipeline stages of a kernel, columns of the state in its tiles (0: none), registers a thread may have
+    (0: any number), and whether it starts while the kernel before it runs."""
 
     warps: int
     stages: int
@@ -41,7 +36,7 @@ override_segments: int | None = None  # the same in a forward pass and its backw
 override_follows: bool | None = None  # the same in a forward pass and its backward pass
 watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
-_HALF = {  # kernel: up to 64 dims, 128 dims
+_HALF: dict[str, Launch | tuple[Launch, Launch]] = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 3, 64), Launch(4, 3, 32)),
     "delta_rule.outputs": (Launch(4, 1, 64), Launch(4, 1, 64)),
@@ -55,7 +50,7 @@ _HALF = {  # kernel: up to 64 dims, 128 dims
     "linear_attention.value_gradients": Launch(8, 2, 64),
     "linear_attention.join": (Launch(4, 1, 16), Launch(4, 1, 16)),
 }
-_FLOAT32 = {  # gated linear attention: 64 dims at most
+_FLOAT32: dict[str, Launch | tuple[Launch, Launch]] = {  # gated linear attention: 64 dims at most
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
     "delta_rule.scan": (Launch(4, 1, 32), Launch(8, 1, 32)),
     "delta_rule.outputs": (Launch(8, 1, 32), Launch(8, 1, 32)),
@@ -71,25 +66,25 @@ _FLOAT32 = {  # gated linear attention: 64 dims at most
 
 
 def how(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Launch:
-    """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
+    """Return the launch of this kernel, its width at most that of the value (key, for linear attention's) dim."""
     table = _FLOAT32 if dtype == torch.float32 else _HALF
-    rows = override.get(kernel) or table[kernel]
-    use = rows if isinstance(rows, Launch) else rows[max(key_dim, value_dim) > 64]
+    entry = override.get(kernel) or table[kernel]
+    use = entry if isinstance(entry, Launch) else entry[max(key_dim, value_dim) > 64]
     most = value_dim if kernel.startswith("delta_rule") else key_dim
     return use if use.width <= most else use._replace(width=most)
 
 
-_compiled = {}  # kernels by what they were compiled for: Triton's own look-up takes most of a launch
+_compiled: dict = {}  # kernels by the key of a call: Triton's own look-up takes most of a launch
 
 
 class Place:
-    """Sizes of a call; `many` is the power of two that the kernels search packed sequences with.
+    """Sizes of a call; `many` is the power of two of the kernels' search for packed sequences.
 
-    Calls of equal `key` run the same compiled kernels. There is none where a tensor is not aligned to 16 bytes.
+    Calls of equal `key` run the same compiled kernels; it is None where a tensor is not aligned to 16 bytes.
     """
 
     def __init__(self, tokens, states, cu_seqlens, keep=None):
-        """tokens: q, k, v and the others by token; states: the initial state and the last one's gradient, or None."""
+        """Take q, k, v and the other tensors by token; the initial state and the last one's gradient, or None."""
         q, v = tokens[0], tokens[2]
         self.batch, self.time, self.heads, self.key_dim = q.shape
         self.value_dim, self.dtype, self.many = v.shape[-1], v.dtype, 1
@@ -113,20 +108,19 @@ class Place:
         self.key = tuple(key) if aligned % 16 == 0 else None
 
     def how(self, kernel: str) -> Launch:
-        """How to launch this kernel, its width at most that of the value (key, for linear attention's) dim."""
         return how(kernel, self.dtype, self.key_dim, self.value_dim)
 
     def counts(self, tiles):
-        """Room for what a scan of so many tiles counts (see `follow`), or None if no kernel is to start beside it.
+        """Allocate the counts of a scan of so many tiles (see `follow`), or None if no kernel is to start beside it.
 
-        Of packed sequences none does, for their chunks have no order that all scans keep to.
+        Beside packed sequences none does, for their chunks have no order that all scans keep to.
         """
         if self.packed or not follows(self.device, tiles * self.heads * self.sequences * self.segments):
             return None
         return torch.empty(self.chunks * self.heads * tiles, dtype=torch.int32, device=self.device)
 
     def turns(self, ready):
-        """Programs of a head in a kernel with one for each chunk, which starts beside a scan if `ready` is not None."""
+        """Count a head's programs in a kernel with one for each chunk, which starts beside a scan if `ready` is set."""
         if ready is None:
             return self.chunks
         count = self.chunks // self.batch
@@ -140,9 +134,9 @@ class Place:
 
 
 def run(kernel, use, grid, arguments, key):
-    """Run a kernel, compiled once for each way to launch it and each `key`; it is returned.
+    """Run a kernel, compiled once for each launch and each `key`, and return it.
 
-    Arguments of equal keys may differ in size, not in kind. None: Triton looks up what they need, which takes longer.
+    Arguments of equal keys may differ in size, not in kind. With None Triton inspects them, which takes longer.
     """
     key = None if key is None else (id(kernel), use, key)
     _, compiled = _compiled.get(key, (kernel, None))
@@ -158,13 +152,11 @@ def run(kernel, use, grid, arguments, key):
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
-    """How many segments the scans cut each of `sequences` sequences into; 1: they run it from end to end.
+    """Return into how many segments the scans cut each of `sequences` sequences; 1: they run it from end to end.
 
     One for each time that the programs of an uncut scan (sequences x heads x tiles of 64 x 64 of the state) fit among
-    the GPU's multiprocessors, MOST of them at most, and of LEAST chunks at least, going by the mean length: lengths of
-    packed sequences are known on the GPU only. Up to 64 dims two programs fit on a multiprocessor, and one works while
-    the other waits (`kernel_speed.scale_programs` shows it): there are twice as many segments where each still has
-    twice LEAST chunks. Fewer than 3 do not pay, as a cut scan goes over its tokens twice.
+    the GPU's multiprocessors, MOST of them at most, of LEAST chunks at least by the mean length, and twice as many up
+    to 64 dims where each still has twice LEAST chunks. Fewer than 3 do not pay, as a cut scan reads its tokens twice.
     """
     if override_segments is not None:
         return override_segments
@@ -179,11 +171,8 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
 
 
 def follows(device: torch.device, programs: int) -> bool:
-    """Whether a kernel is to start while a scan of so many programs runs, on GPUs of compute capability 9.0 or later.
-
-    Not if the programs leave it little room: on one H100 of 132 multiprocessors it paid beside 72 to 144, and beside
-    252 it did not (records of `operator_speed` at commit a778ce4).
-    """
+    """Tell whether a kernel is to start while a scan of so many programs runs: on GPUs of compute capability 9.0 or
+    later, if the programs leave it room."""
     if override_follows is not None:
         return override_follows
     return (device.type == "cuda" and _capability(device) >= (9, 0)
@@ -201,17 +190,17 @@ def _multiprocessors(device):
 
 
 def stride(x: torch.Tensor) -> int:
-    """Elements from one token to the next."""
+    """Return the number of elements from one token to the next."""
     return x.stride(1)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are multiplied: float32 in three TF32 products, half precision as it is."""
+    """Return Triton's name for products of this dtype: float32 in three TF32 products, half precision as it is."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:
-    """x (batch, time, heads, ..), or a copy, so that heads and dim are dense and sequences follow one another."""
+    """Return x (batch, time, heads, ..), or a copy, with heads and dim dense and sequences one after another."""
     if x.is_contiguous():
         return x
     inner = x.shape[2:].numel()

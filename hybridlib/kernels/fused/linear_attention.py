@@ -1,7 +1,7 @@
 """Gated linear attention in four kernels, in the symbols of `hybridlib.kernels.chunked`.
 
 =================  ==================================  =======================================================
-kernel             one program for each                computes
+kernel             one program for each                result
 =================  ==================================  =======================================================
 _scan              segment, head, tile of the state    states before chunks, or their gradients, last chunk first
 _outputs           chunk and head                      O
@@ -9,24 +9,20 @@ _gradients         chunk, head and 64 key dims         gradients of q, k and log
 _value_gradients   chunk and head                      dv, where a dim is 128
 =================  ==================================  =======================================================
 
-The states are kept for the backward pass, in the dtype of the inputs; sums of log_decay from the chunk's start (C in
-what follows, `sums`), decays and P are computed again. A segment is a sequence or, where these are few, a part of one
-(`segments`). `_outputs` starts while the scan before it runs, and so does `_gradients` where no dim is 128 (`follow`).
+The backward pass takes the states from the forward pass, in the dtype of the inputs, and computes sums of log_decay
+from the chunk's start (C in what follows, `sums`), decays and P again. A segment is a sequence or, where these are few,
+a part of one (`segments`). `_outputs` starts while the scan before it runs, and so does `_gradients` where no dim is
+128 (`follow`).
 
-Decays of a pair of tokens, D_ijd = exp(C_id - C_jd), factor over i and j about half of the chunk's whole decay, H_d,
-
-    D_ijd = exp(C_id - H_d) exp(H_d - C_jd),
-
-and P is one product of queries and keys with these factors. Where no dim decays by more than exp(-80) over the chunk,
-both lie between exp(-40) and exp(40): neither overflows or vanishes, and each keeps its relative precision. What is
-above the diagonal may be large, and is cut off. A chunk with a stronger decay is taken level by level: at level l it
-falls into blocks of 2^l tokens, and a token i in an odd block meets each token j of the even block before it at the
-border b, that block's last token,
+Decays of a pair of tokens factor over i and j about half of the chunk's whole decay, H_d (the book's page on kernels
+has the bounds): D_ijd = exp(C_id - C_jd) = exp(C_id - H_d) exp(H_d - C_jd). A chunk with a decay below exp(`LOWEST`) is
+taken level by level: at level l it falls into blocks of 2^l tokens, and a token i in an odd block meets each token j of
+the even block before it at the border b, that block's last token,
 
     D_ijd = exp(e_id) exp(e_jd),    e_i = C_i - C_b,    e_j = C_b - C_j.
 
 With x = exp(e) q in odd blocks and exp(e) k in even ones, x x^T holds this level's P. Six levels and the diagonal
-(q_i . k_i) make up a chunk of 64. Nothing positive is exponentiated there.
+(q_i . k_i) make up a chunk of 64.
 """
 
 from __future__ import annotations
@@ -46,7 +42,7 @@ LOWEST = {torch.float32: -80.0, torch.bfloat16: -80.0, torch.float16: -8.0}  # s
 
 @triton.jit
 def _about_middle(q, k, sums):
-    """exp(C - H) and exp(H - C), with H half of a chunk's whole decay, q and k with these, and exp(H)."""
+    """Return exp(C - H) and exp(H - C), with H half of a chunk's whole decay, q and k with these, and exp(H)."""
     half = 0.5 * tl.min(sums, 0)[None, :]
     up, down = exp(sums - half), exp(half - sums)
     return up, down, (q * up).to(q.dtype), (k * down).to(k.dtype), exp(half)
@@ -54,7 +50,7 @@ def _about_middle(q, k, sums):
 
 @triton.jit
 def _meeting(q, k, log_decays, sums, LEVEL, SIZE: tl.constexpr):
-    """Of this level: exp(e), x, whether a row's block is odd (SIZE, 1), and which pairs i > j meet (SIZE, SIZE)."""
+    """Return a level's exp(e), x, whether a row's block is odd (SIZE, 1), and which pairs i > j meet (SIZE, SIZE)."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     at_border = sums_over_rows(j <= (i >> (LEVEL + 1) << (LEVEL + 1)) + (1 << LEVEL) - 1, log_decays)
     odd = (i >> LEVEL) % 2 == 1
@@ -276,7 +272,7 @@ def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
                OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
-    """Gradients of one chunk, head and ROWS key dims, by levels where its decays are strong; of v too, if asked for."""
+    """Gradients of one chunk, head and ROWS key dims, by levels where decays are strong; of v if `dv` is not None."""
     at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
     if ready is not None:
         at, start, end = in_turn(at, time, sequences, heads, segments, SIZE, True)
@@ -313,17 +309,17 @@ def _value_gradients(q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, tim
                       False, False, True, KEY_DIM, KEY_DIM, VALUE_DIM, HEIGHT, SIZE, MANY, PRECISION, 0, 0)
 
 
-def kept(q, v, count, keep, sequences):
-    """Room for what `forward` leaves to `backward`, for `count` chunks: states, `lowest` and M."""
+def saved_tensors(q, v, count, keep, sequences):
+    """Allocate, for `count` chunks, what `forward` leaves to `backward`: states, `lowest` and M."""
     tiles = q.shape[-1] // how("linear_attention.scan", q.dtype, q.shape[-1], v.shape[-1]).width
     return (q.new_empty(count, q.shape[-1], v.shape[-1]), q.new_empty(count, tiles, dtype=torch.float32),
             segments.room(q, v, sequences, q.shape[-1]))
 
 
 def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
-    """o, final state, and what `backward` needs: states, `lowest` and M."""
+    """Return o, the final state, and `saved_tensors` for `backward`."""
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
-    states, lowest, maps = kept(q, v, at.chunks * at.heads, keep, at.sequences)
+    states, lowest, maps = saved_tensors(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     ready, of_scan = _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
@@ -336,14 +332,14 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
 
 
 def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final):
-    """Gradients of q, k, v, log_decay and (None if there was none) the initial state."""
+    """Return gradients of q, k, v, log_decay and, None if there was none, the initial state."""
     apart = max(q.shape[-1], v.shape[-1]) > 64  # dv by itself: one program cannot hold it all in registers
     at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
     dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
     d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
     d_states = torch.empty_like(states)
-    found = d_final, d_initial, d_states, None
-    ready, of_scan = _launch_scan(at, q, d_o, log_decay, *found, maps, cu_seqlens, scale, True)
+    ready, of_scan = _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale,
+                                  True)
     use = at.how("linear_attention.gradients")._replace(follows=ready is not None)
     rows = use.width if apart else at.key_dim
     at.launch(_gradients, use, (at.heads * at.turns(ready) * (at.key_dim // rows), 1, 1),
@@ -361,21 +357,21 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
 
 
 def _constants(at, use, lowest):
-    """What the kernels by chunk are compiled for, from KEY_DIM to PRECISION."""
+    """Return the constants of the kernels by chunk, from KEY_DIM to PRECISION."""
     return (at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[at.dtype],
             precision(at.dtype))
 
 
 def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_seqlens, scale, back):
-    """Run a scan; its counts for who starts beside it (`follow`), and how many programs and warps count a chunk."""
+    """Run a scan; return its counts for a kernel beside it (`follow`), and the programs and warps of a count."""
     use = at.how("linear_attention.scan")
     height, width = min(use.width, at.key_dim), min(use.width, at.value_dim)
     tiles = at.key_dim // height * (at.value_dim // width)
     ready = None if back and max(at.key_dim, at.value_dim) > 64 else at.counts(tiles)  # beside it, gradients are slower
 
-    def scan(*ends_and_found, part=0):
+    def scan(*ends_and_results, part=0):
         at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
-                  x, y, log_decay, *ends_and_found,
+                  x, y, log_decay, *ends_and_results,
                   cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
                   stride(x), stride(y), stride(log_decay),
                   at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype),

@@ -6,16 +6,16 @@ affine map of it, and its gradient goes back through the same map:
     S_(g+1) = M_g S_g + B_g,        dS_g = M_g^T dS_(g+1) + dB_g
 
 =================  =====================================  ==============================================================
-kernel             one program for each                   computes
+kernel             one program for each                   result
 =================  =====================================  ==============================================================
-_maps              segment, head, tile of [B | M]         the gated delta rule's B, a scan from 0 that reads nothing
-                                                          out, and M, the same for v = 0 from the identity
+_maps              segment, head, tile of [B | M]         the gated delta rule's B, a scan from 0 without outputs, and
+                                                          M, the same for v = 0 from the identity
 _join              sequence, head, tile of the state      the states at the segments' borders, one after another
 =================  =====================================  ==============================================================
 
-For gated linear attention M is diagonal, the segment's decay, and its scan leaves it beside B. dB is what the backward
-scans make of a gradient of 0 behind the segment. M is kept for the backward pass. Then the ordinary scans run from the
-states at the borders, all segments at once. All of this is in float32, but for factors of products.
+For gated linear attention M is diagonal, the segment's decay, and its scan leaves it beside B. A backward scan from a
+gradient of 0 behind the segment leaves dB; M comes from the forward pass. Then the ordinary scans run from the states
+at the borders, all segments at once. All of this is in float32, but for factors of products.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, se
         sum_c = tl.load(sums + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         strength = tl.load(strengths + at.to(tl.int64) * SIZE + tl.arange(0, SIZE))
         total = tl.min(sum_c, 0)
-        found = tl.exp(sum_c)[:, None] * product(k_c, state.to(kind), PRECISION)
-        new = fine_product(inverse_c, rest_c, strength[:, None] * (v_c.to(tl.float32) - found), PRECISION)
+        recalled = tl.exp(sum_c)[:, None] * product(k_c, state.to(kind), PRECISION)
+        new = fine_product(inverse_c, rest_c, strength[:, None] * (v_c.to(tl.float32) - recalled), PRECISION)
         new = (tl.exp(total - sum_c)[:, None] * new).to(kind)
         state = tl.exp(total) * state + product(tl.trans(k_c), new, PRECISION)
     if of_map:
@@ -90,26 +90,26 @@ def _join(maps, ends, initial, final, heads, segments,
 
 
 def room(q, v, sequences, *shape):
-    """Room for M, of this shape, of each segment and head, in float32; None if scans are not cut."""
+    """Allocate M, of this shape, of each segment and head, in float32; None if scans are not cut."""
     segments = segments_of(q, v, sequences)
     return None if segments == 1 else q.new_empty(sequences * segments * q.shape[2], *shape, dtype=torch.float32)
 
 
 def ends(at, device):
-    """Room for the state at the end of each segment, (sequences * segments, heads, key_dim, value_dim) in float32."""
+    """Allocate the states at the segments' ends, (sequences * segments, heads, key_dim, value_dim) in float32."""
     shape = at.sequences * at.segments, at.heads, at.key_dim, at.value_dim
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens):
     """Fill `maps`, and return the states to which segments come from 0."""
-    use, found = at.how("delta_rule.maps"), ends(at, k.device)
+    use, states = at.how("delta_rule.maps"), ends(at, k.device)
     width = min(use.width, at.key_dim)
     at.launch(_maps, use, ((at.key_dim + at.value_dim) // width, at.heads, at.sequences * at.segments),
-              k, v, inverse, rest, sums, strengths, maps, found, cu_seqlens,
+              k, v, inverse, rest, sums, strengths, maps, states, cu_seqlens,
               at.time, at.sequences, at.heads, at.segments, stride(k), stride(v),
               at.key_dim, at.value_dim, width, SIZE, at.many, at.by_lower, precision(at.dtype))
-    return found
+    return states
 
 
 def join(at, maps, states, initial, final, back):

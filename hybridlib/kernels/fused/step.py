@@ -1,7 +1,7 @@
 """One token of both operators, and the norm and gate after it, each in one launch.
 
 ===================  =====================================  ==============================================
-kernel               one program for each                   computes
+kernel               one program for each                   result
 ===================  =====================================  ==============================================
 _token               head and WIDTH columns of its state    the state after this token, and of o its part
 _gated_norm          head                                   RMSNorm of o, times silu(g)
@@ -22,14 +22,14 @@ from hybridlib.kernels.fused.tiles import exp
 
 __all__ = ["gated_norm", "token"]
 
-_WIDTH, _ELEMENTS = 16, 1024  # columns of a program, and of its part of a state what a warp holds
+_WIDTH, _ELEMENTS = 16, 1024  # columns of a program, and numbers of a state that a warp holds
 
 kernel = triton.jit(do_not_specialize=["q_stride", "k_stride", "v_stride", "decay_stride", "beta_stride", "o_stride",
                                        "g_stride"])
 
 
 def token(q, k, v, log_decay, beta, state, scale):
-    """o, state; arguments as the functions of `hybridlib.kernels.step`, beta None for gated linear attention."""
+    """Return o, state; arguments as the functions of `hybridlib.kernels.step`, beta None for gated linear attention."""
     (batch, heads, key_dim), value_dim = q.shape, v.shape[-1]
     q, k, v, log_decay = _dense(q), _dense(k), _dense(v), _dense(log_decay)
     beta, state = None if beta is None else _dense(beta), state.contiguous()
@@ -44,17 +44,17 @@ def token(q, k, v, log_decay, beta, state, scale):
 
 
 def gated_norm(o, g, weight, eps):
-    """RMSNorm of o, rounded to its dtype, times silu(g); o, g (batch, heads, dim), weight (dim,)."""
+    """Return RMSNorm of o, rounded to its dtype, times silu(g); o, g (batch, heads, dim), weight (dim,)."""
     batch, heads, dim = o.shape
     o, g = _dense(o), _dense(g)
-    made = torch.empty(o.shape, dtype=torch.promote_types(o.dtype, g.dtype), device=o.device)
-    _launch(_gated_norm, Launch(1, 1), (batch * heads, 1, 1), (o, g, weight, made),
+    out = torch.empty(o.shape, dtype=torch.promote_types(o.dtype, g.dtype), device=o.device)
+    _launch(_gated_norm, Launch(1, 1), (batch * heads, 1, 1), (o, g, weight, out),
             (float(eps), o.stride(0), g.stride(0)), (heads, dim))
-    return made
+    return out
 
 
 def _launch(kernel, use, grid, tensors, numbers, sizes):
-    """Run a kernel compiled for `sizes` and what the tensors are, whatever the numbers."""
+    """Run a kernel compiled for `sizes` and the kinds of tensors, whatever the numbers."""
     key, aligned = [tensors[0].device, sizes], 0
     for x in tensors:
         key.append(None if x is None else x.dtype)
@@ -64,7 +64,7 @@ def _launch(kernel, use, grid, tensors, numbers, sizes):
 
 
 def _dense(x):
-    """x (batch, heads, ..), or a copy, so that heads and what they hold are dense."""
+    """Return x (batch, heads, ..), or a copy, with all but batch dense."""
     if x.is_contiguous() or x[0].is_contiguous():
         return x
     return x.contiguous()
@@ -72,7 +72,7 @@ def _dense(x):
 
 @triton.jit
 def _row(H: tl.constexpr):
-    """A program's place in batch and heads, and in either alone."""
+    """Return a program's place in batch and heads, and in either alone."""
     row = tl.program_id(0)
     return row.to(tl.int64), (row // H).to(tl.int64), row % H
 
@@ -99,7 +99,7 @@ def _token(q, k, v, log_decay, beta, state, o, new, scale, q_stride, k_stride, v
 
 
 @kernel
-def _gated_norm(o, g, weight, made, eps, o_stride, g_stride, H: tl.constexpr, DIM: tl.constexpr):
+def _gated_norm(o, g, weight, out, eps, o_stride, g_stride, H: tl.constexpr, DIM: tl.constexpr):
     row, n, head = _row(H)
     i = tl.arange(0, DIM)
     x = tl.load(o + n * o_stride + head * DIM + i).to(tl.float32)
@@ -107,4 +107,4 @@ def _gated_norm(o, g, weight, made, eps, o_stride, g_stride, H: tl.constexpr, DI
     normed = x / tl.sqrt(tl.sum(x * x, 0) / DIM + eps) * tl.load(weight + i).to(tl.float32)
     gate = (z / (1 + exp(-z))).to(g.dtype.element_ty).to(tl.float32)  # rounded where PyTorch does
     normed = normed.to(o.dtype.element_ty).to(tl.float32)
-    tl.store(made + row * DIM + i, (normed * gate).to(made.dtype.element_ty))
+    tl.store(out + row * DIM + i, (normed * gate).to(out.dtype.element_ty))

@@ -1,7 +1,7 @@
-"""What the kernels share: where a chunk's tokens lie, tiles in and out of memory, decays and products.
+"""Parts of all kernels: where a chunk's tokens lie, tiles in and out of memory, decays and products.
 
 Tensors of tokens are (batch, time, heads, dim) with heads and dim dense, so that token t of head h starts at
-``t * stride + h * dim`` (sequences follow one another, packed or not). What is kept for a chunk lies at
+``t * stride + h * dim`` (sequences follow one another, packed or not). A chunk's own tensors lie at
 ``chunk * heads + head``, chunks of one sequence after another. A chunk is SIZE tokens; rows past the end of the
 sequence are loaded as zeros and never stored, and zeros neither write nor decay.
 """
@@ -23,7 +23,7 @@ kernel = triton.jit(do_not_specialize=["time", "sequences", "heads", "segments",
 
 @triton.jit
 def exp(x):
-    """e^x, in one instruction of the GPU; 0 where it would be no normal number of float32."""
+    """Return e^x, in one instruction of the GPU; 0 where it would be no normal number of float32."""
     if _INTERPRETED:
         return tl.exp(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], tl.float32, True, 1)
@@ -31,7 +31,7 @@ def exp(x):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a b, summed in float32."""
+    """Return a b, summed in float32."""
     if _INTERPRETED:  # it has no products of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
@@ -39,7 +39,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def fine_product(a, rest, b, PRECISION: tl.constexpr):
-    """(a + rest) b for b in float32, cut in two of a's dtype as well: where terms cancel, the last bits count."""
+    """Return (a + rest) b for b in float32, cut in two of a's dtype as well, for sums whose terms cancel."""
     high = b.to(a.dtype)
     both = product(a, high, PRECISION)
     if rest is not None:
@@ -50,7 +50,7 @@ def fine_product(a, rest, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """First token of sequence n, the token past its last, and its first chunk. MANY >= sequences, a power of two."""
+    """Return sequence n's first token, the one past its last, and its first chunk. MANY >= sequences, a power of 2."""
     if cu_seqlens is None:
         start, end, chunk = n * time, n * time + time, n * tl.cdiv(time, SIZE)
     else:
@@ -63,7 +63,7 @@ def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.conste
 
 @triton.jit
 def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """As `sequence`, of segment n % segments of sequence n // segments: equally many whole chunks each, the last fewer.
+    """Return the same of segment n % segments of sequence n // segments, each of equally many chunks, the last fewer.
 
     Segments past the sequence's last chunk are empty.
     """
@@ -75,17 +75,17 @@ def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: 
 
 @triton.jit
 def tokens_of(cu_seqlens, chunk, time, sequences, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """First token of a chunk and the token past its sequence's last; an empty range for chunks past the last one."""
+    """Return a chunk's first token and the one past its sequence's last; an empty range for chunks past the last."""
     if cu_seqlens is None:
         count = tl.cdiv(time, SIZE)
         n = chunk // count
         start, end = n * time + (chunk - n * count) * SIZE, n * time + time
     else:
         m = tl.arange(0, MANY)
-        known = m < sequences
-        first, last = tl.load(cu_seqlens + m, known, 0), tl.load(cu_seqlens + m + 1, known, 0)
+        exist = m < sequences
+        first, last = tl.load(cu_seqlens + m, exist, 0), tl.load(cu_seqlens + m + 1, exist, 0)
         count = (last - first + SIZE - 1) // SIZE
-        before = known & (tl.cumsum(count, 0) <= chunk)
+        before = exist & (tl.cumsum(count, 0) <= chunk)
         n = tl.sum(before.to(tl.int32))
         start = tl.load(cu_seqlens + n, n < sequences, 0).to(tl.int32)
         start += (chunk - tl.sum(tl.where(before, count, 0)).to(tl.int32)) * SIZE
@@ -95,42 +95,42 @@ def tokens_of(cu_seqlens, chunk, time, sequences, SIZE: tl.constexpr, MANY: tl.c
 
 @triton.jit
 def rows(x, start, end, stride, column, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """Pointers to x[start : start + SIZE, column : column + DIM] (SIZE, DIM), and which of them exist."""
+    """Return pointers to x[start : start + SIZE, column : column + DIM] (SIZE, DIM), and which of them exist."""
     i, d = tl.arange(0, SIZE)[:, None], tl.arange(0, DIM)[None, :]
     return x + start.to(tl.int64) * stride + column + i * stride + d, start + i < end
 
 
 @triton.jit
 def load_rows(x, start, end, stride, column, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """x[start : start + SIZE, column : column + DIM] (SIZE, DIM)."""
+    """Load x[start : start + SIZE, column : column + DIM] (SIZE, DIM)."""
     pointers, exist = rows(x, start, end, stride, column, SIZE, DIM)
     return tl.load(pointers, exist, 0.0)
 
 
 @triton.jit
 def load_columns(x, start, end, stride, column, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """The transpose of `load_rows` (DIM, SIZE)."""
+    """Load the transpose of `load_rows` (DIM, SIZE)."""
     i, d = tl.arange(0, SIZE)[None, :], tl.arange(0, DIM)[:, None]
     return tl.load(x + start.to(tl.int64) * stride + column + i * stride + d, start + i < end, 0.0)
 
 
 @triton.jit
 def store_rows(x, value, start, end, stride, column, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """x[start : start + SIZE, column : column + DIM] = value."""
+    """Set x[start : start + SIZE, column : column + DIM] to `value`."""
     pointers, exist = rows(x, start, end, stride, column, SIZE, DIM)
     tl.store(pointers, value.to(x.dtype.element_ty), exist)
 
 
 @triton.jit
 def block(x, index, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers to x[index, row : row + HEIGHT, column : column + WIDTH], of x (all, ROWS, COLUMNS), dense."""
+    """Return pointers to x[index, row : row + HEIGHT, column : column + WIDTH], of x (all, ROWS, COLUMNS), dense."""
     i, j = tl.arange(0, HEIGHT)[:, None], tl.arange(0, WIDTH)[None, :]
     return x + index.to(tl.int64) * (ROWS * COLUMNS) + row * COLUMNS + column + i * COLUMNS + j
 
 
 @triton.jit
 def load_square(x, index, SIZE: tl.constexpr, LOWER: tl.constexpr):
-    """x[index] (SIZE, SIZE); LOWER: of which blocks of 16 above the diagonal are taken for 0, and not read."""
+    """Load x[index] (SIZE, SIZE); LOWER: without its blocks of 16 above the diagonal, which are taken for 0."""
     if not LOWER:
         return tl.load(block(x, index, 0, 0, SIZE, SIZE, SIZE, SIZE))
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
@@ -139,13 +139,13 @@ def load_square(x, index, SIZE: tl.constexpr, LOWER: tl.constexpr):
 
 @triton.jit
 def pairwise_decay(sums_i, sums_j, keep):
-    """exp(sums_i - sums_j) for the pairs in `keep`, where that is never positive; 0 for the others."""
+    """Return exp(sums_i - sums_j) for the pairs in `keep`, where that is never positive; 0 for the others."""
     return tl.where(keep, exp(sums_i[:, None] - sums_j[None, :]), 0.0)
 
 
 @triton.jit
 def sums_over_columns(x, which):
-    """x which, for `which` of zeros and ones and log decays x: exact to 4e-6 |x|, by products of float16."""
+    """Return x which, for `which` of zeros and ones and log decays x: exact to 4e-6 |x|, by products of float16."""
     which, x = which.to(tl.float16), tl.maximum(x.to(tl.float32), LOWEST)
     high = x.to(tl.float16)
     return product(high, which, "tf32") + product((x - high.to(tl.float32)).to(tl.float16), which, "tf32")
@@ -153,7 +153,7 @@ def sums_over_columns(x, which):
 
 @triton.jit
 def sums_over_rows(which, x):
-    """which x, as `sums_over_columns`."""
+    """Return which x, as `sums_over_columns`."""
     which, x = which.to(tl.float16), tl.maximum(x.to(tl.float32), LOWEST)
     high = x.to(tl.float16)
     return product(which, high, "tf32") + product(which, (x - high.to(tl.float32)).to(tl.float16), "tf32")
@@ -161,7 +161,7 @@ def sums_over_rows(which, x):
 
 @triton.jit
 def sums_of_gradients(which, x, PRECISION: tl.constexpr):
-    """which x, for `which` of zeros and ones: exact to 2^-16 |x|, by products of bfloat16, or as PRECISION."""
+    """Return which x, for `which` of zeros and ones: exact to 2^-16 |x|, by products of bfloat16, or as PRECISION."""
     which = tl.where(which, 1.0, 0.0)
     if PRECISION == "tf32x3":
         return product(which, x, PRECISION)

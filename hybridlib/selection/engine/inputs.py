@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from hybridlib.distill.corpus import Tokens, load_tokens
 from hybridlib.models.hybrid import load_hybrid
 from hybridlib.models.passes import TeacherStates
@@ -18,16 +20,17 @@ __all__ = ["LoadedInputs", "ScoringInputs", "weights_sha256"]
 
 @dataclass(frozen=True)
 class LoadedInputs:
-    """A scoring's inputs as they lie in this process; `states`, of this teacher, are shared by its candidates.
+    """Inputs of candidates as they lie in this process.
 
+    `states`, the teacher's, are shared by the candidates; None computes them in every step, which a long run wants.
     `alive` has what the next task may go on with: the cohort that trained last, the step that candidates share, and
-    their states between rounds. It does not travel. `beside` is what lay on the GPU before, for a `Meter`.
+    their states between rounds. It does not travel. `beside` counts the bytes on the GPU before, for a `Meter`.
     """
 
-    student: object
-    teacher: object
+    student: PreTrainedModel
+    teacher: PreTrainedModel
     tokens: Tokens
-    states: TeacherStates
+    states: TeacherStates | None = None
     alive: dict = field(default_factory=dict, compare=False, repr=False)
     beside: int = field(init=False, compare=False, repr=False)
 
@@ -45,7 +48,7 @@ class LoadedInputs:
         return self
 
     def forget(self) -> None:
-        """Give back what `alive` holds."""
+        """Free what `alive` holds."""
         for name in {"cohort", "step"} & set(self.alive):
             self.alive[name][1].release()
         self.alive.clear()
@@ -53,7 +56,7 @@ class LoadedInputs:
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """Where a scoring's inputs are, so that a worker can load them itself; it keeps what it loaded last.
+    """Where the inputs of candidates are, so that a worker can load them itself; it keeps those that it loaded last.
 
     Parameters
     ----------

@@ -1,10 +1,9 @@
-"""The scoring engine: the candidates of stage-2 scores as tasks that do not depend on one another.
+"""Candidates as tasks that do not depend on one another, and rounds of them.
 
-A candidate is a hybrid with one layer swapped, trained for a while and measured. Candidates are computed here, one
-after the other or several in one model, or by an executor: `concurrent.futures` pools of processes,
-``client.get_executor()`` of dask.distributed, or an executor of submitit (SLURM). What a candidate gave is handed on as
-soon as it is there, so that it can be kept; one that fails does not stop the others. With `EarlyStop` they advance in
-rounds.
+An `Engine` says how candidates are run: in this process, one after the other or several in one model, or by an
+executor, which may be a pool of `concurrent.futures`, ``client.get_executor()`` of dask.distributed, or one of submitit
+(SLURM). The figures of a candidate are handed on as soon as they are there, so that they can be recorded; one that
+fails does not stop the others. With `EarlyStop` they advance in rounds.
 """
 
 from __future__ import annotations
@@ -17,19 +16,22 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Protocol
 
 from tqdm.auto import tqdm
 
-from hybridlib.checks import check_int, check_number
+from hybridlib.checks import check_executor, check_int, check_number
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.selection.agreement import top_k_jaccard
 from hybridlib.selection.cost import Cost, training_flops
-from hybridlib.selection.engine.inputs import LoadedInputs
-from hybridlib.selection.engine.measure import ScoringJob, measure_candidates, reason, shares_step
+from hybridlib.selection.engine.candidates import Job, measure_sets, reason, shares_step
+from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs
 from hybridlib.selection.engine.sets import group_size
+from hybridlib.selection.rules import budget_layers
+from hybridlib.selection.search import Layers
 
-__all__ = ["CandidateRecords", "EarlyStop", "ScoringFailed", "score_candidates", "task_size"]
+__all__ = ["CandidateRecords", "EarlyStop", "Engine", "ScoringFailed", "run_candidates"]
 
 POLL_SECONDS = 0.2  # between two looks at jobs that cannot be waited for together
 SMALL_STEP = 1e12  # FLOPs; an H100 computes them in about the time that a step's thousands of launches take
@@ -90,8 +92,6 @@ class EarlyStop:
 
     def count(self, num_layers: int) -> int:
         """K of `num_layers` layers; ValueError if the budget is none."""
-        from hybridlib.selection.rules import budget_layers
-
         return budget_layers(self.budget, num_layers)
 
     def settled(self, history: Sequence[Sequence[float]]) -> bool:
@@ -104,85 +104,120 @@ class EarlyStop:
 
 
 class CandidateRecords(Protocol):
-    """Where candidates are kept. `tokens` is how far a candidate was trained when it was measured; `part`, given only
-    where that were fewer than those of the scores, on how many held-out tokens."""
+    """Where the figures of candidates are recorded.
 
-    def find(self, layer: int, tokens: int, part: int | None = None) -> dict | None:
-        """What was kept, or None; ValueError naming what is damaged."""
-
-    def keep(self, layer: int, tokens: int, found: dict, part: int | None = None) -> None:
-        """Keep what was measured, on disk before this returns."""
-
-
-def task_size(student, tokens, settings: MatchSettings, group: int | None, executor=None) -> int:
-    """Layers a task: `group`, or where it is None what is likely to be fast.
-
-    Layers train together where a student is so small that launching a step's kernels takes a GPU longer than running
-    them: there, and without an executor, as many as memory holds, in even groups. That is taken to be so where a step
-    needs fewer than `SMALL_STEP` FLOPs by `cost.training_flops`. Elsewhere it is one: on a CPU nothing is launched, and
-    a stacked step takes longer than its parts. Candidates that draw random numbers (dropout) train alone in any case.
+    `candidate` is its place among the candidates of a run, and `tokens` how far it was trained when it was measured.
+    `heldout_tokens`, given only where fewer than those of the scores were read, says on how many.
     """
-    num_layers = student.config.num_hidden_layers
-    if group is not None:
-        check_int("group", group, 1)
-    if student.config.attention_dropout:
-        return 1
-    if group is not None:
-        return min(group, num_layers)
-    flops = training_flops(student, tokens.context) * settings.step_rows(tokens.context) * tokens.context
-    if executor is not None or not next(student.parameters()).is_cuda or flops >= SMALL_STEP:
-        return 1
-    tasks = -(-num_layers // group_size(student, tokens, settings, num_layers))
-    return -(-num_layers // tasks)
+
+    def find(self, candidate: int, tokens: int, heldout_tokens: int | None = None) -> dict | None:
+        """The recorded figures, or None; ValueError naming what is damaged."""
+
+    def keep(self, candidate: int, tokens: int, figures: dict, heldout_tokens: int | None = None) -> None:
+        """Record `figures`, on disk before this returns."""
 
 
-def score_candidates(job: ScoringJob, num_layers: int, *, executor=None, early_stop: EarlyStop | None = None,
-                     records: CandidateRecords | None = None, group: int = 1) -> dict[int, list[dict]]:
-    """Measure the candidate of every layer: {tokens a candidate: what `measure_candidates` gave, by layer}.
+@dataclass(frozen=True)
+class Engine:
+    """How candidates are run.
+
+    Parameters
+    ----------
+    executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
+        or one of submitit. None runs them here, one after the other.
+    group : candidates a task; of several, they train together, in one stacked model, to the same figures but for
+        rounding. None is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
+        `group_of`.
+    memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
+    records : asked for a candidate before it is computed, and told of it as soon as it is measured, so that a killed
+        run goes on.
+    checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
+        for the time of the call. A candidate needs three times its weights in it. A run of at most
+        ``settings.checkpoint_every`` tokens a candidate uses it with `EarlyStop` alone, and not there if states stay in
+        memory, see `run_candidates`.
+    inputs : where workers find student, teacher and tokens, which must be those of the call. Without them a task
+        carries both models with it.
+    """
+
+    executor: object = None
+    group: int | None = None
+    memory: int = 4 * 2**30
+    records: CandidateRecords | None = None
+    checkpoints: str | Path | None = None
+    inputs: ScoringInputs | None = None
+
+    def __post_init__(self):
+        check_executor(self.executor)
+        if self.group is not None:
+            check_int("group", self.group, 1)
+        check_int("memory", self.memory, 0)
+
+    def group_of(self, student, tokens, settings: MatchSettings) -> int:
+        """Candidates a task: `group`, or where it is None what is likely to be fast.
+
+        Candidates train together where a student is so small that launching a step's kernels takes a GPU longer than
+        running them: there, and without an executor, as many as memory holds, in even groups. That is taken to be so
+        where a step needs fewer than `SMALL_STEP` FLOPs by `cost.training_flops`. Elsewhere it is one: on a CPU nothing
+        is launched, and a stacked step takes longer than its parts. Candidates that draw random numbers (dropout) train
+        alone in any case.
+        """
+        num_layers = student.config.num_hidden_layers
+        if student.config.attention_dropout:
+            return 1
+        if self.group is not None:
+            return min(self.group, num_layers)
+        flops = training_flops(student, tokens.context) * settings.step_rows(tokens.context) * tokens.context
+        if self.executor is not None or not next(student.parameters()).is_cuda or flops >= SMALL_STEP:
+            return 1
+        tasks = -(-num_layers // group_size(student, tokens, settings, num_layers))
+        return -(-num_layers // tasks)
+
+
+def run_candidates(job: Job, sets: Sequence[Layers], engine: Engine, group: int = 1, *, sign: int = -1,
+                   early_stop: EarlyStop | None = None) -> dict[int, list[dict]]:
+    """Measure the candidate of every set: {tokens a candidate: the figures of `measure_sets`, in the order of `sets`}.
 
     One entry without `early_stop`, else one a round; all candidates of a round are measured before the next begins.
 
     Parameters
     ----------
-    executor : anything with the `submit` of a `concurrent.futures.Executor`, whose futures have `done`, `result` and
-        `cancel`; None computes here.
-    records : asked before a candidate is computed, and told as soon as it is measured.
-    group : layers a task; of several, the candidates train together.
+    job : without checkpoints; they are the engine's.
+    group : candidates a task.
+    sign : that makes a KL a score, higher for keep, which `early_stop` ranks by.
 
     Between rounds a candidate's state is in its checkpoint; or in memory, where one process computes all in one model
     and a candidate takes no more tokens than lie between two checkpoints. Then what a kill costs is their training up
     to the round that it met, and no measurement.
 
-    Raises ScoringFailed, once all other candidates of the round are kept, and ValueError for a bad `early_stop`.
+    Raises ScoringFailed, once all other candidates of the round are recorded, and ValueError for a bad `early_stop`.
     """
     rounds: dict[int, list[dict]] = {}
     with ExitStack() as stack:
-        alive = executor is None and isinstance(job.inputs, LoadedInputs) and (
-            num_layers <= group or group == 1 and shares_step(job))  # states stay in memory
+        in_memory = engine.executor is None and isinstance(job.inputs, LoadedInputs) and (
+            len(sets) <= group or group == 1 and shares_step(job))
         if isinstance(job.inputs, LoadedInputs):
             stack.callback(job.inputs.forget)
-        if alive and job.num_tokens <= job.settings.checkpoint_every:
-            job = replace(job, checkpoints=None)
-        elif early_stop is not None and job.checkpoints is None and not alive:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridlib-scoring-"))
-            job = replace(job, checkpoints=folder)
-        sign = -1 if job.direction == "add" else 1
-        for until in _rounds(job, early_stop):
+        if job.num_tokens > job.settings.checkpoint_every or early_stop is not None and not in_memory:
+            folder = engine.checkpoints
+            if folder is None and early_stop is not None and not in_memory:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridlib-scoring-"))
+            job = replace(job, checkpoints=None if folder is None else str(Path(folder).resolve()))
+        for until in _points(job, early_stop):
             since = list(rounds.values())[-1][0]["tokens"] if rounds else 0
             part = early_stop.heldout_tokens if until < job.num_tokens else None  # without the rule, there is one round
-            rounds[until] = _round(job, num_layers, until, since, executor, records, group, part)
-            history = [[sign * c["kl"] for c in found] for found in rounds.values()]
+            rounds[until] = _round(job, sets, until, since, engine, group, part)
+            history = [[sign * candidate["kl"] for candidate in figures] for figures in rounds.values()]
             if early_stop is not None and early_stop.settled(history):
                 if part is not None:
-                    final = _round(job, num_layers, until, until, executor, records, group)
-                    rounds[until] = [_after(*pair) for pair in zip(rounds[until], final, strict=True)]
+                    final = _round(job, sets, until, until, engine, group)
+                    rounds[until] = [_summed(*pair) for pair in zip(rounds[until], final, strict=True)]
                 break
-        for layer in range(num_layers) if job.checkpoints is not None else ():
-            job.checkpoint(layer).unlink(missing_ok=True)
+        for layers in sets if job.checkpoints is not None else ():
+            job.checkpoint(layers).unlink(missing_ok=True)
     return rounds
 
 
-def _rounds(job, early_stop):
+def _points(job, early_stop):
     """At how many tokens candidates are measured; the last is `num_tokens`."""
     if early_stop is None or job.num_tokens == 0:
         return [job.num_tokens]
@@ -194,42 +229,47 @@ def _rounds(job, early_stop):
     return [n * step for n in range(every, steps, every)] + [job.num_tokens]
 
 
-def _after(first, last):
-    """The `last` of two measurements of a candidate, at what both took."""
+def _summed(first, last):
+    """The `last` of two measurements of a candidate, at the cost of both."""
     both = {"seconds": first["seconds"] + last["seconds"]}
     if "cost" in first and "cost" in last:
         both["cost"] = Cost.total(map(Cost.from_dict, (first["cost"], last["cost"]))).to_dict()
     return last | both
 
 
-def _round(job, num_layers, until, since, executor, records, group, part=None):
+def _round(job, sets, until, since, engine, group, part=None):
     """Every candidate trained from `since` to `until` tokens and measured, on `part` of the held-out tokens or all."""
-    named = () if part is None else (part,)
+    fewer, records = () if part is None else (part,), engine.records
     if part is not None:
         job = replace(job, heldout_tokens=part if job.heldout_tokens is None else min(part, job.heldout_tokens))
-    found = {l: kept for l in range(num_layers) if records is not None and (kept := records.find(l, until, *named))}
-    missing = [l for l in range(num_layers) if l not in found]
+    figures = {} if records is None else {i: recorded for i in range(len(sets))
+                                          if (recorded := records.find(i, until, *fewer))}
+    missing = [i for i in range(len(sets)) if i not in figures]
     failed: dict[int, str] = {}
     tasks = [tuple(missing[i:i + group]) for i in range(0, len(missing), group)]
-    calls = {layers: partial(measure_candidates, job, layers, until, since) for layers in tasks}
-    with tqdm(total=num_layers, initial=len(found), desc=f"score ({job.direction}, {until} tokens)", unit="layer",
+    calls = {task: partial(measure_sets, job, [sets[i] for i in task], until, since) for task in tasks}
+    with tqdm(total=len(sets), initial=len(figures), desc=f"candidates ({until} tokens)", unit="set",
               leave=False) as bar:
-        for layers, result in _completed(calls, executor):
+        for task, result in _completed(calls, engine.executor):
             try:
                 measured = result()
             except Exception as error:  # of the worker, not of a candidate
-                measured = dict.fromkeys(layers, reason(error))
-            for l, one in measured.items():
+                measured = {sets[i]: {"error": reason(error)} for i in task}
+            for i in task:
+                candidate = measured[sets[i]]
                 try:
-                    if records is not None and isinstance(one, dict):
-                        records.keep(l, until, one, *named)
+                    if records is not None and "error" not in candidate:
+                        records.keep(i, until, candidate, *fewer)
                 except OSError as error:
-                    one = reason(error)
-                (failed if isinstance(one, str) else found)[l] = one
+                    candidate = {"error": reason(error)}
+                if "error" in candidate:
+                    failed[i] = candidate["error"]
+                else:
+                    figures[i] = candidate
                 bar.update()
     if failed:
-        raise ScoringFailed(failed, num_layers)
-    return [found[l] for l in range(num_layers)]
+        raise ScoringFailed(failed, len(sets))
+    return [figures[i] for i in range(len(sets))]
 
 
 def _completed(calls: Mapping[tuple, Callable], executor) -> Iterator[tuple[tuple, Callable]]:

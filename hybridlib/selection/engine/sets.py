@@ -8,19 +8,23 @@ each set of softmax layers, therefore share every launch: their weights are stac
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
-from hybridlib.distill.recall import RecallTask, encode_all, generate_recall
+from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.models.hybrid import check_layers, check_same_shape, linear_layers
-from hybridlib.selection.engine.cohort import Cohort
+from hybridlib.models.passes import TeacherStates
+from hybridlib.selection.engine.candidates import Job, measure_sets
+from hybridlib.selection.engine.inputs import LoadedInputs
 
-__all__ = ["match_sets"]
+__all__ = ["FIGURES", "group_size", "match_sets"]
+
+FIGURES = ("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")
 
 
 def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_tokens: int, *,
@@ -28,9 +32,8 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
                recall_examples: int = 200, measure_at: Sequence[int] = ()) -> list[dict]:
     """Stage 2 and evaluation of many layer sets of one aligned student, a group of them at once.
 
-    Each set is trained as ``match(restore(student, teacher, set), teacher, tokens, num_tokens)`` would train it, on the
-    same rows in the same order, with its own gradient norm to clip, and measured as `evaluate` would measure it. The
-    numbers differ by rounding only.
+    Each set is trained as ``match(restore(student, teacher, set), teacher, tokens, num_tokens)`` would train it, and
+    measured as `evaluate` would measure it; the numbers differ by rounding only.
 
     Parameters
     ----------
@@ -40,46 +43,37 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     sets : for each candidate, the layers that are softmax: none to all, in any order.
     num_tokens : tokens to train each candidate on, at least one row.
     settings : of stage 2. `compile` is not offered here and `checkpoint_every` has no meaning.
-    group : candidates at a time; the figures do not depend on it. None: as many as half of a GPU's free memory, or a
-        quarter of a machine's memory, holds by an estimate: weights, gradients and AdamW's two moments, and for each
-        layer and token of a micro batch four bytes times 16 widths, 10 widths of all heads and 4 of the MLP. Groups
-        are then evened out.
+    group : candidates at a time, on which the figures do not depend; None for `group_size`.
     recall, recall_examples : a task to score as `evaluate` does, None to leave recall out, and examples of it.
     measure_at : tokens after which to measure on the way, 0 to `num_tokens`; rounded up to whole steps.
 
     Returns
     -------
     list of dict, one for each set in the order given
-        ``layers``; ``kl``, ``kl_stderr``, ``perplexity``, ``top1_agreement``, ``recall_exact``, ``recall_stderr``, as
-        in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and ``loss_tokens``, the tokens at the
-        end of each; ``curve``, for each of `measure_at` a dict of ``tokens``, ``kl``, ``recall_exact``; ``seconds``,
-        wall time of its group divided by the group's size. Where `distill.match` would raise `DistillationDiverged`,
-        the sentence is in ``error``, the figures are None, and losses and curve end before; the other candidates are
-        not touched by that.
+        ``layers``; `FIGURES`, as in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and
+        ``loss_tokens``, the tokens at the end of each; ``curve``, for each of `measure_at` a dict of ``tokens``,
+        ``kl``, ``recall_exact``; ``seconds``, its share of its group's. Where `distill.match` would raise
+        `DistillationDiverged`, the sentence is in ``error``, the figures are None, and losses and curve end before.
 
-    Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape.
-
-    Cost: that of the single runs, less the launches that they share and all teacher's passes but one a group. Memory
-    grows with the group. Meant for small teachers: a candidate that fills the GPU alone gains nothing.
+    Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape. Meant
+    for small teachers: a candidate that fills the GPU alone gains nothing.
     """
     settings = settings or MatchSettings()
     sets = _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_at)
-    examples = None
     if recall is not None:
         if tokens.tokenizer is None:
             raise ValueError("recall is given, but tokens has no tokenizer; load tokens with the teacher's")
         check_int("recall_examples", recall_examples, 1)
-        examples = encode_all(generate_recall(recall, recall_examples, seed=1), tokens.tokenizer, student.config)
-    size = group or group_size(student, tokens, settings, len(sets))
+    inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
+    job = Job(inputs, num_tokens, settings, evaluation=True, recall=recall, recall_examples=recall_examples)
     order = sorted(range(len(sets)), key=sets.__getitem__)  # neighbours share layers, and with them launches
-    results = {}
-    with tqdm(total=len(sets) * num_tokens, unit="tok", unit_scale=True, desc="match sets", leave=False) as bar:
-        for members in _parts(order, -(-len(sets) // -(-len(sets) // size))):
-            started = time.perf_counter()
-            found = _match_group(student, teacher, tokens, [sets[i] for i in members], num_tokens, settings, examples,
-                                 measure_at, bar)
-            seconds = (time.perf_counter() - started) / len(members)
-            results |= {i: result | {"seconds": seconds} for i, result in zip(members, found, strict=True)}
+    groups = -(-len(sets) // (group or group_size(student, tokens, settings, len(sets))))
+    results: dict[int, dict] = {}
+    with tqdm(total=len(sets), unit="set", desc="match sets", leave=False) as bar:
+        for members in map(list, np.array_split(order, groups)):
+            results |= zip(members, _match_group(job, [sets[i] for i in members], measure_at), strict=True)
+            inputs.forget()
+            bar.update(len(members))
     return [results[i] for i in range(len(sets))]
 
 
@@ -110,46 +104,46 @@ def _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_
     return sets
 
 
-def group_size(student, tokens, settings, most):
-    """How many candidates to train at once, by memory; see `match_sets`."""
+def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
+    """How many candidates, up to `most`, half of a GPU's free memory or a quarter of a machine's memory holds.
+
+    By an estimate: weights, gradients and AdamW's two moments, and for each layer and token of a micro batch four bytes
+    times 16 widths, 10 widths of all heads and 4 of the MLP.
+    """
     config, parameter = student.config, next(student.parameters())
     weights = sum(p.numel() for p in student.parameters())
     rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
     numbers = 16 * config.hidden_size + 10 * config.num_attention_heads * config.head_dim + 4 * config.intermediate_size
     held = rows * tokens.context * config.num_hidden_layers * numbers * 4 + 4 * weights * parameter.element_size()
     if parameter.is_cuda:
-        kept = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
-        memory = (torch.cuda.mem_get_info(parameter.device)[0] + kept) // 2
+        cached = torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
+        memory = (torch.cuda.mem_get_info(parameter.device)[0] + cached) // 2
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return max(1, min(most, memory // held))
 
 
-def _match_group(student, teacher, tokens, sets, num_tokens, settings, examples, measure_at, bar):
-    """Results of `match_sets`, but for their seconds, of sets that are trained at once."""
-    cohort = Cohort(student, teacher, tokens, sets, num_tokens, settings)
-    stops = [cohort.steps_for(point) for point in measure_at]
-    measured = {}  # step: figures of each candidate
-    for step in sorted({*stops, cohort.steps}):
-        cohort.train(step, bar=bar)
-        if step == cohort.steps:
-            cohort.release()
-        measured[step] = cohort.figures(tokens, examples)
-    errors = {c: f"layers {sets[c]}: {error}" for c, error in cohort.errors.items()}
-    return [_result(sets[c], cohort.histories[c], errors.get(c), {step: m[c] for step, m in measured.items()}, stops,
-                    cohort.step_tokens) for c in range(len(sets))]
+def _match_group(job, sets, measure_at):
+    """Results of `match_sets` of sets that are trained at once."""
+    step = job.settings.step_rows(job.inputs.context) * job.inputs.context
+    last = max(1, job.num_tokens // step) * step
+    stops = [min(last, -(-point // step) * step) for point in measure_at]
+    measured: dict[int, dict] = {}  # tokens: figures of each set
+    for until in sorted({*stops, last}):
+        since = max(measured, default=0)
+        measured[until] = measure_sets(job, sets, job.num_tokens if until == last else until, since, stack=True)
+        if all("error" in figures for figures in measured[until].values()):
+            break
+    return [_result(layers, [measured[until][layers] for until in sorted(measured)],
+                    [measured[stop][layers] for stop in stops if stop in measured]) for layers in sets]
 
 
-def _result(layers, history, error, measured, stops, each):
-    """A set's result; `measured` : figures by step, the last step among them."""
-    done, figures = len(history.losses), measured[max(measured)]
-    figures = dict.fromkeys(figures) if error else figures
-    result = {"layers": layers, **figures, "tokens": done * each, "losses": history.losses,
-              "loss_tokens": history.tokens,
-              "curve": [{"tokens": step * each, "kl": measured[step]["kl"],
-                         "recall_exact": measured[step]["recall_exact"]} for step in stops if step <= done]}
-    return result | {"error": error} if error else result
-
-
-def _parts(items, size):
-    return (items[i:i + size] for i in range(0, len(items), size))
+def _result(layers, measured, curve):
+    """A set's result from its figures, the last of them at its end, and those that its curve shows."""
+    end, error = measured[-1], measured[-1].get("error")
+    result = {"layers": layers, **{name: None if error else end[name] for name in FIGURES},
+              "tokens": end["tokens"], "losses": end["loss"], "loss_tokens": end["loss_tokens"],
+              "curve": [{name: figures[name] for name in ("tokens", "kl", "recall_exact")}
+                        for figures in curve if "error" not in figures],
+              "seconds": sum(figures["seconds"] for figures in measured)}
+    return result | ({"error": f"layers {layers}: {error.removeprefix('DistillationDiverged: ')}"} if error else {})

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hybridlib.models.hybrid import restore
+from hybridlib.models.branches import BothBranches, ChosenAttention, both_branches
 
 __all__ = ["own_weights", "stacked", "stacked_weights"]
 
@@ -26,10 +26,9 @@ def stacked(student: nn.Module, teacher: nn.Module, sets: Sequence[Sequence[int]
     Called as a hybrid is, with the rows of all candidates one after the other, as many of each; it keeps no cache and
     is not for saving. Student and teacher are left as they were. Raises ValueError as `hybrid.restore` does.
     """
-    every = range(student.config.num_hidden_layers)
-    linear, stack = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
+    stack = both_branches(student, teacher, ChosenAttention)
     for l, layer in enumerate(stack.model.layers):
-        layer.self_attn = _Branches(linear.model.layers[l].self_attn, layer.self_attn, [l in s for s in sets])
+        layer.self_attn = StackedAttention(layer.self_attn.linear, layer.self_attn.softmax, [l in s for s in sets])
     _stack(stack, len(sets))
     if stack.config.tie_word_embeddings:
         stack.lm_head.weight = stack.model.embed_tokens.weight
@@ -64,7 +63,7 @@ def own_weights(stack: nn.Module, candidate: int) -> Iterator[tuple[str, nn.Para
 
 def _stack(module, count):
     """`module` with `count` copies of every weight; in place, but for modules that are nothing but weights."""
-    if isinstance(module, _Branches):
+    if isinstance(module, StackedAttention):
         return module
     if isinstance(module, nn.Embedding):
         return _Embeddings(module, count)
@@ -81,16 +80,19 @@ def _copies(weight, count):
     return nn.Parameter(weight.detach().expand(count, *weight.shape).clone())
 
 
-class _Branches(nn.Module):
-    """A layer's attention: the mixer for some candidates, softmax for the others; `softmax` says for which."""
+class StackedAttention(BothBranches):
+    """A layer's attention: the mixer for some candidates, softmax for the others; `chosen` says for which it is.
 
-    def __init__(self, mixer: nn.Module, attention: nn.Module, softmax: list[bool]):
-        super().__init__()
-        self.candidates = len(softmax)
-        members = {kind: torch.tensor([c for c, is_softmax in enumerate(softmax) if is_softmax == (kind == "softmax")],
+    A branch that no candidate uses is None.
+    """
+
+    def __init__(self, linear: nn.Module, softmax: nn.Module, chosen: list[bool]):
+        super().__init__(linear, softmax)
+        self.candidates, mixer = len(chosen), linear
+        members = {kind: torch.tensor([c for c, is_softmax in enumerate(chosen) if is_softmax == (kind == "softmax")],
                                       dtype=torch.long) for kind in ("linear", "softmax")}
-        for kind, branch in (("linear", mixer), ("softmax", attention)):
-            self.add_module(kind, _stack(branch, len(members[kind])) if len(members[kind]) else None)
+        for kind in members:
+            setattr(self, kind, _stack(getattr(self, kind), len(members[kind])) if len(members[kind]) else None)
             self.register_buffer(f"{kind}_members", members[kind], persistent=False)
         self.register_buffer("places", torch.cat(list(members.values())).argsort(), persistent=False)
         if self.linear is not None:  # weights that are no module's of their own: one number a head
@@ -99,27 +101,28 @@ class _Branches(nn.Module):
                 delattr(mixer, name)
             mixer.stacked = nn.ParameterDict(own)
 
-    def forward(self, hidden_states, **kwargs):
+    def mix(self, hidden_states, **kwargs):
         x, outputs = hidden_states.unflatten(0, (self.candidates, -1)), []  # (candidates, rows, time, width)
         for kind in ("linear", "softmax"):
             branch, members = getattr(self, kind), getattr(self, f"{kind}_members")
             if branch is None:
                 continue
-            given = (x if len(members) == len(x) else x.index_select(0, members)).flatten(0, 1)
+            rows = (x if len(members) == len(x) else x.index_select(0, members)).flatten(0, 1)
             if kind == "linear":
                 for name, p in branch.stacked.items():  # (candidates, heads) to (candidates * rows, 1, heads)
                     setattr(branch, name, p[:, None, None].expand(-1, x.shape[1], 1, -1).flatten(0, 1))
-            told = {name: _cut(value, len(hidden_states), len(given)) for name, value in kwargs.items()}
-            outputs.append(branch(given, **told)[0].unflatten(0, (len(members), -1)))
+            arguments = {name: _first_rows(value, len(hidden_states), len(rows)) for name, value in kwargs.items()}
+            outputs.append(branch(rows, **arguments)[0].unflatten(0, (len(members), -1)))
         if len(outputs) == 1:
-            return outputs[0].flatten(0, 1), None
-        return torch.cat(outputs).index_select(0, self.places).flatten(0, 1), None
+            return outputs[0].flatten(0, 1)
+        return torch.cat(outputs).index_select(0, self.places).flatten(0, 1)
 
 
-def _cut(value, batch, rows):
-    """What `rows` rows are told, where every candidate is told the same: the first rows of what the batch is told."""
+def _first_rows(value, batch, rows):
+    """The part of an argument that belongs to `rows` of the batch's rows: all candidates share one value a row, so the
+    first rows of it serve any of them."""
     if isinstance(value, tuple):
-        return tuple(_cut(x, batch, rows) for x in value)
+        return tuple(_first_rows(x, batch, rows) for x in value)
     return value[:rows] if isinstance(value, torch.Tensor) and len(value) == batch else value
 
 

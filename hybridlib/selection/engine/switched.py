@@ -17,10 +17,11 @@ import torch
 
 from hybridlib.distill.evaluate import heldout_kl, row_kl
 from hybridlib.distill.graphs import Graphed
-from hybridlib.models.branches import _Switch
-from hybridlib.models.hybrid import restore
+from hybridlib.distill.loop import MOMENTS, Run
+from hybridlib.distill.settings import History
+from hybridlib.models.branches import SwitchedAttention, both_branches, place
 from hybridlib.models.passes import last_hidden
-from hybridlib.selection.engine.cohort import Cohort, MOMENTS
+from hybridlib.selection.engine.cohort import Cohort
 
 __all__ = ["Switched"]
 
@@ -32,10 +33,12 @@ class Switched(Cohort):
     GPU. After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
     """
 
+    clip, trained, silence = Run.clip, Run.trained, Run.silence  # there is one
+
     def __init__(self, student, teacher, tokens, num_tokens, settings, states=None):
         self.compiled = settings.compile and next(student.parameters()).is_cuda
         super().__init__(student, teacher, tokens, [()], num_tokens, settings, states)
-        self._origins = [_origin(name) for name, _, _ in self.weights]
+        self._origins = [_origin(name) for name, _ in self.named]
         self._sources = [(teacher if branch == "softmax" else student).get_parameter(own)
                          for own, branch, _ in self._origins]
         self._unfit = (~torch.stack([source.isfinite().all() for source in self._sources])).nonzero().flatten().tolist()
@@ -44,35 +47,33 @@ class Switched(Cohort):
     @torch.no_grad()
     def take(self, softmax: Sequence[int], *, checkpoint: Path | None = None, held: tuple | None = None) -> None:
         """Become the candidate with these softmax layers, untrained, or as a checkpoint or what `hold` gave has it."""
-        fresh = type(self.histories[0])
-        self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [fresh("match")], {}, 0
-        for l, layer in enumerate(self.stack.model.layers):
-            layer.self_attn.keeps.fill_(l in softmax)
-        weights = [p for _, p, _ in self.weights]
+        self.sets, self.histories, self.errors, self.step = [tuple(softmax)], [History("match")], {}, 0
+        place(self.stack, softmax)
+        weights = [p for _, p in self.named]
         torch._foreach_copy_(weights, self._sources)
         for i in self._unfit:
             _, branch, layer = self._origins[i]
             if branch is not None and (branch == "softmax") != (layer in softmax):
                 weights[i].nan_to_num_()  # it does not count, and must not be felt
-        self._start_moments()
+        self.start_moments()
         if held is not None:
-            kept, history, self.step = held
+            state, history, self.step = held
             self.histories = [copy.deepcopy(history)]
             torch._foreach_add_([self.optimizer.state[p]["step"] for p in weights], self.step)
-            torch._foreach_copy_(self._state(), kept, non_blocking=True)
+            torch._foreach_copy_(self._state(), state, non_blocking=True)
         elif checkpoint is not None:
             self.resume({0: checkpoint})
 
     def hold(self) -> tuple:
         """The candidate's state, for `take`: on the GPU while there is room, else in the machine's memory."""
         state = self._state()
-        kept = _room_for(state)
-        torch._foreach_copy_(kept, state, non_blocking=True)
-        return kept, copy.deepcopy(self.histories[0]), self.step
+        room = _room_for(state)
+        torch._foreach_copy_(room, state, non_blocking=True)
+        return room, copy.deepcopy(self.histories[0]), self.step
 
     def _state(self):
         """The candidate's weights and their moments, once the optimizer has any."""
-        named, optimizer = self._candidate(0)
+        named, optimizer = self.member(0)
         return [p for _, p in named] + [optimizer.state[p][key] for key in MOMENTS for _, p in named]
 
     def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
@@ -94,29 +95,19 @@ class Switched(Cohort):
             self._measures[ids.shape] = Graphed(measure)
         return self._measures[ids.shape](ids, theirs)
 
-    def _build(self, student, teacher):
-        every = range(student.config.num_hidden_layers)
-        linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
-        for own, layer in zip(linear.model.layers, model.model.layers, strict=True):
-            layer.self_attn = _Switch(own.self_attn, layer.self_attn)
-        return model.to(next(student.parameters()).device).requires_grad_()
+    def build(self, student, teacher):
+        return both_branches(student, teacher, SwitchedAttention)
 
-    def _weights(self):
-        return [(name, p, None) for name, p in self.stack.named_parameters()]
+    def members_of_weights(self):
+        return {}
 
-    def _own_weights(self, c):
-        for (own, branch, layer), (_, p, _) in zip(self._origins, self.weights, strict=True):
+    def own_weights(self, c):
+        for (own, branch, layer), (_, p) in zip(self._origins, self.named, strict=True):
             if branch is None or (branch == "softmax") == (layer in self.sets[0]):
                 yield own, p, ()
 
-    def _candidates(self, ids):
+    def outputs(self, ids):
         return [(last_hidden(self.stack, ids, compiled=self.compiled), self.stack.lm_head.weight)]
-
-    def _clipped(self):
-        return torch.nn.utils.clip_grad_norm_([p for _, p, _ in self.weights], self.settings.clip)[None]
-
-    def _trained(self, c):
-        return [(name, p) for name, p, _ in self.weights]
 
 
 def _room_for(tensors):

@@ -1,7 +1,7 @@
 """Processes of one machine that score layers, each with a GPU of its own where there are any.
 
-A `concurrent.futures.ProcessPoolExecutor` and nothing more: that each process sees one GPU, and that all have loaded
-the inputs before the first candidate, is what this module adds.
+A pool is a `concurrent.futures.ProcessPoolExecutor` in which each process sees one GPU, and all have loaded the inputs
+before the first candidate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from hybridlib.checks import check_int
 from hybridlib.models.passes import TeacherStates
 from hybridlib.selection.engine.inputs import LoadedInputs
-from hybridlib.selection.engine.measure import ScoringJob, measure_candidates
+from hybridlib.selection.engine.candidates import Job, measure_sets
 
 __all__ = ["count_workers", "pool_of_workers"]
 
@@ -39,7 +39,7 @@ def count_workers(workers: int, device: str | torch.device) -> int:
 
 
 @contextmanager
-def pool_of_workers(job: ScoringJob, workers: int, warm_up: int = 0) -> Iterator[ProcessPoolExecutor]:
+def pool_of_workers(job: Job, workers: int, warm_up: int = 0) -> Iterator[ProcessPoolExecutor]:
     """A pool whose `workers` processes have all loaded `job`'s inputs, by name, and seen their GPU work.
 
     Parameters
@@ -87,8 +87,7 @@ def _load(job, warm_up):
             apart = LoadedInputs(inputs.student, inputs.teacher, inputs.tokens, TeacherStates(inputs.teacher))
             first = replace(job, inputs=apart, num_tokens=warm_up, heldout_tokens=inputs.context, settings=eager,
                             checkpoints=None)
-            found = measure_candidates(first, (0,), warm_up)[0]
-            why = found if isinstance(found, str) else None
+            why = measure_sets(first, [(0,)])[0,].get("error")
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
     _ready.wait(READY_SECONDS)

@@ -1,13 +1,12 @@
 """Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced.
 
-Nothing here trains, so `tokens`, those of training, are 0; `cost` counts what the forward passes read. The models are
-left as they were.
-`hybridlib.selection.scorers.speculative` silences sets of layers.
+Nothing is trained: the scores' `tokens` are 0, and their `cost` counts what the forward passes read. The models are
+left as they were. `hybridlib.selection.scorers.speculative` silences sets of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,13 +19,13 @@ from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
 from hybridlib.models.passes import last_hidden
 from hybridlib.models.teachers import check_family
-from hybridlib.selection.cost import Meter
+from hybridlib.selection.cost import Cost, Meter
 from hybridlib.selection.scores import LayerScores
 
 __all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
-           "score_perplexity"]
+           "score_perplexity", "silence_each"]
 
-HALO_CAP = 50.0
+HALO_CAP = 50.0  # the highest score of HALO
 _EXAMPLES_A_PASS = 32
 
 
@@ -36,10 +35,10 @@ class TaskTooHard(ValueError):
 
 @contextmanager
 def ablate(model, layers: Iterable[int]) -> Iterator[None]:
-    """While open, the attention of `layers` adds nothing to the residual stream of `model`, a teacher or a hybrid.
+    """Within the context, the attention of `layers` adds nothing to the residual stream of `model`.
 
-    The attention's output, its bias included, is zero; the rest of the layer runs. Closed, also by an error, the model
-    is as it was. Raises ValueError for a layer out of range or named twice.
+    The attention's output, its bias included, is zero; the rest of the layer runs. At the end, also by an error, the
+    model is as it was. Raises ValueError for a layer out of range or named twice.
     """
     layers = check_layers(layers, model.config.num_hidden_layers)
 
@@ -54,38 +53,53 @@ def ablate(model, layers: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
-    """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced.
-
-    Assumes that layers are independent, and that a layer which text needs is one that a linear mixer cannot replace.
-    Cost: L + 1 forward passes over the held-out tokens. Source: a baseline of the paper (arXiv 2512.20569).
+def silence_each(teacher, tokens, heldout_tokens: int | None, batch_tokens: int, desc: str,
+                 prepare: Callable[[list[torch.Tensor]], Callable[[], torch.Tensor]]) -> tuple[list, list, Cost]:
+    """Measure held-out rows with the attention of each layer silenced alone.
 
     Parameters
     ----------
     teacher : a causal LM of a supported family.
     tokens : whose held-out rows are read.
-    heldout_tokens : held-out tokens to measure on, None for all.
+    heldout_tokens : held-out tokens to read, None for all.
     batch_tokens : tokens a forward pass.
+    desc : of the progress bar.
+    prepare : takes the rows in batches, lets the intact teacher read them once, and gives a function that lets the
+        silenced teacher read them and gives a number a row, (rows,).
 
     Returns
     -------
-    LayerScores
-        Metric ``"ppl"``. `values` and `measured` are the rise of the mean cross-entropy in nats a token, which ranks
-        as the rise of perplexity does; its standard error is over rows, each row against itself.
+    The mean over rows and its standard error, a number a layer each, and the cost, L + 1 passes.
     """
     check_family(teacher.config)
-    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
+    num_layers = teacher.config.num_hidden_layers
+    meter, batches, rows = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens), []
     with measuring(teacher):
-        intact, rises = _row_nats(teacher, batches), []
-        for l in tqdm(range(teacher.config.num_hidden_layers), desc="score (ppl)", unit="layer", leave=False):
+        measure = prepare(batches)
+        for l in tqdm(range(num_layers), desc=desc, unit="layer", leave=False):
             with ablate(teacher, [l]):
-                rises.append(_row_nats(teacher, batches) - intact)
-    rises = torch.stack(rises)  # (layers, rows)
-    mean, stderr = rises.mean(-1).tolist(), (rises.std(-1) / rises.shape[1] ** 0.5).tolist()
-    passes = len(rises) + 1
-    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
-    cost = meter.cost()
-    return LayerScores("remove", "ppl", tuple(mean), tuple(mean), tuple(stderr), 0, cost.seconds, cost)
+                rows.append(measure())
+    rows = torch.stack(rows)  # (layers, rows)
+    read = (num_layers + 1) * sum(ids.numel() for ids in batches)
+    meter.forward(teacher, read, tokens.context, passes=num_layers + 1)
+    return rows.mean(-1).tolist(), (rows.std(-1) / rows.shape[1] ** 0.5).tolist(), meter.cost()
+
+
+def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+    """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced.
+
+    Parameters as in `silence_each`. Metric ``"ppl"``: `values` and `measured` are the rise of the mean cross-entropy in
+    nats a token, which ranks as the rise of perplexity does; its standard error is over rows, each against itself.
+
+    Assumes that layers are independent, and that a layer which text needs is one that a linear mixer cannot replace.
+    Source: a baseline of the paper (arXiv 2512.20569).
+    """
+    def prepare(batches):
+        intact = _row_nats(teacher, batches)
+        return lambda: _row_nats(teacher, batches) - intact
+
+    rise, stderr, cost = silence_each(teacher, tokens, heldout_tokens, batch_tokens, "score (ppl)", prepare)
+    return LayerScores("remove", "ppl", tuple(rise), tuple(rise), tuple(stderr), 0, cost.seconds, cost)
 
 
 def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None, *, num_examples: int = 200,
@@ -93,19 +107,17 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
     """AR and AR-MH: how much of its recall the teacher loses with layer l's attention silenced.
 
     An answer is right if each of its tokens is the arg max given the true text before it; all numbers of a task have
-    as many digits, so none is the start of another. The paper's code counted any answer that contains the right one.
+    as many digits, so none is the start of another. The paper's code counts any answer that contains the right one.
 
     Assumes that the teacher recalls, and that layers are independent: of two layers that stand in for each other,
     neither scores. Cost: L + 1 forward passes over the prompts. Source: baselines of the paper (arXiv 2512.20569).
 
     Parameters
     ----------
-    teacher : a causal LM of a supported family.
-    tokenizer : the teacher's.
-    task : what to recall. One hop gives AR; ``RecallTask("multi_hop", pairs=8, hops=2)`` gives AR-MH, as does any task
-        of more hops than one. None is ``RecallTask("key_value")``.
-    num_examples : prompts of it.
-    seed : that draws them.
+    teacher, tokenizer : a causal LM of a supported family, and its tokenizer.
+    task : what to recall, None for ``RecallTask("key_value")``. One hop gives AR, more give AR-MH, for example
+        ``RecallTask("multi_hop", pairs=8, hops=2)``.
+    num_examples, seed : prompts of the task, and the seed that draws them.
 
     Returns
     -------
@@ -117,18 +129,15 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
     Raises
     ------
     ValueError
-        An example is longer than the teacher's context, or the teacher is at chance, so that no layer can lose
-        anything: its exact match is not above 1 / pairs, a guess among the answers that stand in the prompt, by more
-        than two standard errors of such guessing.
+        An example is longer than the teacher's context.
+    TaskTooHard
+        The teacher is at chance, so that no layer can lose anything: its exact match is not above 1 / pairs, a guess
+        among the answers that stand in the prompt, by more than two standard errors of such guessing.
     """
     check_family(teacher.config)
-    task = task or RecallTask("key_value")
-    meter, encoded = Meter(teacher), _encode(teacher, tokenizer, task, num_examples, seed)
+    meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)
+    intact, answers, values, measured = right.mean(), len(right), [], []
     with measuring(teacher):
-        right, likelihood = _answers(teacher, encoded)
-        intact, answers = right.mean(), len(right)
-        _refuse_chance(task, intact.item(), answers)
-        values, measured = [], []
         for l in tqdm(range(teacher.config.num_hidden_layers), desc="score (recall)", unit="layer", leave=False):
             with ablate(teacher, [l]):
                 right, ablated = _answers(teacher, encoded)
@@ -159,33 +168,19 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
     Parameters
     ----------
     student : all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
-    teacher : that it was made from.
-    tokens : whose held-out rows are read and whose tokenizer encodes the recall task.
-    task, num_examples, seed : as for `score_associative_recall`.
-    heldout_tokens : held-out tokens to measure common sense on, None for all.
-    batch_tokens : tokens a forward pass.
+    teacher : from which it was made; it is judged before any layer is replaced.
+    tokens, heldout_tokens, batch_tokens : as in `silence_each`; the tokenizer of `tokens` encodes the recall task.
+    task, num_examples, seed : as in `score_associative_recall`.
 
-    Returns
-    -------
-    LayerScores
-        Metric ``"halo"``. `measured` is r(l) with its binomial standard error.
-
-    Raises
-    ------
-    ValueError
-        As `score_associative_recall`, the teacher being judged before any layer is replaced; or the student is not
-        all linear.
+    Returns `LayerScores` of metric ``"halo"``; `measured` is r(l) with its binomial standard error. Raises as
+    `score_associative_recall` does, and ValueError if the student is not all linear.
     """
     check_family(teacher.config)
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
-    task = task or RecallTask("key_value")
     meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
-    encoded = _encode(teacher, tokens.tokenizer, task, num_examples, seed)
-    with measuring(teacher):
-        right, _ = _answers(teacher, encoded)
-    _refuse_chance(task, right.mean().item(), len(right))
+    _, encoded, right, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
     text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
     meter.forward(teacher, prompts, prompt, head=False)
     recall, sense = [], []
@@ -202,14 +197,14 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
 
 
 def halo_values(recall, sense) -> tuple[float, ...]:
-    """(max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, for each layer's recall and common sense."""
+    """(max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, from each layer's recall r and common sense c."""
     return tuple(min((max(recall) - r) / (max(sense) - c + 1e-10), HALO_CAP)
                  for r, c in zip(recall, sense, strict=True))
 
 
 @contextmanager
 def measuring(model) -> Iterator[None]:
-    """While open, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
+    """Within the context, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
@@ -245,23 +240,28 @@ def _next_token_accuracy(model, batches):
     return torch.cat(right).double().mean().item()
 
 
-def _encode(teacher, tokenizer, task, num_examples, seed):
+def _intact(teacher, tokenizer, task, num_examples, seed):
+    """The task, its encoded prompts and `_answers` of the intact teacher. Raises `TaskTooHard` if that is at chance."""
+    task = task or RecallTask("key_value")
     encoded = [encode_recall(example, tokenizer) for example in generate_recall(task, num_examples, seed)]
     longest, limit = max(len(ids) for ids, _ in encoded), teacher.config.max_position_embeddings
     if longest > limit:
         raise ValueError(f"task={task} gives an example of {longest} tokens, but the teacher's context is {limit}; "
                          "use fewer pairs or filler")
-    return encoded
+    with measuring(teacher):
+        right, likelihood = _answers(teacher, encoded)
+    _refuse_chance(task, right.mean().item(), len(right))
+    return task, encoded, right, likelihood
 
 
 def _prompts(encoded):
-    """(tokens of all prompts, tokens in the context of a token's own prompt on average)."""
+    """(tokens of all prompts, mean over these tokens of the length of their prompt)."""
     sizes = [len(ids) for ids, _ in encoded]
     return sum(sizes), sum(n * n for n in sizes) / sum(sizes)
 
 
 def _answers(model, encoded):
-    """Of each answer, given the true text before it: whether every token is the arg max, and log likelihood a token."""
+    """Whether each answer's tokens are all the arg max, given the true text before it; its log likelihood a token."""
     device, right, likelihood = next(model.parameters()).device, [], []
     for i in range(0, len(encoded), _EXAMPLES_A_PASS):
         batch = encoded[i:i + _EXAMPLES_A_PASS]

@@ -7,7 +7,6 @@ slope at one of these two, or along the diagonal between them; `learned_gates` g
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int, check_number
-from hybridlib.distill.loop import train_steps
+from hybridlib.distill.loop import Run, train_steps
 from hybridlib.distill.objectives import divergence_from_hidden
-from hybridlib.distill.settings import DistillationDiverged, MatchSettings
-from hybridlib.distill.stages import matching_loss
-from hybridlib.models.branches import gated_model, set_gates
+from hybridlib.distill.settings import MatchSettings
+from hybridlib.distill.stages import matching_loss, weight_groups
+from hybridlib.models.branches import GatedAttention, both_branches, gated_model, set_gates
 from hybridlib.models.passes import last_hidden
 from hybridlib.selection.cost import Meter, forward_flops, training_flops
 from hybridlib.selection.rules import budget_layers
@@ -38,47 +37,32 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     Parameters
     ----------
     student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
-    tokens : `corpus.Tokens`, whose held-out rows are used, or any integer tensor (rows, context), prompts of a recall
-        task for one. Rows are of one length, without padding.
-    at : gate of all layers, 0 <= at <= 1: 0 adds attention to the linear student, 1 removes it from the all-softmax
-        model.
-    order : 1, the slope g' = dKL/dg_l. 2, with the curvature h = d2KL/dg_l^2: what KL changes as gate l alone goes
-        from 0 to 1, to second order, g' + (1 - 2 at) h / 2.
+    tokens : `corpus.Tokens`, whose held-out rows are used, or an integer tensor (rows, context) without padding.
+    at : gate of all layers: 0 adds attention to the linear student, 1 removes it from the all-softmax model.
+    order : 1, the slope g' = dKL/dg_l; 2, the change of KL as gate l alone goes from 0 to 1, to second order,
+        g' + (1 - 2 at) h / 2 with the curvature h = d2KL/dg_l^2.
     steps : 1 takes the slope at `at`. More take its mean over so many midpoints of the diagonal from all 0 to all 1
-        (integrated gradient); over layers it then sums to KL(all 1) - KL(all 0), up to the error of the midpoint
-        rule. Only with order 1 and at 0.
+        (integrated gradients), which over layers sums to KL(all 1) - KL(all 0). Only with order 1 and at 0.
     skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
-    num_tokens : tokens to measure on, None for all rows.
-    batch_tokens : tokens a forward pass; the scores do not depend on it.
-    train_tokens : first train copies of the weights, all in one gated model, in a stage 2 of so many tokens in which
-        each row has the gate of one layer open, the layers taking turns; 0 for none. Only at 0 and with `tokens` a
-        `corpus.Tokens`.
+    num_tokens : tokens to measure on, None for all rows; batch_tokens : tokens a forward pass.
+    train_tokens : tokens of a stage 2 of copies of the weights, all in one gated model, before the slope is taken: each
+        row has one layer's gate open, the layers taking turns. Only at 0 and with `corpus.Tokens`.
     settings : of that stage 2; it runs without CUDA graphs and ``torch.compile``.
 
     Returns
     -------
     `LayerScores` of metric ``"gate"``, direction ``"remove"`` if `at` is 1 and ``"add"`` otherwise. `measured` is the
-    slope (order 1) or the change predicted (order 2) in nats a token, mean and standard error over rows; `values` is
-    its negative. `tokens` counts those that went forward and backward through the gated model, in training too.
+    slope or the predicted change in nats a token, mean and standard error over rows; `values` is its negative.
 
     Raises ValueError for arguments outside these, or a student as `gated_model` refuses it.
 
-    Cost: for each token measured on, one forward pass of the teacher, and of the gated model (both branches in every
-    layer, weights frozen) `steps` passes forward and backward. Order 2 takes 1 + 2 L of them, with L layers: the
-    curvature is the central difference of the slope at gates eps^(1/3) to either side, eps of the weights' dtype
-    (0.005 in float32), in that dtype, with an error of second order in that distance. (An exact second backward pass
-    would also be one for each layer, and the kernels of attention and mixers offer none.) That is more than the L
-    forward passes of ``score_layers(num_tokens=0)``, which measures what order 2 predicts: use it to see why slopes
-    err. Training costs a pass of the teacher, and of the gated model forward and backward with its weights, for each of
-    its tokens; it is one for all layers, where GA-S2 has one a layer.
+    Cost: for each token, one forward pass of the teacher and `steps` passes of the gated model, forward and backward,
+    with frozen weights; order 2 takes 1 + 2 L of them, for the curvature is the central difference of slopes at
+    eps^(1/3) to either side (eps of the weights' dtype): attention's kernels offer no second backward pass.
 
-    Assumptions: the slope at a corner stands for the whole way to the next one, and layers do not interact. Neither
-    is sure: the norm of a mixer's output (at the first token it sees only the sign of q.k) can make KL bend within a
-    gate of 0.01, and then order 2 may err more than order 1. Where student and teacher share all weights but
-    attention, KL is least, 0, at gates of 1: the slope there is 0 but for rounding, and only order 2 ranks layers for
-    removal. GA-S2 itself ranks layers anew on other text, if its stage 2 is short; selector ``"ga-s2-again"`` says how
-    far, and so what agreement with it means. Source: ours; the diagonal is that of integrated gradients (arXiv
-    1703.01365).
+    Assumes that the slope at a corner stands for the whole way to the next one, and that layers do not interact. Where
+    student and teacher share all weights but attention, KL is 0, its least, at gates of 1: the slope there is rounding,
+    and only order 2 ranks layers for removal. Source: ours; the diagonal is that of arXiv 1703.01365.
     """
     check_number("at", at, 0, 1)
     check_int("order", order, 1, 2)
@@ -105,7 +89,8 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     for ids in tqdm(batches, desc="gate gradient", unit="batch", leave=False):
         ids = ids.to(device).long()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and order == 1):
-            target = _hidden(teacher, ids)
+            with torch.no_grad():
+                target = last_hidden(teacher, ids)
             slope = sum(slope_at(target, ids, gates) for gates in points) / len(points)
             if order == 2:
                 rise = [slope_at(target, ids, corner + step)[l] - slope_at(target, ids, corner - step)[l]
@@ -166,7 +151,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class LearnedGates:
-    """What `learned_gates` found: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
+    """The result of `learned_gates`: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
 
     After `history_tokens[i]` tokens, the step's KL was `kl[i]` nats a token and the gates it ran with summed to
     `total[i]`. `scores.tokens` and `scores.seconds` are what training cost; the standard errors are nan, for there is
@@ -189,91 +174,85 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     Parameters
     ----------
     student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
-    tokens : `corpus.Tokens`, whose training rows are taken in their order, or any integer tensor (rows, context), over
-        and over in its order. Rows are of one length, without padding.
+    tokens : `corpus.Tokens`, whose training rows are read, or an integer tensor (rows, context), over and over.
     budget : share or count of softmax layers, see `selection.budget_layers`; it gives K.
-    num_tokens : tokens to train on, at least one row; whole steps of `settings.batch_tokens`, at least one.
+    num_tokens : tokens to train on, in whole steps of ``settings.batch_tokens``.
     skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
 
-    Returns
-    -------
-    `LearnedGates`; its scores are of direction ``"add"`` and metric ``"learned_gate"``.
+    Returns `LearnedGates` of direction ``"add"`` and metric ``"learned_gate"``. Raises ValueError for arguments outside
+    these or a student as `gated_model` refuses it, `DistillationDiverged` at the first loss that is not finite.
 
-    Raises ValueError for arguments outside these or a student as `gated_model` refuses it, `DistillationDiverged` at
-    the first loss that is not finite. There is no randomness beyond the order of `tokens`.
+    Cost: for each token, a pass of the teacher and one of the gated model forward and backward.
 
-    Cost: for each training token, one forward pass of the teacher and one pass forward and backward of the gated
-    model (both branches in every layer); the optimizer holds L numbers.
-
-    Source: FlashMorph (arXiv 2606.30562): one gate a layer, all weights frozen, trained together on synthetic
-    long-context retrieval with a regularizer towards linear, then cut to the budget. Chosen here, its code not being
-    public: the sigmoid, the start at K / L, KL to the teacher as the loss, the squared penalty that holds the sum at K
-    from both sides, and ties to the lower layer. To follow its data, give recall prompts as `tokens` and their length
-    as `skip`. Assumption: gates between 0 and 1 order the layers as whole ones would.
+    Source: FlashMorph (arXiv 2606.30562): one gate a layer, weights frozen, trained on synthetic long-context retrieval
+    with a regularizer towards linear, then cut to the budget. Chosen here, its code not being public: the sigmoid, the
+    start at K / L, KL to the teacher, the penalty that holds the sum at K from both sides, ties to the lower layer.
+    Assumes that gates between 0 and 1 order the layers as whole ones would.
     """
     settings = settings or GateSettings()
     num_layers = student.config.num_hidden_layers
     count = budget_layers(budget, num_layers)
-    take = _training_rows(tokens)
-    context = take(0, 1).shape[1]
-    check_int("num_tokens", num_tokens, context)
-    check_int("skip", skip, 0, context - 1)
+    rows = tokens if hasattr(tokens, "rows") else _RowsInTurn(_check_rows(tokens))
+    check_int("num_tokens", num_tokens, rows.context)
+    check_int("skip", skip, 0, rows.context - 1)
     meter, model = Meter(teacher, student), gated_model(student, teacher)
-    device = next(student.parameters()).device
-    rows = max(1, settings.batch_tokens // context)
     start = min(0.9, count / num_layers) if settings.start is None else settings.start
-    a = torch.full((num_layers,), math.log(start / (1 - start)), device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([a], lr=settings.learning_rate)
-    seen, kl, total = [], [], []
-    with tqdm(range(max(1, num_tokens // (rows * context))), desc="gates", unit="step", leave=False) as bar:
-        for step in bar:
-            ids, g = take(step * rows, rows).to(device), a.sigmoid()
-            set_gates(model, g)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                divergence = _divergence(model, teacher, skip, _hidden(teacher, ids), ids)
-            loss = divergence + settings.penalty * ((g.sum() - count) / num_layers) ** 2
-            if not bool(loss.isfinite()):
-                raise DistillationDiverged(f"learned_gates met a loss that is not finite at step {step}; "
-                                           "try a lower learning rate or look for such numbers in the student")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen.append((step + 1) * rows * context)
-            kl.append(divergence.item())
-            total.append(g.sum().item())
-            bar.set_postfix(kl=f"{kl[-1]:.4f}", total=f"{total[-1]:.2f}")
-    gates = tuple(a.detach().sigmoid().tolist())
-    meter.forward(teacher, seen[-1], context)
-    meter.train(model, seen[-1], context, frozen=True)
+    a = torch.full((num_layers,), math.log(start / (1 - start)), device=next(student.parameters()).device,
+                   requires_grad=True)
+    total = []
+
+    def step_loss(share, ids):
+        g = a.sigmoid()
+        set_gates(model, g)
+        with torch.no_grad():
+            target = last_hidden(teacher, ids)
+        divergence = _divergence(model, teacher, skip, target, ids)
+        (divergence + settings.penalty * ((g.sum() - count) / num_layers) ** 2).backward()
+        total.append(g.detach().sum())
+        return {None: divergence.detach()}
+
+    adam = MatchSettings(batch_tokens=settings.batch_tokens, warmup=0.0, betas=(0.9, 0.999), clip=1e30)  # no clipping
+    run = Run("learned gates", rows, num_tokens, adam, [([("the gates", a)], settings.learning_rate)], step_loss)
+    with tqdm(total=run.steps * run.step_tokens, desc="gates", unit="tok", unit_scale=True, leave=False) as bar:
+        run.train(run.steps, bar=bar)
+    if run.errors:
+        raise run.errors[0]
+    history, gates = run.histories[0], tuple(a.detach().sigmoid().tolist())
+    meter.forward(teacher, history.tokens[-1], rows.context)
+    meter.train(model, history.tokens[-1], rows.context, frozen=True)
     cost = meter.cost()
     scores = LayerScores("add", "learned_gate", gates, gates, (math.nan,) * num_layers, cost.training_tokens,
                          cost.seconds, cost)
-    return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(seen), tuple(kl), tuple(total))
+    return LearnedGates(scores, tuple(sorted(scores.ranking[:count])), tuple(history.tokens), tuple(history.losses),
+                        tuple(torch.stack(total).tolist()))
+
+
+class _RowsInTurn:
+    """Rows of ids (rows, context) as `Run` reads a corpus, over and over in their order."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids, self.context = ids, ids.shape[1]
+
+    def rows(self, position: int, count: int) -> torch.Tensor:
+        return self.ids[torch.arange(position, position + count) % len(self.ids)].long()
 
 
 def _open_in_turn(student, teacher, tokens, num_tokens, settings, meter):
     """A gated model of weights of its own, after a stage 2 in which row i has the gate of layer i mod L open."""
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
-    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
+    model = both_branches(student, teacher, GatedAttention)
     turns = cycle(torch.eye(len(model.model.layers), device=next(student.parameters()).device))
-    opened_loss = matching_loss(model, teacher, settings)
 
-    def step_loss(share, rows):
-        set_gates(model, torch.stack([next(turns) for _ in rows], 1))
-        return opened_loss(share, rows)
+    def outputs(ids):
+        set_gates(model, torch.stack([next(turns) for _ in ids], 1))
+        return [(last_hidden(model, ids), model.lm_head.weight)]
 
-    named = list(model.named_parameters())
-    groups = [([(n, p) for n, p in named if (".self_attn.linear." in n) == linear], rate)
-              for linear, rate in ((True, settings.mixer_learning_rate), (False, settings.learning_rate))]
-    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups, step_loss, None).tokens[-1]
+    groups = weight_groups(model.named_parameters(), lambda name: ".self_attn.linear." in name, settings)
+    spent = train_steps("gates in turn", model, tokens, num_tokens, settings, groups,
+                        matching_loss(outputs, teacher, settings)).tokens[-1]
     meter.forward(teacher, spent, tokens.context)
     meter.train(model, spent, tokens.context)
-    return model.requires_grad_(False)
-
-
-@torch.no_grad()
-def _hidden(model, ids):
-    return last_hidden(model, ids)
+    return model.eval().requires_grad_(False)
 
 
 def _divergence(model, teacher, skip, target, ids):
@@ -301,14 +280,6 @@ def _rows(tokens, num_tokens):
         return rows
     check_int("num_tokens", num_tokens, rows.shape[1])
     return rows[:num_tokens // rows.shape[1]]
-
-
-def _training_rows(tokens):
-    """take(position, count): rows of the endless training order, (count, context), int64."""
-    if hasattr(tokens, "rows"):
-        return tokens.rows
-    rows = _check_rows(tokens)
-    return lambda position, count: rows[torch.arange(position, position + count) % len(rows)].long()
 
 
 def _check_rows(rows):

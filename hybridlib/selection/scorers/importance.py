@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
+from transformers import PreTrainedModel
 
-from hybridlib.checks import check_choice, check_executor, check_int
+from hybridlib.checks import check_choice, check_int
+from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import alignment_loss
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.models.hybrid import linear_layers
 from hybridlib.models.passes import TeacherStates, attention_io
 from hybridlib.selection.cost import Cost, Meter, heldout_size
-from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs
-from hybridlib.selection.engine.measure import ScoringJob
-from hybridlib.selection.engine.rounds import CandidateRecords, EarlyStop, score_candidates, task_size
+from hybridlib.selection.engine.candidates import Job, one_layer_sets
+from hybridlib.selection.engine.inputs import LoadedInputs
+from hybridlib.selection.engine.rounds import EarlyStop, Engine, run_candidates
 from hybridlib.selection.scores import LayerScores
 
 __all__ = ["score_layers"]
 
 
-def score_layers(student, teacher, tokens, *, direction: str = "add", metric: str = "kl", num_tokens: int = 500_000,
-                 heldout_tokens: int | None = None, settings: MatchSettings | None = None, normalize: bool = True,
-                 early_stop: EarlyStop | None = None, executor=None, inputs: ScoringInputs | None = None,
-                 records: CandidateRecords | None = None, checkpoints: str | Path | None = None,
-                 memory: int = 4 * 2**30, group: int | None = None) -> LayerScores:
+def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *, direction: str = "add",
+                 metric: str = "kl", num_tokens: int = 500_000, heldout_tokens: int | None = None,
+                 settings: MatchSettings | None = None, normalize: bool = True, early_stop: EarlyStop | None = None,
+                 engine: Engine | None = None) -> LayerScores:
     """Score every layer of an aligned all-linear student.
 
     Parameters
@@ -38,37 +37,22 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
     heldout_tokens : held-out tokens to measure on, None for all.
     settings : of stage 2. Every candidate sees the same rows in the same order.
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
-    early_stop : this and what follows is for ``"kl"``. Measure candidates along their training and stop once the top-K
-        set has settled.
-    executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
-        or one of submitit. None runs them here, one after the other.
-    inputs : where workers find what is scored, which must be `student`, `teacher` and `tokens`. Without them a task
-        carries both models with it.
-    records : keeps candidates, so that a killed scoring goes on.
-    checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
-        for the time of the call. A candidate needs three times its weights in it. Where `num_tokens` is at most
-        ``settings.checkpoint_every`` it is used with `early_stop` alone, and not there if states stay in memory, see
-        `scoring.score_candidates`.
-    memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
-    group : candidates that train together, in one stacked model; the scores do not depend on it, but for rounding. None
-        is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
-        `scoring.task_size`.
+    early_stop : for ``"kl"``, measure candidates along their training and stop once the top-K set has settled.
+    engine : for ``"kl"``, how candidates are run: where, how many at once, what is recorded; None for one after the
+        other, here.
 
     A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
 
     Cost of ``"kl"``, with L layers: L times `num_tokens` of training, less if stopped early; L times the held-out
-    tokens, forward, at every measurement, of which there is one, or with `early_stop` one after every `measure_every`
-    tokens; and one pass of the teacher over the rows of both, as far as `memory` holds them. Of ``"mse"``: one pass of
-    the teacher, without its output head, and of each mixer, over the held-out tokens.
+    tokens at every measurement; and one pass of the teacher over both, as far as ``engine.memory`` holds its states.
+    Of ``"mse"``: one pass of the teacher, without its output head, and of each mixer over the held-out tokens.
 
-    Assumes that layers can be scored one at a time, though they are kept together; that a short stage 2 ranks them as
-    a long one would; and that what lowers the KL on held-out text (for ``"mse"``, what a layer's own output lost) is
-    what the hybrid is to be good at. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
+    Assumes that layers can be scored one at a time, though they are kept together, and that a short stage 2 ranks them
+    as a long one would. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
     """
     check_choice("direction", direction, ("add", "remove"))
     check_choice("metric", metric, ("kl", "mse"))
     check_int("num_tokens", num_tokens, 0 if num_tokens == 0 else tokens.context)
-    check_executor(executor)
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
@@ -83,23 +67,20 @@ def score_layers(student, teacher, tokens, *, direction: str = "add", metric: st
         return LayerScores(direction, metric, tuple(measured), tuple(measured), tuple(stderr), 0, cost.seconds, cost)
     if early_stop is not None:
         early_stop.count(num_layers)
-    settings = settings or MatchSettings()
-    group = task_size(student, tokens, settings, group, executor)
-    in_parts = early_stop is not None or num_tokens > settings.checkpoint_every
-    inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher, memory))
-    job = ScoringJob(inputs, direction, num_tokens, heldout_tokens, settings,
-                     str(Path(checkpoints).resolve()) if checkpoints and in_parts else None)
-    rounds = score_candidates(job, num_layers, executor=executor, early_stop=early_stop, records=records,
-                              group=group)
-    sign, found = -1 if direction == "add" else 1, list(rounds.values())
-    history = tuple(tuple(sign * c["kl"] for c in one) for one in found)
-    every = [c for one in found for c in one]
-    known = all("cost" in c for c in every)  # candidates recorded before costs were have none
-    return LayerScores(direction, metric, history[-1], tuple(c["kl"] for c in found[-1]),
-                       tuple(c["kl_stderr"] for c in found[-1]), sum(c["tokens"] for c in found[-1]),
-                       sum(c["seconds"] for c in every),
-                       Cost.total(Cost.from_dict(c["cost"]) for c in every) if known else None, history,
-                       tuple(one[0]["tokens"] for one in found))
+    settings, engine = settings or MatchSettings(), engine or Engine()
+    inputs = engine.inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher, engine.memory))
+    rounds = run_candidates(Job(inputs, num_tokens, settings, heldout_tokens), one_layer_sets(direction, num_layers),
+                            engine, engine.group_of(student, tokens, settings), early_stop=early_stop,
+                            sign=-1 if direction == "add" else 1)
+    figures = list(rounds.values())
+    sign, last, measurements = -1 if direction == "add" else 1, figures[-1], [c for each in figures for c in each]
+    history = tuple(tuple(sign * candidate["kl"] for candidate in each) for each in figures)
+    counted = all("cost" in c for c in measurements)  # candidates recorded before costs were have none
+    return LayerScores(direction, metric, history[-1], tuple(c["kl"] for c in last),
+                       tuple(c["kl_stderr"] for c in last), sum(c["tokens"] for c in last),
+                       sum(c["seconds"] for c in measurements),
+                       Cost.total(Cost.from_dict(c["cost"]) for c in measurements) if counted else None, history,
+                       tuple(each[0]["tokens"] for each in figures))
 
 
 @torch.no_grad()

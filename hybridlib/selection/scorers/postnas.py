@@ -1,10 +1,7 @@
-"""PostNAS-style selection: one student that holds both branches in every layer is trained under random placements, and
-then searched without further training.
-"""
+"""PostNAS: one student with both branches in every layer, trained under random placements, is searched as it is."""
 
 from __future__ import annotations
 
-import copy
 import random
 from dataclasses import dataclass, replace
 
@@ -12,9 +9,10 @@ from hybridlib.checks import check_int
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.loop import train_steps
 from hybridlib.distill.settings import MatchSettings
-from hybridlib.distill.stages import matching_loss
-from hybridlib.models.branches import EitherAttention, gated_model, place
+from hybridlib.distill.stages import matching_loss, weight_groups
+from hybridlib.models.branches import ChosenAttention, both_branches, place
 from hybridlib.models.hybrid import restore
+from hybridlib.models.passes import last_hidden
 from hybridlib.selection.cost import Cost, Meter, heldout_size
 from hybridlib.selection.rules import budget_layers
 from hybridlib.selection.search import SearchResult, beam
@@ -24,7 +22,7 @@ __all__ = ["PostNAS", "search_once_for_all", "train_once_for_all"]
 
 @dataclass(frozen=True)
 class PostNAS:
-    """What `search_once_for_all` found: `layers`, what the `search` measured, and the training's loss.
+    """The result of `search_once_for_all`: `layers`, what the `search` measured, and the training's loss.
 
     After `history_tokens[i]` tokens the step's KL, of the placement that it drew, was `losses[i]` nats a token.
     """
@@ -54,20 +52,17 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
     count = budget_layers(budget, student.config.num_hidden_layers)
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
     check_int("seed", seed, 0)
-    model = gated_model(copy.deepcopy(student), copy.deepcopy(teacher), frozen=False)
-    for layer in model.model.layers:
-        layer.self_attn = EitherAttention(layer.self_attn.linear, layer.self_attn.softmax)
-    draw, everything = random.Random(seed), range(student.config.num_hidden_layers)
-    placed_loss = matching_loss(model, teacher, settings)
+    model = both_branches(student, teacher, ChosenAttention)
+    draw, every = random.Random(seed), range(student.config.num_hidden_layers)
 
-    def step_loss(share, rows):
-        place(model, draw.sample(everything, count))
-        return placed_loss(share, rows)
+    def outputs(ids):
+        place(model, draw.sample(every, count))
+        return [(last_hidden(model, ids), model.lm_head.weight)]
 
-    named = {branch: [(n, p) for n, p in model.named_parameters() if f".self_attn.{branch}." in n]
-             for branch in ("linear", "softmax")}
-    groups = [(named["linear"], settings.mixer_learning_rate), (named["softmax"], settings.learning_rate)]
-    history = train_steps("once for all", model, tokens, num_tokens, settings, groups, step_loss, None)
+    attention = [(name, p) for name, p in model.named_parameters() if ".self_attn." in name]
+    groups = weight_groups(attention, lambda name: ".self_attn.linear." in name, settings)
+    history = train_steps("once for all", model, tokens, num_tokens, settings, groups,
+                          matching_loss(outputs, teacher, settings))
     return model, history
 
 
@@ -80,12 +75,10 @@ def search_once_for_all(student, teacher, tokens, budget: float | int, num_token
     Cost: `num_tokens` forward through the teacher, forward and backward through the student; at most
     L + width (K - 1)(2L - K) / 2 times the held-out rows through both.
 
-    Assumes that weights shared by all placements rank them as weights trained for each would; and, as smaller sets are
-    measured on the way to K although training saw sets of K alone, that these still rank.
-
-    Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code not being public: KL to the teacher as the
-    loss, in training and in the search (theirs searches by a task's score); sets of the budget's size, drawn evenly;
-    all weights but attention and mixers frozen.
+    Assumes that weights shared by all placements rank them as weights trained for each would, also those of fewer
+    layers that the search measures on its way. Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code
+    not being public: KL to the teacher in training and search (theirs searches by a task's score); sets of the budget's
+    size, drawn evenly; all weights but attention and mixers frozen.
     """
     check_int("width", width, 1)
     num_layers, context = student.config.num_hidden_layers, tokens.context
@@ -96,10 +89,10 @@ def search_once_for_all(student, teacher, tokens, budget: float | int, num_token
         place(model, layers)
         return heldout_kl(model, teacher, tokens)[0]
 
-    found = beam(measure, num_layers, count, width)
+    search = beam(measure, num_layers, count, width)
     hybrid, read = restore(student, teacher, range(count)), heldout_size(tokens, None)  # of the size of all placements
     meter.forward(teacher, history.tokens[-1], context)
     meter.train(hybrid, history.tokens[-1], context)
-    meter.forward(teacher, found.evaluations * read, context, passes=found.evaluations)
-    meter.forward(hybrid, found.evaluations * read, context, passes=found.evaluations)
-    return PostNAS(found.layers, found, tuple(history.tokens), tuple(history.losses), meter.cost())
+    meter.forward(teacher, search.evaluations * read, context, passes=search.evaluations)
+    meter.forward(hybrid, search.evaluations * read, context, passes=search.evaluations)
+    return PostNAS(search.layers, search, tuple(history.tokens), tuple(history.losses), meter.cost())

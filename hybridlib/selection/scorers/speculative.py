@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm
-from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int, check_number
 from hybridlib.models.hybrid import check_layers
@@ -22,7 +21,7 @@ from hybridlib.models.passes import last_hidden
 from hybridlib.models.teachers import check_family
 from hybridlib.selection.cost import Cost, Meter
 from hybridlib.selection.rules import budget_layers
-from hybridlib.selection.scorers.ablation import ablate, heldout_batches, measuring
+from hybridlib.selection.scorers.ablation import ablate, heldout_batches, measuring, silence_each
 from hybridlib.selection.scores import LayerScores
 
 __all__ = ["SkipSearch", "acceptance", "draft_cost", "maximize_over_sets", "score_acceptance", "search_skips",
@@ -31,11 +30,11 @@ __all__ = ["SkipSearch", "acceptance", "draft_cost", "maximize_over_sets", "scor
 
 @dataclass(frozen=True)
 class SkipSearch:
-    """What `search_skips` found.
+    """The result of `search_skips`.
 
-    `layers` are those to keep softmax. The draft that skips the others' attention has this `acceptance` and this
-    `throughput`, in tokens for the time that the teacher takes for one. `scores` are of single layers; `cost` is that
-    of scores and search together; `evaluations` counts the sets that were tried.
+    `layers` are to stay softmax. The draft that skips the attention of the others has this `acceptance` and this
+    `throughput`, in tokens for the time that the teacher takes for one. `scores` are of single layers, `evaluations`
+    is the number of sets that were tried, `cost` that of scores and search together.
     """
 
     layers: tuple[int, ...]
@@ -82,47 +81,30 @@ def draft_cost(model, skipped: Iterable[int]) -> float:
 
 
 def score_acceptance(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
-    """RAD, layer by layer: how many drafted tokens are refused if the draft skips layer l's attention alone.
+    """RAD, layer by layer: the share of drafted tokens that is refused if the draft skips layer l's attention alone.
 
-    Acceptance is in closed form and teacher-forced: teacher and draft read the same held-out text, not their own.
+    Parameters as in `silence_each`. Metric ``"rad"``: `values` is 1 - acceptance, `measured` the acceptance with its
+    standard error over rows. It is in closed form and teacher-forced: both models read the same held-out text.
 
-    Assumes that layers are independent; `search_skips` does not. Cost: L + 1 forward passes over the held-out tokens.
-    Source: arXiv 2505.22135, which searches sets; a score for each layer is ours, to rank with.
-
-    Parameters
-    ----------
-    teacher : a causal LM of a supported family.
-    tokens : whose held-out rows are read.
-    heldout_tokens : held-out tokens to measure on, None for all.
-    batch_tokens : tokens a forward pass.
-
-    Returns
-    -------
-    LayerScores
-        Metric ``"rad"``. `values` is 1 - acceptance, `measured` the acceptance with its standard error over rows.
+    Assumes that layers are independent; `search_skips` does not. Source: arXiv 2505.22135, which searches sets; a score
+    for each layer is ours, to rank with.
     """
-    check_family(teacher.config)
-    meter, batches = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
-    with measuring(teacher):
+    def prepare(batches):
         states = [last_hidden(teacher, ids) for ids in batches]
-        found = torch.stack([_row_acceptance(teacher, [l], batches, states) for l in tqdm(
-            range(teacher.config.num_hidden_layers), desc="score (rad)", unit="layer", leave=False)])  # (layers, rows)
-    mean, stderr = found.mean(-1), found.std(-1) / found.shape[1] ** 0.5
-    passes = len(found) + 1
-    meter.forward(teacher, passes * sum(ids.numel() for ids in batches), tokens.context, passes=passes)
-    cost = meter.cost()
-    return LayerScores("remove", "rad", tuple((1 - mean).tolist()), tuple(mean.tolist()), tuple(stderr.tolist()), 0,
-                       cost.seconds, cost)
+        return lambda: _row_acceptance(teacher, batches, states)
+
+    mean, stderr, cost = silence_each(teacher, tokens, heldout_tokens, batch_tokens, "score (rad)", prepare)
+    return LayerScores("remove", "rad", tuple(1 - a for a in mean), tuple(mean), tuple(stderr), 0, cost.seconds, cost)
 
 
 def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evaluations: int = 64, seed: int = 0,
                  heldout_tokens: int | None = None, batch_tokens: int = 8192) -> SkipSearch:
-    """RAD: the layers to keep are those that the best draft of L - K skipped layers does not skip.
+    """RAD: keep the layers that the best draft of L - K skipped layers does not skip.
 
     The best draft has the highest `throughput`, given its acceptance (as in `score_acceptance`) and its `draft_cost`.
-    Choices that the source leaves open: exactly L - K layers are skipped, so that a budget is met (cost is then the
-    same for all sets where layers are of one size, and the most accepted set wins); the first set tried is the one
-    that `score_acceptance` suggests, so that the draft found is at least as good on the same text.
+    Chosen here, where the source leaves it open: exactly L - K layers are skipped, so that a budget is met (the cost is
+    then the same for all sets where layers are of one size, and the most accepted set wins); the search starts from
+    the set that `score_acceptance` suggests, so that its result is at least as good on the same text.
 
     Assumes that a linear mixer does for a layer at least what nothing does for it. Cost: 2 + L + `evaluations` forward
     passes over the held-out tokens. Source: arXiv 2505.22135; Bayesian optimization of skipped layers: arXiv
@@ -146,7 +128,8 @@ def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evalua
     meter, accepted = Meter(teacher), {}
 
     def value(skipped):
-        accepted[skipped] = min(1.0, _row_acceptance(teacher, skipped, batches, states).mean().item())
+        with ablate(teacher, skipped):
+            accepted[skipped] = min(1.0, _row_acceptance(teacher, batches, states).mean().item())
         return throughput(accepted[skipped], draft_cost(teacher, skipped), gamma)
 
     with measuring(teacher):
@@ -229,9 +212,8 @@ def _expected_improvement(x, y, candidates):
     return gain * norm.cdf(gain / spread) + spread * norm.pdf(gain / spread)
 
 
-def _row_acceptance(teacher, skipped, batches, states):
-    """Mean acceptance over each held-out row, (rows,), in float64; `states` are the teacher's, a batch each."""
-    with ablate(teacher, skipped):
-        rows = [acceptance(teacher.lm_head(theirs), teacher.lm_head(last_hidden(teacher, ids))).double().mean(-1).cpu()
-                for ids, theirs in zip(batches, states, strict=True)]
+def _row_acceptance(draft, batches, states):
+    """Mean acceptance over each held-out row, (rows,), in float64; `states` are the intact teacher's, a batch each."""
+    rows = [acceptance(draft.lm_head(intact), draft.lm_head(last_hidden(draft, ids))).double().mean(-1).cpu()
+            for ids, intact in zip(batches, states, strict=True)]
     return torch.cat(rows)

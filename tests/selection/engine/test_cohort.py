@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 import hybridlib as hl
 from hybridlib.models.passes import TeacherStates
-from hybridlib.selection.engine import cohort as cohort_module, measure as candidates, rounds as scoring
+from hybridlib.distill import loop
+from hybridlib.selection.engine import candidates, rounds
 from hybridlib.selection.engine.inputs import LoadedInputs
-from hybridlib.selection.engine.rounds import ScoringFailed
+from hybridlib.selection.engine.rounds import Engine, ScoringFailed
 from hybridlib.selection.engine.switched import Switched
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
@@ -33,7 +35,7 @@ class Kept(dict):
 
 def job_of(student, teacher, tokens, checkpoints=None):
     inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
-    return candidates.ScoringJob(inputs, "add", 512, None, MATCH, checkpoints)
+    return candidates.Job(inputs, 512, MATCH, checkpoints=checkpoints)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def job(aligned, tiny_tokens, tmp_path):
 def alone(aligned, tiny_tokens):
     """{(layer, tokens): KL} of candidates that train alone, after 256 and 512 tokens."""
     whole = job_of(*aligned, tiny_tokens)
-    return {(layer, until): candidates.measure_candidates(whole, [layer], until)[layer]["kl"]
+    return {(layer, until): candidates.measure_set(whole, (layer,), until)["kl"]
             for layer in range(3) for until in (256, 512)}
 
 
@@ -53,15 +55,15 @@ def alone(aligned, tiny_tokens):
 def recorded(monkeypatch):
     """Candidates take turns in one step, as on a GPU; the candidates that did."""
     taken, take = [], Switched.take
-    for module in (candidates, scoring):
+    for module in (candidates, rounds):
         monkeypatch.setattr(module, "shares_step", lambda job: True)
     monkeypatch.setattr(Switched, "take", lambda self, kept, **k: taken.append((id(self), kept)) or take(
         self, kept, **k))
     return taken
 
 
-def together(found):
-    return [one["kl"] for _, one in sorted(found.items())]
+def kls(figures):
+    return [one["kl"] for _, one in sorted(figures.items())]
 
 
 @pytest.mark.parametrize(("direction", "group", "stop"), [("add", 3, None), ("add", 2, NEVER), ("remove", 3, NEVER)])
@@ -71,10 +73,10 @@ def test_scores_of_a_group_are_those_of_candidates_alone(aligned, tiny_tokens, d
     made, cohort = [], candidates.Cohort
     monkeypatch.setattr(candidates, "Cohort", lambda *args: made.append(args[3]) or cohort(*args))
     arguments = dict(direction=direction, num_tokens=700, settings=MATCH, early_stop=stop, heldout_tokens=64)
-    one = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=1)
+    one = hl.score_layers(student, teacher, tiny_tokens, **arguments, engine=Engine(group=1))
     assert not made
     kept = Kept()
-    found = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=group, records=kept)
+    found = hl.score_layers(student, teacher, tiny_tokens, **arguments, engine=Engine(group=group, records=kept))
     assert [value for values in found.history for value in values] == pytest.approx(
         [value for values in one.history for value in values], abs=1e-5)
     assert found.stderr == pytest.approx(one.stderr, abs=1e-5) and len(set(found.values)) == 3
@@ -88,31 +90,31 @@ def test_scores_of_a_group_are_those_of_candidates_alone(aligned, tiny_tokens, d
 
 
 def test_either_way_goes_on_from_the_others_checkpoints(job, alone):
-    first = candidates.measure_candidates(job, [0, 1, 2], 256)
-    assert together(first) == pytest.approx([alone[l, 256] for l in range(3)], abs=1e-5)
+    first = candidates.measure_sets(job, [(0,), (1,), (2,)], 256)
+    assert kls(first) == pytest.approx([alone[l, 256] for l in range(3)], abs=1e-5)
     job.inputs.forget()
     for layer in (0, 2):  # 1 stays behind
-        assert candidates.measure_candidates(job, [layer], 512, 256)[layer]["kl"] == pytest.approx(
+        assert candidates.measure_set(job, (layer,), 512, 256)["kl"] == pytest.approx(
             alone[layer, 512], abs=1e-5)
-    found = candidates.measure_candidates(job, [0, 1, 2], 512, 256)
-    assert together(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
+    found = candidates.measure_sets(job, [(0,), (1,), (2,)], 512, 256)
+    assert kls(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
     assert {one["tokens"] for one in found.values()} == {512}
     for layer in range(3):
-        job.checkpoint(layer).unlink()
+        job.checkpoint((layer,)).unlink()
     for layer in (0, 1):
-        candidates.measure_candidates(job, [layer], 256)
-    found = candidates.measure_candidates(job, [0, 1], 512, 256)
-    assert together(found) == pytest.approx([alone[l, 512] for l in range(2)], abs=1e-5)
+        candidates.measure_set(job, (layer,), 256)
+    found = candidates.measure_sets(job, [(0,), (1,)], 512, 256)
+    assert kls(found) == pytest.approx([alone[l, 512] for l in range(2)], abs=1e-5)
 
 
 def test_a_group_that_lives_on_is_one_made_from_its_checkpoints(job, alone):
-    candidates.measure_candidates(job, [0, 1, 2], 256)
+    candidates.measure_sets(job, [(0,), (1,), (2,)], 256)
     assert job.inputs.alive
-    found = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 512, 256)
-    assert together(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
+    found = candidates.measure_sets(dataclasses.replace(job, checkpoints=None), [(0,), (1,), (2,)], 512, 256)
+    assert kls(found) == pytest.approx([alone[l, 512] for l in range(3)], abs=1e-5)
     assert not job.inputs.alive
-    lost = candidates.measure_candidates(dataclasses.replace(job, checkpoints=None), [0, 1, 2], 512, 256)
-    assert together(lost) == pytest.approx(together(found), abs=1e-6)  # trained again from the start
+    lost = candidates.measure_sets(dataclasses.replace(job, checkpoints=None), [(0,), (1,), (2,)], 512, 256)
+    assert kls(lost) == pytest.approx(kls(found), abs=1e-6)  # trained again from the start
 
 
 @pytest.mark.parametrize("stop", [None, NEVER])
@@ -124,10 +126,10 @@ def test_one_that_is_not_a_number_is_named_and_costs_no_other_of_its_group(align
     arguments = dict(direction="remove", num_tokens=512, settings=MATCH, early_stop=stop)
     named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
     with pytest.raises(ScoringFailed, match=named):
-        hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept, group=3)
+        hl.score_layers(broken, teacher, tiny_tokens, **arguments, engine=Engine(records=kept, group=3))
     first = 512 if stop is None else 256
     assert set(kept) == {(0, first), (2, first)}
-    good = hl.score_layers(student, teacher, tiny_tokens, **arguments, group=1)
+    good = hl.score_layers(student, teacher, tiny_tokens, **arguments, engine=Engine(group=1))
     assert [kept[l, first]["kl"] for l in (0, 2)] == pytest.approx(
         [good.history[0][l] for l in (0, 2)], abs=1e-5)
 
@@ -137,17 +139,18 @@ def test_a_group_that_does_not_fit_is_measured_in_turn(job, alone, monkeypatch, 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(candidates, "Cohort", full)
-    found = candidates.measure_candidates(job, [0, 1, 2], 256)
-    assert together(found) == [alone[l, 256] for l in range(3)] and "now in turn" in caplog.text
+    found = candidates.measure_sets(job, [(0,), (1,), (2,)], 256)
+    assert kls(found) == [alone[l, 256] for l in range(3)] and "now in turn" in caplog.text
 
 
 def test_a_damaged_checkpoint_of_a_group_is_named(job):
-    candidates.measure_candidates(job, [0, 1], 256)
+    candidates.measure_sets(job, [(0,), (1,)], 256)
     job.inputs.forget()
-    cut = job.checkpoint(1)
+    cut = job.checkpoint((1,))
     cut.write_bytes(cut.read_bytes()[:100])
-    found = candidates.measure_candidates(job, [0, 1], 512, 256)
-    assert isinstance(found[0], dict) and found[1].startswith("ValueError: checkpoint=") and "truncated" in found[1]
+    found = candidates.measure_sets(job, [(0,), (1,)], 512, 256)
+    why = found[1,]["error"]
+    assert "error" not in found[0,] and why.startswith("ValueError: checkpoint=") and "truncated" in why
 
 
 @pytest.mark.parametrize(("family", "mixer", "direction", "stop"), [
@@ -159,7 +162,7 @@ def test_candidates_that_take_turns_in_one_step_have_the_scores_of_their_own_run
     with torch.no_grad():
         student.model.embed_tokens.weight.add_(0.01)  # none of the teacher's
     weights = [p.clone() for p in student.parameters()]
-    arguments = dict(direction=direction, num_tokens=640, settings=MATCH, early_stop=stop, group=1)
+    arguments = dict(direction=direction, num_tokens=640, settings=MATCH, early_stop=stop, engine=Engine(group=1))
     found = hl.score_layers(student, teacher, tiny_tokens, **arguments)
     turns = 1 if stop is None else 3
     assert len({model for model, _ in recorded}) == 1 and len(recorded) == 3 * turns
@@ -178,29 +181,29 @@ def test_the_shared_step_goes_on_from_checkpoints_from_memory_or_from_the_start(
     in_memory = dataclasses.replace(job, checkpoints=None)
     for layer in range(3):
         for kind in (job, in_memory):
-            assert candidates.measure_candidates(kind, [layer], 256)[layer]["kl"] == pytest.approx(
+            assert candidates.measure_set(kind, (layer,), 256)["kl"] == pytest.approx(
                 alone[layer, 256], abs=1e-5)
     for layer in (2, 0):
         for kind in (job, in_memory, in_memory):  # the third time nothing is held
-            assert candidates.measure_candidates(kind, [layer], 512, 256)[layer]["kl"] == pytest.approx(
+            assert candidates.measure_set(kind, (layer,), 512, 256)["kl"] == pytest.approx(
                 alone[layer, 512], abs=1e-5)
     assert len(recorded) == 12
     monkeypatch.setattr(candidates, "shares_step", lambda job: False)  # and a run alone from its checkpoint
-    assert candidates.measure_candidates(job, [1], 512, 256)[1]["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
+    assert candidates.measure_set(job, (1,), 512, 256)["kl"] == pytest.approx(alone[1, 512], abs=1e-5)
 
 
 @pytest.mark.parametrize("every", [5_000_000, 256])
 def test_states_wait_in_memory_unless_a_candidate_is_long(aligned, tiny_tokens, recorded, tmp_path, monkeypatch, every):
     student, teacher = aligned
-    held, written, hold, save = [], [], Switched.hold, cohort_module.save_checkpoint
+    held, written, hold, save = [], [], Switched.hold, loop.save_checkpoint
     monkeypatch.setattr(Switched, "hold", lambda self: held.append(self.step) or hold(self))
-    monkeypatch.setattr(cohort_module, "save_checkpoint", lambda *args: written.append(args[-1]) or save(*args))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: written.append(args[-1]) or save(*args))
     settings = dataclasses.replace(MATCH, checkpoint_every=every)
     stop = hl.EarlyStop(2, 256, window=2, threshold=1 / 3, heldout_tokens=32)  # any two pairs of three share one
-    arguments = dict(num_tokens=1024, settings=settings, group=1, checkpoints=tmp_path / "c")
+    arguments = dict(num_tokens=1024, settings=settings, engine=Engine(group=1, checkpoints=tmp_path / "c"))
     found = hl.score_layers(student, teacher, tiny_tokens, **arguments, early_stop=stop)
     assert found.history_tokens == (256, 512)
-    assert bool(held) == (every > 1024) and bool(written) == (every < 1024) and not list(tmp_path.rglob("layer-*"))
+    assert bool(held) == (every > 1024) and bool(written) == (every < 1024) and not list(tmp_path.rglob("candidate-*"))
     whole = hl.score_layers(student, teacher, tiny_tokens, **arguments,
                             early_stop=dataclasses.replace(stop, heldout_tokens=None))
     assert found.values == pytest.approx(whole.values, abs=1e-5) and found.history[0] != whole.history[0]
@@ -211,10 +214,10 @@ def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligne
     broken, kept = hl.restore(student, teacher, []), Kept()
     with torch.no_grad():
         broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
-    arguments = dict(direction="remove", num_tokens=512, settings=MATCH, group=1)
+    arguments = dict(direction="remove", num_tokens=512, settings=MATCH)
     named = r"layer 1 \(DistillationDiverged: match met a number that is not finite at step 0 in layer 1; .*other 2 of"
     with pytest.raises(ScoringFailed, match=named):
-        hl.score_layers(broken, teacher, tiny_tokens, **arguments, records=kept)
+        hl.score_layers(broken, teacher, tiny_tokens, **arguments, engine=Engine(records=kept))
     assert len(recorded) == 3
     good = hl.score_layers(student, teacher, tiny_tokens, **arguments)
     assert [kept[l, 512]["kl"] for l in (0, 2)] == pytest.approx([good.values[l] for l in (0, 2)], abs=1e-5)
@@ -223,34 +226,38 @@ def test_one_that_is_not_a_number_is_not_felt_by_those_that_take_its_turn(aligne
 def test_where_the_shared_step_cannot_run_candidates_have_their_own(job, alone, recorded, monkeypatch, caplog):
     tried = []
     monkeypatch.setattr(candidates, "Switched", lambda *args: tried.append(1) or {}["cannot be compiled"])
-    found = {l: candidates.measure_candidates(job, [l], 256)[l] for l in range(3)}
-    assert together(found) == [alone[l, 256] for l in range(3)] and "now by itself" in caplog.text
+    found = {l: candidates.measure_set(job, (l,), 256) for l in range(3)}
+    assert kls(found) == [alone[l, 256] for l in range(3)] and "now by itself" in caplog.text
     assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("cuda", "flops", "executor", "expected"), [
-    (True, 1e6, None, 10), (True, 1e9, None, 1), (False, 1e6, None, 1), (True, 1e6, object(), 1)])
+    (True, 1e6, None, 10), (True, 1e9, None, 1), (False, 1e6, None, 1), (True, 1e6, ThreadPoolExecutor, 1)])
 def test_layers_train_together_where_launches_take_longer(tiny_tokens, monkeypatch, cuda, flops, executor, expected):
     config = SimpleNamespace(num_hidden_layers=30, attention_dropout=0.0)
     student = SimpleNamespace(config=config, parameters=lambda: iter([SimpleNamespace(is_cuda=cuda)]))
-    monkeypatch.setattr(scoring, "training_flops", lambda model, context: flops)
-    monkeypatch.setattr(scoring, "group_size", lambda *args: 12)
+    monkeypatch.setattr(rounds, "training_flops", lambda model, context: flops)
+    monkeypatch.setattr(rounds, "group_size", lambda *args: 12)
     settings = hl.MatchSettings(batch_tokens=16_384)
-    assert scoring.task_size(student, tiny_tokens, settings, None, executor) == expected
-    assert scoring.task_size(student, tiny_tokens, settings, 7, executor) == 7
-    assert scoring.task_size(student, tiny_tokens, settings, 64) == 30
+
+    def group_of(group):
+        return Engine(executor, group).group_of(student, tiny_tokens, settings)
+
+    assert (group_of(None), group_of(7), group_of(64)) == (expected, 7, 30)
     config.attention_dropout = 0.1
-    assert scoring.task_size(student, tiny_tokens, settings, 7) == 1
+    assert group_of(7) == 1
     with pytest.raises(ValueError, match="group=0"):
-        scoring.task_size(student, tiny_tokens, settings, 0)
+        Engine(group=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_recorded_group_lives_on_through_rounds(tiny_teacher, tiny_tokens):
     teacher = tiny_teacher("llama").to("cuda")
     student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True, compile=True)
-    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER, group=1)
-    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER, group=3)
+    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER,
+                          engine=Engine(group=1))
+    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER,
+                            engine=Engine(group=3))
     assert found.values == pytest.approx(one.values, rel=2e-2)
 
 
@@ -259,10 +266,12 @@ def test_a_recorded_group_lives_on_through_rounds(tiny_teacher, tiny_tokens):
 def test_candidates_wait_on_the_gpu_while_an_eighth_of_it_is_free(tiny_teacher, tiny_tokens, monkeypatch, full):
     teacher, total = tiny_teacher("llama").to("cuda"), torch.cuda.mem_get_info()[1]
     student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True)
-    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER, group=1)
+    one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=MATCH, early_stop=NEVER,
+                          engine=Engine(group=1))
     held, hold = [], Switched.hold
     monkeypatch.setattr(Switched, "hold", lambda self: held.append(hold(self)) or held[-1])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0 if full else total, total))
-    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER, group=1)
+    found = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, early_stop=NEVER,
+                            engine=Engine(group=1))
     assert found.values == pytest.approx(one.values, rel=2e-2)
     assert held and {kept[0].device.type for kept, *_ in held} == {"cpu" if full else "cuda"}

@@ -26,9 +26,10 @@ from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models import passes
 from hybridlib.models.passes import TeacherStates
 from hybridlib.records import ledger
-from hybridlib.selection.engine import inputs as inputs_module, measure as candidates, rounds as scoring, workers
-from hybridlib.selection.engine.measure import distilled_kl
-from hybridlib.selection.engine.rounds import ScoringFailed
+from hybridlib.selection.engine import candidates, inputs as inputs_module, rounds, workers
+from hybridlib.selection.engine.candidates import Job, distilled_kl
+from hybridlib.selection.engine.inputs import LoadedInputs
+from hybridlib.selection.engine.rounds import Engine, ScoringFailed, run_candidates
 
 MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
@@ -68,7 +69,7 @@ def test_the_teacher_passes_once_over_each_row(aligned, tiny_tokens, monkeypatch
     monkeypatch.setattr(passes, "last_hidden", lambda model, ids, **k: passed.append(len(ids)) or real(model, ids, **k))
     one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=1024, settings=MATCH)
     assert sum(passed) == 64 + 8  # 1,024 tokens of training and 8 held-out rows, for three candidates
-    again = hl.score_layers(student, teacher, tiny_tokens, num_tokens=1024, settings=MATCH, memory=0)
+    again = hl.score_layers(student, teacher, tiny_tokens, num_tokens=1024, settings=MATCH, engine=Engine(memory=0))
     assert sum(passed) == 4 * (64 + 8) and again.values == one.values
 
 
@@ -122,7 +123,7 @@ def test_measuring_along_the_way_changes_no_score(aligned, tiny_tokens, tmp_path
     student, teacher = aligned
     plain = hl.score_layers(student, teacher, tiny_tokens, num_tokens=1100, settings=MATCH)
     along = hl.score_layers(student, teacher, tiny_tokens, num_tokens=1100, settings=MATCH, early_stop=NEVER,
-                            checkpoints=tmp_path)
+                            engine=Engine(checkpoints=tmp_path))
     assert along.values == plain.values and along.tokens == plain.tokens == 3 * 1024
     assert along.history_tokens == (256, 512, 768, 1024) and along.history[-1] == along.values
     assert len(set(along.history)) == 4 and not list(tmp_path.iterdir())
@@ -133,7 +134,7 @@ def test_scoring_stops_when_the_best_layers_have_settled(aligned, tiny_tokens, t
     student, teacher = aligned
     still = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9)
     scores = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=still,
-                             early_stop=hl.EarlyStop(2, 256, window=3), checkpoints=tmp_path)
+                             early_stop=hl.EarlyStop(2, 256, window=3), engine=Engine(checkpoints=tmp_path))
     assert scores.history_tokens == (256, 512, 768) and scores.tokens == 3 * 768
     assert scores.values == scores.history[-1] and not list(tmp_path.iterdir())
 
@@ -143,9 +144,9 @@ def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_toke
     student, teacher = aligned
     still, kept = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9), Kept()
     stop = hl.EarlyStop(2, 256, window=3)
-    score = {"num_tokens": 2048, "settings": still, "group": group}
-    whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop)
-    part = hl.score_layers(student, teacher, tiny_tokens, **score, records=kept,
+    score = {"num_tokens": 2048, "settings": still}
+    whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop, engine=Engine(group=group))
+    part = hl.score_layers(student, teacher, tiny_tokens, **score, engine=Engine(group=group, records=kept),
                            early_stop=dataclasses.replace(stop, heldout_tokens=32))
     assert part.values == pytest.approx(whole.values, abs=1e-7) and part.history[0] != whole.history[0]
     assert part.history[-1] == part.values and part.history_tokens == whole.history_tokens == (256, 512, 768)
@@ -170,16 +171,17 @@ def test_scoring_goes_on_while_the_best_layers_change(aligned, tiny_tokens, monk
     student, teacher = aligned
     asked = []
 
-    def measured(job, layers, until, since):
+    def measured(job, sets, until, since):
         """The best layer is another at every measurement but the sixth, which repeats the fifth."""
-        asked.append((until, *layers))
+        asked.append((until, *sets))
         best = min(until // 256, 5) % 3
-        return {l: {"kl": float(l != best), "kl_stderr": 0.0, "tokens": until, "seconds": 0.0} for l in layers}
+        return {layers: {"kl": float(layers != (best,)), "kl_stderr": 0.0, "tokens": until, "seconds": 0.0}
+                for layers in sets}
 
-    monkeypatch.setattr(scoring, "measure_candidates", measured)
+    monkeypatch.setattr(rounds, "measure_sets", measured)
     score = {"num_tokens": 2048, "settings": MATCH}
     scores = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=hl.EarlyStop(1, 256, window=2))
-    assert asked == [(until, l) for until in range(256, 6 * 256 + 1, 256) for l in range(3)]
+    assert asked == [(until, (l,)) for until in range(256, 6 * 256 + 1, 256) for l in range(3)]
     assert scores.ranking[0] == 5 % 3 and scores.tokens == 3 * 6 * 256
     scores = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=hl.EarlyStop(1, 256, window=5))
     assert scores.tokens == 3 * 2048
@@ -213,11 +215,11 @@ def test_one_candidate_that_is_not_a_number_is_named_and_costs_no_other(aligned,
     named = r"failed for layer 1 \(DistillationDiverged: .*; the other 2 of 3 "
     with pytest.raises(ScoringFailed, match=named) as e:
         hl.score_layers(broken, teacher, tiny_tokens, direction="remove", num_tokens=num_tokens, settings=MATCH,
-                        records=kept)
+                        engine=Engine(records=kept))
     assert set(e.value.failed) == {1} and "\n" not in str(e.value)
     assert set(kept) == {(0, num_tokens), (2, num_tokens)}
     good = hl.score_layers(student, teacher, tiny_tokens, direction="remove", num_tokens=num_tokens, settings=MATCH,
-                           records=kept)
+                           engine=Engine(records=kept))
     assert good.measured[0] == kept[0, num_tokens]["kl"] and set(kept) == {(l, num_tokens) for l in range(3)}
 
 
@@ -237,21 +239,21 @@ def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
 
     class Failing(ThreadPoolExecutor):
         def submit(self, call):
-            if 0 in call.args[1]:
+            if (0,) in call.args[1]:
                 lost = Future()
                 lost.set_exception(RuntimeError("the worker is gone\nand a trace"))
                 return lost
             return super().submit(call)
 
     with Failing(1) as pool, pytest.raises(ScoringFailed, match=r"layer 0 \(RuntimeError: the worker is gone\);"):
-        hl.score_layers(student, teacher, tiny_tokens, num_tokens=128, settings=MATCH, executor=pool, records=kept)
+        hl.score_layers(student, teacher, tiny_tokens, num_tokens=128, settings=MATCH,
+                        engine=Engine(executor=pool, records=kept))
     assert set(kept) == {(1, 128), (2, 128)}
 
 
 def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
     student, teacher = aligned
-    inputs = candidates.LoadedInputs(student, teacher, tiny_tokens, TeacherStates(teacher))
-    job, tasks = candidates.ScoringJob(inputs, "add", 0, None), []
+    job, tasks = Job(LoadedInputs(student, teacher, tiny_tokens, TeacherStates(teacher)), 0), []
 
     class Counting(ThreadPoolExecutor):
         def submit(self, call):
@@ -259,8 +261,8 @@ def test_candidates_of_a_task_are_measured_together(aligned, tiny_tokens):
             return super().submit(call)
 
     with Counting(1) as pool:
-        pairs = scoring.score_candidates(job, 3, executor=pool, group=2)
-    assert tasks == [(0, 1), (2,)]
+        pairs = run_candidates(job, [(0,), (1,), (2,)], Engine(pool), group=2)
+    assert tasks == [[(0,), (1,)], [(2,)]]
     one = hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
     assert [c["kl"] for c in pairs[0]] == list(one.measured)
 
@@ -321,7 +323,7 @@ def test_one_worker_a_gpu_gives_the_same_scores(settings, tmp_path):
 def test_what_a_worker_warms_up_on_is_not_what_it_scores_with(settings, monkeypatch):
     study = hl.Study(settings)
     study.aligned("gdn", 0)
-    job = candidates.ScoringJob(study.scoring_inputs("gdn", 0, study.tokens(0, 512, "score")), "add", 512, None, MATCH)
+    job = Job(study.scoring_inputs("gdn", 0, study.tokens(0, 512, "score")), 512, MATCH)
     inputs_module._load.cache_clear()
     monkeypatch.setattr(workers, "_ready", SimpleNamespace(wait=lambda seconds: None), raising=False)
     assert workers._load(job, 64) is None
@@ -333,7 +335,8 @@ def test_what_a_worker_warms_up_on_is_not_what_it_scores_with(settings, monkeypa
 def test_a_recorded_step_gives_a_candidate_the_same_bits_again(tiny_teacher, tiny_tokens, caplog):
     teacher = tiny_teacher("llama", head_dim=32).to("cuda")  # a dim that the fused kernels take
     student, graph = hl.linearize(teacher), dataclasses.replace(MATCH, cuda_graph=True, compile=True)
-    once, again = (hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph, group=1)
+    once, again = (hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=graph,
+                                   engine=Engine(group=1))
                    for _ in range(2))
     assert once.values == again.values and "now by itself" not in caplog.text
 
@@ -377,14 +380,14 @@ def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tm
     assert inputs.load() is inputs.load()
     for changes, message in (({"student_sha256": "0"}, "holds other weights than those to be scored"),
                              ({"seed": 1}, "gives other tokens here than where the scoring began")):
-        job = candidates.ScoringJob(dataclasses.replace(inputs, **changes), "add", 0, None)
-        assert message in candidates.measure_candidates(job, [2], 0)[2]
+        job = Job(dataclasses.replace(inputs, **changes), 0)
+        assert message in candidates.measure_sets(job, [(2,)])[2,]["error"]
 
 
 KILLED = """
 import sys, time
 import hybridlib as hl
-from hybridlib.selection.engine import measure as candidates
+from hybridlib.selection.engine import candidates
 
 settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
 
@@ -435,7 +438,7 @@ def test_states_that_stay_in_memory_are_not_written_and_no_measurement_is_lost(s
     kill(mine, stop, 2, group=3)
     study = hl.Study(mine, group=3)
     found = {r.key: r.started for r in study.ledger.find("candidate")}
-    assert len(found) == 2 * 3 and not list((study.ledger.folder / "models").rglob("layer-*"))
+    assert len(found) == 2 * 3 and not list((study.ledger.folder / "models").rglob("candidate-*.safetensors"))
     assert study.scores("gdn", 0, early_stop=stop).values == pytest.approx(whole.values, rel=1e-5)
     records = {r.key: r.started for r in study.ledger.find("candidate")}
     assert len(records) == 4 * 3 and found.items() <= records.items()
@@ -455,7 +458,7 @@ def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tm
     assert len(calls) == (3 if stop is None else 3 * 4) - before
     records = {r.key: r.started for r in study.ledger.find("candidate")}
     assert len(records) == len(calls) + before and found.items() <= records.items()
-    assert not list((study.ledger.folder / "models").rglob("layer-*"))
+    assert not list((study.ledger.folder / "models").rglob("candidate-*.safetensors"))
 
 
 def test_a_full_disk_costs_one_record(settings, whole, tmp_path, monkeypatch):
@@ -508,8 +511,10 @@ def test_bad_rules_are_refused(arguments, message):
 def test_bad_calls_are_refused_before_compute(aligned, tiny_tokens, settings, monkeypatch):
     student, teacher = aligned
     monkeypatch.setattr(candidates, "match", None)
-    for arguments, message in (({"executor": 3}, "executor=3 has no submit"), ({"memory": -1}, "memory=-1"),
-                               ({"early_stop": hl.EarlyStop(4, 256)}, "budget=4 is not a count from 1 to 3"),
+    for arguments, message in (({"executor": 3}, "executor=3 has no submit"), ({"memory": -1}, "memory=-1")):
+        with pytest.raises(ValueError, match=message):
+            Engine(**arguments)
+    for arguments, message in (({"early_stop": hl.EarlyStop(4, 256)}, "budget=4 is not a count from 1 to 3"),
                                ({"early_stop": hl.EarlyStop(1, 64)}, "measure_every=64 is less than a step of 128"),
                                ({"num_tokens": 8}, "num_tokens=8 is not a whole number of at least 16")):
         with pytest.raises(ValueError, match=message):

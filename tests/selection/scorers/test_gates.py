@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import hybridlib as hl
 from hybridlib.distill.settings import DistillationDiverged
-from hybridlib.models.branches import gated_model, set_gates
+from hybridlib.models.branches import GatedAttention, both_branches, gated_model, set_gates
 from hybridlib.selection.scorers.gates import GateSettings, gate_gradient, learned_gates
 
 ROWS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -110,15 +110,17 @@ def test_each_row_may_have_gates_of_its_own(tiny_teacher):
         torch.testing.assert_close(together[r], alone)
 
 
-def test_weights_are_shared_and_frozen_unless_asked(tiny_teacher):
+def test_weights_are_shared_and_frozen_and_those_of_both_branches_are_copies(tiny_teacher):
     student, teacher = pair(tiny_teacher)
     model = gated_model(student, teacher)
     theirs = {p.data_ptr() for m in (student, teacher) for p in m.parameters()}
     assert {p.data_ptr() for p in model.parameters()} <= theirs
     assert not any(p.requires_grad for p in model.parameters()) and all(p.requires_grad for p in student.parameters())
-    open_model = gated_model(student, teacher, torch.full((3,), 0.5), frozen=False)
-    open_model(input_ids=ROWS).logits.sum().backward()
-    assert all(p.grad is not None for n, p in student.named_parameters() if "self_attn" in n)
+    copy_of = both_branches(student, teacher, GatedAttention)
+    assert not {p.data_ptr() for p in copy_of.parameters()} & theirs
+    set_gates(copy_of, torch.full((3,), 0.5))
+    copy_of(input_ids=ROWS).logits.sum().backward()
+    assert all(p.grad is not None for n, p in copy_of.named_parameters() if "self_attn" in n)
 
 
 @pytest.mark.parametrize("skip", [0, 5])

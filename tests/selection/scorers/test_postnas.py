@@ -10,7 +10,7 @@ import torch
 import hybridlib as hl
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models.branches import place
-from hybridlib.selection.engine.measure import distilled_kl
+from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.scorers.postnas import search_once_for_all, train_once_for_all
 
 LAYERS, KEPT = 4, 2
@@ -78,5 +78,5 @@ def test_bad_input_is_refused(aligned, tiny_tokens):
     model, _ = train_once_for_all(student, teacher, tiny_tokens, KEPT, 64, settings=settings())
     with pytest.raises(ValueError, match="layers holds 4"):
         place(model, [4])
-    with pytest.raises(ValueError, match="^past_key_values was given to a once-for-all student"):
+    with pytest.raises(ValueError, match="^past_key_values was given to a model of both branches"):
         model.model.layers[0].self_attn(torch.zeros(1, 2, 32), past_key_values=object())

@@ -1,1 +1,0 @@
-"""Other implementations of the operators, to measure beside ours."""

@@ -1,0 +1,346 @@
+"""Candidates: sets of layers go in; each is restored, trained and measured, and its KL, recall and cost come out.
+
+This is the one path of scores, searches, the oracle and finished hybrids. A candidate trains by itself (`measure_set`);
+or several do in one stacked model, or in turn in one recorded step, to the same figures up to rounding
+(`measure_sets`). The teacher's pass is shared, and the state of a candidate between two calls is on disk or in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from hybridlib.checks import check_int
+from hybridlib.distill.corpus import Tokens
+from hybridlib.distill.evaluate import evaluate, heldout_kl
+from hybridlib.distill.loop import steps_done
+from hybridlib.distill.recall import RecallTask, encode_all, generate_recall
+from hybridlib.distill.settings import DistillationDiverged, History, MatchSettings
+from hybridlib.distill.stages import match
+from hybridlib.kernels import fused
+from hybridlib.models.hybrid import linear_layers, restore
+from hybridlib.models.passes import TeacherStates, repeatable
+from hybridlib.records.provenance import describe_device
+from hybridlib.selection.cost import Meter, heldout_size
+from hybridlib.selection.engine.cohort import Cohort
+from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs
+from hybridlib.selection.engine.switched import Switched
+from hybridlib.selection.search import Layers, Measure
+
+__all__ = ["Job", "distilled_kl", "measure_set", "measure_sets", "one_layer_sets", "reason", "shares_step"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What candidates have in common. Pickled, it is small if its inputs are `ScoringInputs`.
+
+    Parameters
+    ----------
+    num_tokens, settings : of stage 2; 0 tokens measure candidates untrained.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    evaluation : measure all figures of `evaluate.evaluate`, not the KL alone, and give the losses of training.
+    recall, recall_examples : as `evaluate` takes them, for an evaluation.
+    checkpoints : folder in which candidates leave their state; None for nowhere.
+    """
+
+    inputs: LoadedInputs | ScoringInputs
+    num_tokens: int
+    settings: MatchSettings = field(default_factory=MatchSettings)
+    heldout_tokens: int | None = None
+    evaluation: bool = False
+    recall: RecallTask | None = None
+    recall_examples: int = 200
+    checkpoints: str | Path | None = None
+
+    def checkpoint(self, layers: Layers) -> Path | None:
+        """The file in which the candidate with these softmax layers leaves its state."""
+        name = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
+        return None if self.checkpoints is None else Path(self.checkpoints) / f"candidate-{name}.safetensors"
+
+    def heldout(self, tokens: Tokens) -> int:
+        """Held-out tokens that each candidate is measured on."""
+        return heldout_size(tokens, self.heldout_tokens)
+
+
+def one_layer_sets(direction: str, num_layers: int) -> list[Layers]:
+    """The candidates of one-layer scores: layer l alone softmax (``"add"``), or all but layer l (``"remove"``)."""
+    every = range(num_layers)
+    return [(l,) if direction == "add" else tuple(m for m in every if m != l) for l in every]
+
+
+def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, since: int = 0, *,
+                 stack: bool | None = None) -> dict[Layers, dict]:
+    """Train the candidates with these softmax layers from `since` tokens to `until`, and measure each.
+
+    Parameters
+    ----------
+    until : tokens of the whole run; None for its end.
+    stack : train them together, as a `Cohort`; None does if there are several.
+
+    Returns
+    -------
+    dict
+        {layers: figures}: ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` and ``cost``
+        (a dict) of this call, ``device``; for an evaluation the other figures of `evaluate`, and ``loss``,
+        ``loss_tokens`` and ``train_seconds``. Of a candidate that failed, ``error``, why, in place of figures: it does
+        not stop the others.
+
+    Candidates that train together have the scores that each gets alone, up to rounding; their checkpoints are those of
+    runs alone, so that either way goes on from the other's. Seconds are shared out evenly, and the teacher's pass is
+    the first one's, as it is of candidates measured in turn. If a group cannot be trained as one (it may not fit the
+    GPU's memory), its candidates are measured in turn.
+    """
+    sets = [tuple(layers) for layers in sets]
+    if job.num_tokens and (len(sets) > 1 if stack is None else stack):
+        inputs = None
+        try:
+            inputs = job.inputs.load()
+            return _measure_together(job, inputs, sets, job.num_tokens if until is None else until, since)
+        except Exception:
+            if inputs is not None:
+                inputs.forget()
+            logger.warning("the sets %s could not be measured together; now in turn", sets, exc_info=True)
+    figures = {}
+    for layers in sets:
+        try:
+            figures[layers] = measure_set(job, layers, until, since)
+        except Exception as error:  # whatever it is, other candidates go on
+            logger.warning("the candidate with softmax layers %s failed", layers, exc_info=True)
+            figures[layers] = {"error": reason(error)}
+    return figures
+
+
+def measure_set(job: Job, layers: Layers, until: int | None = None, since: int = 0) -> dict:
+    """The figures of one candidate, as `measure_sets` gives them; raises what went wrong.
+
+    Where `shares_step` says so, it takes its turn in one recorded step (`Switched`), which gives the same figures in
+    every process, to the last bit, if its mixers run the fused kernels. Without checkpoints its state then stays in
+    memory; what is lost there is trained again.
+    """
+    job, until = replace(job, inputs=job.inputs.load()), job.num_tokens if until is None else until
+    key = "step", job.num_tokens, job.settings
+    if until and shares_step(job) and job.inputs.alive.get("without") != key:
+        try:
+            with repeatable() if _sums_in_order(job.inputs.student) else contextlib.nullcontext():
+                return _measure_in_turn(job, key, layers, until, since)
+        except DistillationDiverged:
+            raise
+        except Exception:
+            logger.warning("the set %s could not be measured in the recorded step; now by itself", layers,
+                           exc_info=True)
+            job.inputs.forget()
+            job.inputs.alive["without"] = key
+    return _measure_alone(job, layers, until, since)
+
+
+def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, settings: MatchSettings | None = None,
+                 heldout_tokens: int | None = None, inputs: ScoringInputs | None = None) -> Measure:
+    """A measure: the held-out KL, in nats a token, of the hybrid with these layers after a short stage 2.
+
+    With it, `greedy_forward` is greedy addition that scores the remaining layers anew given the chosen ones, where
+    GA-S2 scores each once, alone: its first round measures what `score_layers` measures.
+
+    Parameters
+    ----------
+    student : aligned and all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
+    num_tokens : tokens of stage 2 for each set; 0 measures it untrained.
+    settings : of stage 2. Every set sees the same rows in the same order.
+    heldout_tokens : held-out tokens to measure on, None for all.
+    inputs : where the workers of an executor find student, teacher and tokens; without them the measure takes both
+        models with it at every call.
+
+    Cost of an evaluation: a copy of the student, stage 2 over `num_tokens`, and a pass over the held-out rows. The
+    teacher's pass is computed once and shared, see `TeacherStates`.
+
+    Assumes that sets can be told apart after `num_tokens`: a short stage 2 may rank them otherwise than a long one.
+    """
+    check_int("num_tokens", num_tokens, 0)
+    for name, value in (("num_tokens", num_tokens or None), ("heldout_tokens", heldout_tokens)):
+        if value is not None:
+            check_int(name, value, tokens.context)
+    if len(linear_layers(student.config)) != student.config.num_hidden_layers:
+        raise ValueError("student has softmax layers; distilled_kl takes the all-linear student that linearize gave")
+    inputs = inputs or LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
+    return partial(_kl, Job(inputs, num_tokens, settings or MatchSettings(), heldout_tokens))
+
+
+def _kl(job, layers):
+    return measure_set(job, layers)["kl"]
+
+
+def shares_step(job: Job) -> bool:
+    """Whether candidates that train alone take turns in one recorded step: on a GPU, if the settings ask for it and the
+    KL alone is measured."""
+    inputs = job.inputs
+    return (isinstance(inputs, LoadedInputs) and job.settings.cuda_graph and inputs.states is not None
+            and not job.evaluation and next(inputs.student.parameters()).is_cuda
+            and not inputs.student.config.attention_dropout)
+
+
+def _sums_in_order(student):
+    """Whether a step of it has no operator that `repeatable` refuses: its mixers run the fused kernels."""
+    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
+    return fused.why_not() is None and all(mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS
+                                           for mixer in mixers)
+
+
+class _Bill:
+    """Time and cost of a call, from now on; one `Meter` a candidate."""
+
+    def __init__(self, inputs, count=1):
+        self.inputs, self.begun = inputs, time.perf_counter()
+        self.meters = [Meter(inputs.teacher, beside=inputs.beside) for _ in range(count)]
+        self.taught = inputs.states.computed if inputs.states is not None else None
+
+    def figures(self, models, trained, measured):
+        """Of each candidate (its model, or the modules that computed): ``seconds``, ``cost``, ``device``."""
+        inputs, count = self.inputs, len(self.meters)
+        seconds = (time.perf_counter() - self.begun) / count
+        taught = None if self.taught is None else inputs.states.computed - self.taught
+        device, bills = describe_device(str(next(inputs.student.parameters()).device)), []
+        for i, (meter, model) in enumerate(zip(self.meters, models, strict=True)):
+            meter.stage_2(model, inputs.teacher, trained, measured, inputs.context, 0 if i and taught else taught)
+            cost = replace(meter.cost(), seconds=seconds)
+            bills.append({"seconds": seconds, "cost": cost.to_dict(), "device": device})
+        return bills
+
+
+def _measure_alone(job, layers, until, since):
+    inputs = job.inputs
+    bill = _Bill(inputs)
+    model, history = restore(inputs.student, inputs.teacher, layers), History("match")
+    if until:
+        history = match(model, inputs.teacher, inputs.tokens, job.num_tokens, settings=job.settings, until=until,
+                        checkpoint=job.checkpoint(layers), states=inputs.states)
+    spent = history.tokens[-1] if until else 0
+    if job.evaluation:
+        figures = evaluate(model, inputs.teacher, inputs.tokens, recall=job.recall,
+                           recall_examples=job.recall_examples, heldout_tokens=job.heldout_tokens).metrics()
+        figures |= _training(history)
+    else:
+        kl, stderr = heldout_kl(model, inputs.teacher, inputs.tokens, heldout_tokens=job.heldout_tokens,
+                                states=inputs.states)
+        figures = {"kl": kl, "kl_stderr": stderr}
+    _check_kl(figures["kl"], spent)
+    return figures | {"tokens": spent} | bill.figures([model], spent - since, job.heldout(inputs.tokens))[0]
+
+
+def _measure_in_turn(job, key, layers, until, since):
+    inputs = job.inputs
+    bill = _Bill(inputs)
+    if inputs.alive.get("step", (None,))[0] != key:
+        inputs.forget()
+        step = Switched(inputs.student, inputs.teacher, inputs.tokens, job.num_tokens, job.settings, inputs.states)
+        inputs.alive.update(step=(key, step), held={})
+    step, held, path = inputs.alive["step"][1], inputs.alive["held"], job.checkpoint(layers)
+    end = step.steps_until(until)
+    step.take(layers, checkpoint=path if steps_done(path) else None,  # its memory serves what is held next
+              held=held.pop(layers, None) if since and path is None else None)
+    if step.step > end:
+        raise ValueError(f"checkpoint={str(path)!r} is {step.step} steps into the run, beyond until={until}")
+    with _bar(step, end) as bar:
+        step.train(end, bar=bar, checkpoints=None if path is None else {0: path})
+    if step.errors:
+        raise step.errors[0]
+    spent = step.step * step.step_tokens
+    kl, stderr = step.heldout_kl(inputs.tokens, job.heldout_tokens)
+    _check_kl(kl, spent)
+    if path is None and until < job.num_tokens:
+        held[layers] = step.hold()
+    return {"kl": kl, "kl_stderr": stderr, "tokens": spent} | bill.figures(
+        [_parts_of(inputs, layers)], spent - since, job.heldout(inputs.tokens))[0]
+
+
+def _measure_together(job, inputs, sets, until, since):
+    bill = _Bill(inputs, len(sets))
+    steps = {layers: steps_done(job.checkpoint(layers)) for layers in sets}
+    rows = job.heldout(inputs.tokens) // inputs.context
+    heldout = Tokens(inputs.tokens.train, inputs.tokens.heldout[:rows], inputs.tokens.tokenizer)
+    examples = encode_all(generate_recall(job.recall, job.recall_examples, seed=1), inputs.tokens.tokenizer,
+                          inputs.student.config) if job.recall is not None else None
+    figures: dict[Layers, dict] = {}
+    for step in dict.fromkeys(steps.values()):
+        part = [layers for layers in sets if steps[layers] == step]
+        cohort = _cohort(job, inputs, part, step, since)
+        end = cohort.steps_until(until)
+        if cohort.step > end:
+            raise ValueError(f"checkpoints of {part} are {cohort.step} steps into the run, beyond until={until}")
+        with _bar(cohort, end) as bar:
+            cohort.train(end, bar=bar, checkpoints=None if job.checkpoints is None else
+                         {c: job.checkpoint(layers) for c, layers in enumerate(part)})
+        if until == job.num_tokens:
+            inputs.forget()
+        spent = end * cohort.step_tokens
+        for c, (layers, measured) in enumerate(zip(part, cohort.figures(heldout, examples), strict=True)):
+            error, done = cohort.errors.get(c), _training(cohort.histories[c]) if job.evaluation else {}
+            try:
+                if error is None:
+                    _check_kl(measured["kl"], spent)
+                    shown = measured if job.evaluation else {name: measured[name] for name in ("kl", "kl_stderr")}
+                    figures[layers] = shown | done | {"tokens": spent}
+            except DistillationDiverged as caught:
+                error = caught
+            if error is not None:
+                figures[layers] = {"error": reason(error), "tokens": len(cohort.histories[c].losses)
+                                   * cohort.step_tokens} | done
+    for layers, own in zip(sets, bill.figures([_parts_of(inputs, layers) for layers in sets], spent - since,
+                                              job.heldout(inputs.tokens)), strict=True):
+        figures[layers] |= own
+    return figures
+
+
+def _cohort(job, inputs, sets: Sequence[Layers], steps, since):
+    """The cohort of `sets` after `steps` steps: the one of the last call, or one made from its checkpoints."""
+    key = job.num_tokens, job.settings, tuple(sets)
+    last, cohort = inputs.alive.get("cohort", (None, None))
+    if last == key and since == cohort.step * cohort.step_tokens and (not cohort.errors or job.checkpoints is None):
+        return cohort
+    inputs.forget()
+    cohort = None  # with its memory
+    cohort = Cohort(inputs.student, inputs.teacher, inputs.tokens, sets, job.num_tokens, job.settings, inputs.states)
+    if steps:
+        cohort.resume({c: job.checkpoint(layers) for c, layers in enumerate(sets)})
+    inputs.alive["cohort"] = key, cohort
+    return cohort
+
+
+def _bar(run, end):
+    count = len(run.histories)
+    return tqdm(total=(end - run.step) * run.step_tokens * count, unit="tok", unit_scale=True, leave=False,
+                desc="match" if count == 1 else f"match {count} sets")
+
+
+def _training(history):
+    """What an evaluation gives of training."""
+    return {"loss": history.losses, "loss_tokens": history.tokens, "train_seconds": history.seconds}
+
+
+def _parts_of(inputs, layers):
+    """The modules of a candidate that compute, for a `Meter`."""
+    pairs = zip(inputs.student.model.layers, inputs.teacher.model.layers, strict=True)
+    parts = [part for l, (own, teachers) in enumerate(pairs)
+             for part in (own.mlp, (teachers if l in layers else own).self_attn)]
+    return nn.ModuleList([*parts, inputs.student.lm_head])
+
+
+def _check_kl(kl, spent):
+    if not math.isfinite(kl):
+        raise DistillationDiverged(f"its held-out KL after {spent} tokens is {kl}; try a lower learning rate")
+
+
+def reason(error: BaseException) -> str:
+    """One line on what went wrong."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

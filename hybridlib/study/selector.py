@@ -1,0 +1,145 @@
+"""What a selector is, how it is declared, and how it is run; `hybridlib.study.catalogue` declares all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from hybridlib.selection.cost import Cost
+from hybridlib.selection.rules import budget_layers, select
+from hybridlib.selection.scorers.ablation import TaskTooHard
+from hybridlib.selection.scores import LayerScores
+
+__all__ = ["SELECTORS", "Selection", "Selector", "find_selector", "full_parameters", "run_selector", "scorer",
+           "selector"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose: `layers`, ascending, and its `cost` (None if it reads scores recorded without one).
+
+    `values` has one number a layer, higher for more worth keeping; it is None where the selector makes no numbers of
+    its own. The set need not be the best by them: SMART also spaces its layers, RAD only starts its search from them.
+    `note` says what the selector settled on along the way, if anything. `selector` is its name in `SELECTORS`.
+    """
+
+    layers: tuple[int, ...]
+    cost: Cost | None
+    values: tuple[float, ...] | None = None
+    note: str = ""
+    selector: str = ""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A selector.
+
+    Parameters
+    ----------
+    title : its name in figures and tables.
+    source : where it comes from.
+    needs : ``"nothing"``, ``"teacher"``, ``"student"`` (all linear and aligned; none of its weights is trained) or
+        ``"stage 2"`` (the student, and training of candidates' weights).
+    assumes : what must hold for it to choose well.
+    cost : what it computes, in words, for L layers of which K are kept; "held-out" are the rows that layers are scored
+        on, T the study's ``score_tokens``, and a candidate is trained on T tokens and then measured.
+    choose : called as ``choose(study, mixer, seed, **options)``; gives the `Selection`.
+    options : keywords of `choose` and `record` with their defaults.
+    record : the own parameters of its ``"score"`` record, or a function ``record(settings, num_layers, seed,
+        **options)`` that gives them and runs nothing; None if it has no such record. Of a list of records the first
+        that the teacher allows is made. `full_parameters` adds what they share.
+    control : whether it is there to compare with, not to be used: no advice names it.
+    """
+
+    title: str
+    source: str
+    needs: str
+    assumes: str
+    cost: str
+    choose: Callable[..., Selection]
+    options: Mapping[str, object] = field(default_factory=dict)
+    record: Mapping | Callable[..., Mapping | list[Mapping]] | None = None
+    control: bool = False
+
+    def records(self, settings, num_layers: int, seed: int, **options) -> list[Mapping]:
+        """`record` as a list under these `StudySettings`, the defaults replaced by `options`."""
+        own = self.record or []
+        own = own(settings, num_layers, seed, **{**self.options, **options}) if callable(own) else own
+        return own if isinstance(own, list) else [own]
+
+
+#: name -> `Selector`, in the order of figures and tables
+SELECTORS: dict[str, Selector] = {}
+
+
+def find_selector(name: str) -> Selector:
+    """The selector of that name. Raises ValueError, with the name that was likely meant or all of them."""
+    if not isinstance(name, str) or name not in SELECTORS:
+        close = difflib.get_close_matches(str(name), SELECTORS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(SELECTORS)}"
+        raise ValueError(f"selector={name!r} is unknown; {hint}")
+    return SELECTORS[name]
+
+
+def run_selector(name: str, study, mixer: str, seed: int, options: Mapping[str, object]) -> Selection:
+    """Let the selector choose, its defaults replaced by `options`. Raises ValueError for an unknown name or option."""
+    method = find_selector(name)
+    for option, value in options.items():
+        if option not in method.options:
+            allowed = ", ".join(method.options) or "none"
+            raise ValueError(f"{option}={value!r} is no option of selector {name!r}; its options: {allowed}")
+    return replace(method.choose(study, mixer, seed, **{**method.options, **options}), selector=name)
+
+
+def full_parameters(own: Mapping, settings, origin: Mapping) -> dict:
+    """All parameters of a record that scores layers: its `own`, the held-out tokens, and where its models come from.
+
+    `origin` has the parameters of the aligned student, or those of the teacher and of the text that it reads.
+    """
+    if "mixer" in origin:
+        origin = {"aligned": origin, "mixer": origin["mixer"], "seed": origin["seed"]}
+    return {"heldout_tokens": settings.heldout_tokens, **origin, **own}
+
+
+def selector(name: str, title: str, source: str, needs: str, assumes: str, cost: str, **fields):
+    """Declare the decorated function as the `Selector.choose` of selector `name`."""
+    def declare(choose):
+        SELECTORS[name] = Selector(title, source, needs, assumes, cost, choose, **fields)
+        return choose
+    return declare
+
+
+def scorer(name: str, title: str, source: str, needs: str, assumes: str, cost: str, *, rule: str | None = None,
+           note: str = "", **fields):
+    """Declare selector `name` by the decorated function ``measure(study, mixer, seed, own)``, remembered as a record.
+
+    The measurement depends on nothing but the study's models and text and the record's `own` parameters. It gives
+    `LayerScores`, or metrics with ``cost`` and with ``layers``, ``values`` or both. Where it gives no layers, `rule` of
+    `select` chooses them by the scores, or the K best are chosen. `note` is a format for the note, filled from `own`.
+    """
+    def declare(measure):
+        def choose(study, mixer, seed, **options):
+            def compute():
+                result = measure(study, mixer, seed, own)
+                return result.to_dict() if isinstance(result, LayerScores) else result
+
+            records = SELECTORS[name].records(study.settings, study.num_layers, seed, **options)
+            for own in records:
+                try:
+                    metrics = study.remember(own, compute, None if needs == "teacher" else mixer, seed).metrics
+                    return _selection(study, metrics, rule, note.format(**own))
+                except TaskTooHard:
+                    if own is records[-1]:
+                        raise
+        selector(name, title, source, needs, assumes, cost, **fields)(choose)
+        return measure
+    return declare
+
+
+def _selection(study, metrics, rule, note):
+    layers, values, cost = metrics.get("layers"), metrics.get("values"), metrics.get("cost")
+    if layers is None:
+        scores, budget = LayerScores.from_dict(metrics), study.settings.budget
+        layers = select(rule, budget, scores=scores) if rule else scores.best(budget_layers(budget, study.num_layers))
+    return Selection(tuple(layers), cost and Cost.from_dict(cost), values and tuple(values), note)
