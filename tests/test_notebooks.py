@@ -85,19 +85,12 @@ def test_parameters_are_those_of_a_study_each_typed_and_explained(name):
         assert settings.seeds >= 2
 
 
+@pytest.mark.parametrize("notebook", (NOTEBOOKS[0], *PROFILED))
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_sets_every_parameter_to_an_allowed_value(name):
-    values = profile(name)
-    assert sorted(values) == sorted(NAMES[NOTEBOOKS[0]])
-    StudySettings(**values | {"device": "cpu"})  # a GPU may not be here
-
-
-@pytest.mark.parametrize("notebook", PROFILED)
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_of_one_notebook_sets_every_parameter_to_an_allowed_value(name, notebook):
+def test_a_profile_sets_every_parameter_to_an_allowed_value(name, notebook):
     values = profile(name, notebook)
     assert sorted(values) == sorted(NAMES[notebook])
-    SETTINGS[notebook](**values | {"device": "cpu"})
+    SETTINGS[notebook](**values | {"device": "cpu"})  # a GPU may not be here
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -132,10 +125,15 @@ def test_a_bad_parameter_is_refused_before_any_compute(name):
         run_head(name, mixer="mamba")
 
 
-def test_the_notebook_of_speeds_passes_over_parameters_of_the_others_and_refuses_unknown_ones():
-    assert run_head(SPEED, align_tokens=1)["settings"] == run_head(SPEED)["settings"]
-    with pytest.raises(ValueError, match=r"^shape=\[1\] is no parameter of this notebook; did you mean 'shapes'\?$"):
-        run_head(SPEED, shape=[1])
+@pytest.mark.parametrize("name, unknown, meant", [(SPEED, "shape", "shapes"), (PUBLISHED, "shares", "share")])
+def test_a_notebook_passes_over_parameters_of_the_others_and_refuses_unknown_ones(name, unknown, meant):
+    assert run_head(name, align_tokens=1)["settings"] == run_head(name)["settings"]
+    message = rf"^{unknown}=0.5 is no parameter of this notebook; did you mean '{meant}'\?$"
+    with pytest.raises(ValueError, match=message):
+        run_head(name, **{unknown: 0.5})
+
+
+def test_a_shape_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"^shape=\[1, 2, 3\] is not \(batch, time, heads, dim\)"):
         run_head(SPEED, shapes=[[1, 2, 3]])
 
@@ -218,12 +216,6 @@ def test_a_run_of_the_oracle_measures_draws_and_judges(executed_notebooks, smoke
     records = [r for r in Ledger(smoke_results) if r.kind == "oracle"]
     assert [r.seed for r in records] == list(range(seeds))
     assert {len(r.metrics["sets"]) for r in records} == {1 + 8 + 28}
-
-
-def test_the_published_sets_are_refused_a_parameter_that_no_notebook_has():
-    assert run_head(PUBLISHED, align_tokens=1)["settings"] == PublishedSettings()
-    with pytest.raises(ValueError, match=r"^shares=0.5 is no parameter of this notebook; did you mean 'share'\?$"):
-        run_head(PUBLISHED, shares=0.5)
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):

@@ -19,9 +19,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
 from hybridlib.checks import check_int
-from hybridlib.report.style import (COLOURS, INK, Limits, MEASURES, MUTED, PALE, Plot, dodge, finish, format_interval,
-                                    format_number, house_style, label_of, layer_ticks, log_ticks, look, new_figure,
-                                    plain_axes)
+from hybridlib.report.style import (COLOURS, INK, MEASURES, MUTED, PALE, Plot, axis_limits, dodge, finish,
+                                    format_interval, format_number, house_style, label_of, layer_ticks, log_ticks,
+                                    look, new_figure, plain_axes)
 from hybridlib.report.tables import checked_rows
 from hybridlib.selection.agreement import RANGES, bootstrap_interval, interval, spearman
 
@@ -51,20 +51,20 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
         raise ValueError(f"scores have shapes {shapes}; give (seeds, layers), as many layers for every label")
     if keep is not None and not set(keep) <= set(arrays):
         raise ValueError(f"keep names {sorted(set(keep) - set(arrays))[0]!r}, which scores does not have")
-    layers, beside, limits = np.arange(shapes[0][1]), dodge(len(arrays), 0.18), Limits()
+    layers, beside, bounds = np.arange(shapes[0][1]), dodge(len(arrays), 0.18), []
     with house_style():
         figure, axes = new_figure(7, 2.9)
         for i, (label, values) in enumerate(arrays.items()):
             x, style = layers + beside[i], look(i, line=False) | {"markeredgewidth": 1.2, "zorder": 4}
             mean, low, high = np.array([interval(column) for column in values.T]).T
-            limits.add(values, [low, high])
+            bounds += [low, high]
             axes.plot(x, mean, color=COLOURS[i % 7], linestyle=look(i)["linestyle"], linewidth=0.8, alpha=0.45)
             axes.vlines(x, low, high, color=COLOURS[i % 7], linewidth=1.2, zorder=3)
             filled = np.isin(layers, list(keep.get(label, ()))) if keep is not None else np.ones(len(x), bool)
             axes.plot(x[filled], mean[filled], **style)
             axes.plot(x[~filled], mean[~filled], **style, markerfacecolor="white")
         axes.set_xlim(-0.7, len(layers) - 0.3)
-        axes.set_ylim(*limits.span())
+        axes.set_ylim(*axis_limits(np.concatenate(list(arrays.values())), bounds))
         axes.grid(axis="y")
         layer_ticks(axes, len(layers))
         axes.set_ylabel(ylabel)
@@ -135,7 +135,7 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
     if log and not (rows[value] > 0).all():
         raise ValueError(f"frame has {value!r} of {rows[value].min()}; a logarithmic axis needs values above 0")
     labels, groups = list(dict.fromkeys(rows[label])), list(dict.fromkeys(rows[group])) if group else [None]
-    beside, limits = dodge(len(groups), 0.3), Limits(log)
+    beside, bounds = dodge(len(groups), 0.3), []
     styles = [look(j, line=False) | {"markersize": 6.5, "markeredgewidth": 1.5} | (
         {"markerfacecolor": "white"} if j % 2 else {}) for j in range(len(groups))]
     with house_style():
@@ -145,7 +145,7 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
             j = groups.index(part) if group else 0
             values, y = runs[value].to_numpy(dtype=float), labels.index(name) + beside[j]
             mean, low, high = interval(values, within=RANGES.get(value))
-            limits.add(values, [low, high])
+            bounds += [low, high]
             axes.hlines(y, low, high, color=COLOURS[j % 7], linewidth=2, zorder=3)
             if len(values) > 1:
                 axes.plot(values, np.full(len(values), y), ".", color=MUTED, markersize=4.5, transform=below)
@@ -153,14 +153,14 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
             axes.annotate(format_interval(mean, low, high, 3), (1.02, y), va="center", fontsize=8,
                           xycoords=("axes fraction", "data"), annotation_clip=False)
         if reference is not None:
-            limits.add([reference])
             axes.axvline(reference, color=INK, linestyle=(0, (5, 2)), linewidth=1, zorder=2)
             axes.annotate(f"{reference_label} {format_number(reference, 3)}", (reference, 1), (0, 2), fontsize=8,
                           xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom")
-        axes.set_xlim(*limits.span())
+        limits = axis_limits([*rows[value], *([] if reference is None else [reference])], bounds, log)
+        axes.set_xlim(*limits)
         if log:
             axes.set_xscale("log")
-            log_ticks(axes.xaxis, *limits.span())
+            log_ticks(axes.xaxis, *limits)
         _bars(axes, labels)
         better = f", {MEASURES[value].better} is better" if value in MEASURES else ""
         axes.set_xlabel(label_of(value) + better if xlabel is None else xlabel)

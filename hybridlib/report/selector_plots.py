@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from hybridlib.report.contest import COSTS, front
-from hybridlib.report.style import INK, Limits, MUTED, finish, house_style, label_of, log_ticks, look, new_figure
+from hybridlib.report.style import INK, MUTED, axis_limits, finish, house_style, label_of, log_ticks, look, new_figure
 from hybridlib.selection.agreement import RANGES, interval
 from hybridlib.study.contest import Contest
 
@@ -40,14 +40,14 @@ def quality_and_cost(contest: Contest, value: str, cost: str = "flops", *, log: 
     kinds, paid = list(dict.fromkeys(needs)), means[cost][means[cost] > 0]
     low, high = (paid.min(), paid.max()) if len(paid) else (1.0, 10.0)
     nothing = low / max((high / low) ** 0.15, 3)
-    x, limits = means[cost].where(means[cost] > 0, nothing), Limits(log)
+    x, bounds = means[cost].where(means[cost] > 0, nothing), []
     with house_style():
         figure, axes = new_figure(7, max(3.6, 1 + 0.16 * len(means)))
         axes.set_xscale("log")
         for i, title in enumerate(means.index):
             runs, on_front = rows.loc[rows["selector"] == title, value], title in best
             _, *ends = interval(runs, within=RANGES[value])
-            limits.add(runs, ends)
+            bounds += ends
             shape = look(kinds.index(needs[title]), line=False) | {"markersize": 7, "markeredgewidth": 1.2}
             axes.vlines(x[title], *ends, color=shape["color"], linewidth=1, alpha=0.6, zorder=2)
             axes.plot(x[title], means.loc[title, value], **shape, zorder=4 + on_front,
@@ -58,10 +58,11 @@ def quality_and_cost(contest: Contest, value: str, cost: str = "flops", *, log: 
                               annotation_clip=False)
         axes.plot(x[best], means.loc[best, value], **_JOINED, zorder=3, drawstyle="steps-post")
         axes.set_xlim(nothing / (high / nothing) ** 0.05, high * (high / nothing) ** 0.05)
-        axes.set_ylim(*limits.span())
+        limits = axis_limits(rows[value], bounds, log)
+        axes.set_ylim(*limits)
         if log:
             axes.set_yscale("log")
-            log_ticks(axes.yaxis, *limits.span())
+            log_ticks(axes.yaxis, *limits)
         if (means[cost] == 0).any():
             powers = range(int(np.ceil(np.log10(low * 0.9))), int(np.ceil(np.log10(high * 2))))
             axes.xaxis.set_major_locator(FixedLocator([nothing, *(10.0 ** power for power in powers)]))

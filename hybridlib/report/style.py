@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-__all__ = ["COLOURS", "INK", "Limits", "MEASURES", "MUTED", "PALE", "Plot", "dodge", "finish", "format_interval",
+__all__ = ["COLOURS", "INK", "MEASURES", "MUTED", "PALE", "Plot", "axis_limits", "dodge", "finish", "format_interval",
            "format_number", "house_style", "label_of", "layer_ticks", "log_ticks", "look", "mebibytes", "milliseconds",
            "new_figure", "plain_axes"]
 
@@ -89,30 +89,22 @@ class Plot(Figure):
         return file.getvalue()
 
 
-class Limits:
-    """Axis limits that follow values, and give their intervals at most as much room again on each side.
+def axis_limits(values: Sequence, bounds: Sequence = (), log: bool = False) -> tuple[float, float]:
+    """Lower and upper limit of an axis that follows `values`, with a margin.
 
-    Two seeds can make an interval many times longer than anything measured; it then runs off the axis.
+    Their intervals, `bounds`, get at most as much room again on each side: two seeds can make one many times longer
+    than anything measured; it then runs off the axis. What a logarithmic axis cannot show is left out.
     """
-
-    def __init__(self, log: bool = False):
-        self._log, self._values, self._bounds = log, [], []
-
-    def add(self, values: Sequence[float], bounds: Sequence[float] = ()) -> None:
-        """Take in values and the ends of intervals; an end that the axis cannot show is left out."""
-        self._values.extend(np.ravel(values))
-        self._bounds.extend(b for b in np.ravel(bounds) if np.isfinite(b) and (b > 0 or not self._log))
-
-    def span(self) -> tuple[float, float]:
-        """Lower and upper limit, with a margin."""
-        values, ends = np.array(self._values), np.array(self._values + self._bounds)
-        if self._log:
-            values, ends = np.log(values), np.log(ends)
-        room = np.ptp(values) or 0.1 * abs(values[0]) or 1.0
-        low, high = max(ends.min(), values.min() - room), min(ends.max(), values.max() + room)
-        margin = 0.06 * ((high - low) or room)
-        span = np.array([low - margin, high + margin])
-        return tuple(float(end) for end in (np.exp(span) if self._log else span))
+    values, bounds = np.ravel(values).astype(float), np.ravel(bounds).astype(float)
+    bounds = bounds[np.isfinite(bounds) & ((bounds > 0) | (not log))]
+    if log:
+        values, bounds = np.log(values), np.log(bounds)
+    room = np.ptp(values) or 0.1 * abs(values[0]) or 1.0
+    ends = np.concatenate([values, bounds])
+    low, high = max(ends.min(), values.min() - room), min(ends.max(), values.max() + room)
+    margin = 0.06 * ((high - low) or room)
+    span = low - margin, high + margin
+    return tuple(float(end) for end in (np.exp(span) if log else span))
 
 
 def look(i: int, *, line: bool = True) -> dict:

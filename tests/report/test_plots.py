@@ -164,16 +164,11 @@ def test_as_table():
 
 
 def test_limits_follow_the_values_when_intervals_are_huge():
-    limits = style.Limits()
-    limits.add([1.0, 2.0], [-50.0, 60.0])
-    low, high = limits.span()
+    low, high = style.axis_limits([1.0, 2.0], [-50.0, 60.0])
     assert -0.3 < low < 0.0 and 3.0 < high < 3.3
-    limits = style.Limits()
-    limits.add([1.0, 2.0], [0.9, np.nan])
-    assert limits.span() == pytest.approx((0.9 - 0.066, 2.0 + 0.066))
-    same = style.Limits()
-    same.add([0.5])
-    assert same.span()[0] < 0.5 < same.span()[1]
+    assert style.axis_limits([1.0, 2.0], [0.9, np.nan]) == pytest.approx((0.9 - 0.066, 2.0 + 0.066))
+    assert style.axis_limits([0.5])[0] < 0.5 < style.axis_limits([0.5])[1]
+    assert style.axis_limits([1.0, 10.0], [-1.0, 20.0], log=True)[0] > 0
 
 
 @pytest.mark.parametrize("draw, words", [
