@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +15,7 @@ from hybridlib.distill.objectives import divergence_from_hidden, kl_divergence
 from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 
-__all__ = ["Evaluation", "compare", "evaluate", "heldout_kl", "mean_stderr", "row_kl"]
+__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "mean_stderr", "row_kl"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,40 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
     """
     if recall is not None and tokens.tokenizer is None:
         raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
-    sums, kl = torch.zeros(3, dtype=torch.float64), []
+    score = None
     with evaluation_mode(model):
-        for ids, teacher_states in _batches(model, teacher, tokens, heldout_tokens, batch_tokens):
-            with _autocast(ids.device):
-                teacher_logits = teacher.lm_head(teacher_states).float()
-                logits = model.lm_head(last_hidden(model, ids)).float()
-            rows, nats, agreement = compare(teacher_logits, logits, ids)
-            kl += rows
-            sums += torch.tensor([nats, _nats(teacher_logits, ids).sum().item(), agreement], dtype=torch.float64)
-    nats, teacher_nats, agreement = (sums / len(kl)).tolist()
-    figures = (*mean_stderr(kl), math.exp(nats), math.exp(teacher_nats), agreement, len(kl) * tokens.context)
-    if recall is None or tokens.tokenizer is None:
-        return Evaluation(*figures)
-    score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
-    return Evaluation(*figures, score.exact_match, score.stderr)
+        if recall is not None:
+            score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
+        return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens,
+                                [score and (score.exact_match, score.stderr)], heldout_tokens=heldout_tokens,
+                                batch_tokens=batch_tokens)[0]
+
+
+@torch.no_grad()
+def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], teacher: PreTrainedModel, tokens: Tokens,
+                     recall: Sequence[tuple[float, float] | None], *, heldout_tokens: int | None = None,
+                     batch_tokens: int = 8192, states: TeacherStates | None = None) -> list[Evaluation]:
+    """Measure several models, in evaluation mode, as `evaluate` does one.
+
+    `logits` takes ids (rows, time) and gives each model's logits (rows, time, vocab); `recall` has each one's exact
+    match with its standard error. `states`, of this teacher, spare its pass.
+    """
+    kl: list[list[float]] = [[] for _ in recall]
+    sums = torch.zeros(len(recall), 3, dtype=torch.float64)
+    for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
+        with _autocast(ids.device):
+            teacher_logits = teacher.lm_head(hidden).float()
+            teacher_nats = _nats(teacher_logits, ids).sum().item()
+            for c, own in enumerate(logits(ids)):
+                rows, nats, agreement = _compare(teacher_logits, own.float(), ids)
+                kl[c] += rows
+                sums[c] += torch.tensor([nats, teacher_nats, agreement], dtype=torch.float64)
+    figures = []
+    for rows, total, score in zip(kl, sums, recall, strict=True):
+        nats, teacher_nats, agreement = (total / len(rows)).tolist()
+        figures.append(Evaluation(*mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
+                                  len(rows) * tokens.context, *(score or (None, None))))
+    return figures
 
 
 @torch.no_grad()
@@ -83,7 +102,7 @@ def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens,
     """
     values = []
     with evaluation_mode(model):
-        for ids, hidden in _batches(model, teacher, tokens, heldout_tokens, batch_tokens, states):
+        for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
             kl = measure(ids, hidden) if measure else row_kl(model, teacher, ids, hidden)
             values.append(kl.clone())  # the next call may write to the same place
     return mean_stderr(torch.cat(values).tolist())
@@ -105,14 +124,13 @@ def row_kl(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, 
                             for t, s in zip(teacher_states, states, strict=True)])
 
 
-def _batches(model, teacher, tokens, heldout_tokens, batch_tokens, states=None
-             ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(teacher, tokens, heldout_tokens, batch_tokens, states) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield held-out ids (rows, context) with the teacher's last hidden states (rows, context, width)."""
     count = len(tokens.heldout)
     if heldout_tokens is not None:
         check_int("heldout_tokens", heldout_tokens, tokens.context)
         count = min(count, heldout_tokens // tokens.context)
-    device = next(model.parameters()).device
+    device = next(teacher.parameters()).device
     for ids in tokens.heldout[:count].split(max(1, batch_tokens // tokens.context)):
         ids = ids.to(device).long()
         with _autocast(device):
@@ -124,7 +142,7 @@ def _autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def compare(teacher_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], float, float]:
+def _compare(teacher_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], float, float]:
     """Return KL of each row, and sums over rows of the nats of the next token and of the agreement on the likeliest.
 
     `teacher_logits`, `logits` : (rows, time, vocab); `ids` : (rows, time).

@@ -266,8 +266,6 @@ def _measure_in_turn(job, key, layers, until, since):
 def _measure_together(job, inputs, sets, until, since):
     bill = _Bill(inputs, len(sets))
     steps = {layers: steps_done(job.checkpoint(layers)) for layers in sets}
-    rows = job.heldout(inputs.tokens) // inputs.context
-    heldout = Tokens(inputs.tokens.train, inputs.tokens.heldout[:rows], inputs.tokens.tokenizer)
     examples = encode_all(generate_recall(job.recall, job.recall_examples, seed=1), inputs.tokens.tokenizer,
                           inputs.student.config) if job.recall is not None else None
     figures: dict[Layers, dict] = {}
@@ -283,7 +281,8 @@ def _measure_together(job, inputs, sets, until, since):
         if until == job.num_tokens:
             inputs.forget()
         spent = end * cohort.step_tokens
-        for c, (layers, measured) in enumerate(zip(part, cohort.figures(heldout, examples), strict=True)):
+        evaluations = cohort.figures(inputs.tokens, job.heldout(inputs.tokens), examples)
+        for c, (layers, measured) in enumerate(zip(part, evaluations, strict=True)):
             error, done = cohort.errors.get(c), _training(cohort.histories[c]) if job.evaluation else {}
             try:
                 if error is None:

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from hybridlib.distill.evaluate import compare, mean_stderr
+from hybridlib.distill.evaluate import evaluate_members
 from hybridlib.distill.loop import Run
 from hybridlib.distill.recall import exact_match, judge, pad_left, recall_logits
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import matching_loss, weight_groups
-from hybridlib.models.passes import TeacherStates, last_hidden
+from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 from hybridlib.selection.engine.stacked import own_weights, stacked, stacked_weights
 
 __all__ = ["Cohort"]
@@ -54,10 +54,17 @@ class Cohort(Run):
         self.stack.train()
         super().train(end, **how)
 
-    def figures(self, tokens, examples=None) -> list[dict]:
-        """Of each candidate, the figures of `evaluate.evaluate` on the held-out rows of `tokens`; recall if there are
-        `examples` of it. Those of a candidate in `errors` mean nothing."""
-        return _figures(self.stack, self.teacher, tokens, examples, len(self.sets), self.states)
+    def figures(self, tokens, heldout_tokens: int | None = None, examples=None) -> list[dict]:
+        """Each candidate's figures of `evaluate.evaluate`, with recall if there are `examples` of it.
+
+        Those of a candidate in `errors` mean nothing.
+        """
+        count = len(self.sets)
+        with evaluation_mode(self.stack):
+            recall = _recall(self.stack, tokens.tokenizer, examples, count) if examples else [None] * count
+            return [member.metrics() for member in evaluate_members(
+                lambda ids: (F.linear(*output) for output in self.outputs(ids)), self.teacher, tokens, recall,
+                heldout_tokens=heldout_tokens, states=self.states)]
 
     def build(self, student, teacher):
         """The model that trains."""
@@ -69,7 +76,8 @@ class Cohort(Run):
 
     def outputs(self, ids):
         """For each candidate, its last hidden states on `ids` (rows, time), and its output head."""
-        return _outputs(self.stack, ids, len(self.sets))
+        hidden = last_hidden(self.stack, ids.repeat(len(self.sets), 1)).unflatten(0, (len(self.sets), -1))
+        return list(zip(hidden.unbind(0), self.stack.lm_head.weight.unbind(0), strict=True))
 
     def clip(self):
         first = self.named[0][1]
@@ -101,29 +109,8 @@ class Cohort(Run):
 
 
 @torch.no_grad()
-def _figures(stack, teacher, tokens, examples, count, states, batch_tokens=8192):
-    """The figures of `evaluate.evaluate` for each candidate."""
-    device = next(stack.parameters()).device
-    stack.eval()
-    kl, sums = [[] for _ in range(count)], torch.zeros(count, 2, dtype=torch.float64)
-    for ids in tokens.heldout.split(max(1, batch_tokens // tokens.context)):
-        ids = ids.to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = last_hidden(teacher, ids) if states is None else states(ids)
-            theirs = teacher.lm_head(hidden).float()
-            for c, (hidden, head) in enumerate(_outputs(stack, ids, count)):
-                row_kl, *row_sums = compare(theirs, F.linear(hidden, head).float(), ids)
-                kl[c] += row_kl
-                sums[c] += torch.tensor(row_sums, dtype=torch.float64)
-    nats, agree = (sums / len(tokens.heldout)).unbind(1)
-    right = _recall(stack, tokens.tokenizer, examples, count) if examples else [None] * count
-    return [dict(zip(("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr"),
-                     (*mean_stderr(kl[c]), nats[c].exp().item(), agree[c].item(),
-                      *((None, None) if right[c] is None else exact_match(right[c]))))) for c in range(count)]
-
-
 def _recall(stack, tokenizer, examples, count, batch_rows=128):
-    """For each candidate, which answers are right, as `recall.score_recall` judges them; the logits of 128 rows."""
+    """Each candidate's exact match and its standard error, as of `recall.score_recall`, from logits of 128 rows."""
     device, right = next(stack.parameters()).device, [[] for _ in range(count)]
     size = max(1, batch_rows // count)
     for part in (examples[i:i + size] for i in range(0, len(examples), size)):
@@ -132,10 +119,4 @@ def _recall(stack, tokenizer, examples, count, batch_rows=128):
         ids = ids.cpu()  # at once: a number at a time would wait for the GPU as often
         for c, predicted in enumerate(predicted.unflatten(0, (count, -1))):
             right[c] += [exact for exact, _, _ in judge(predicted, ids, shift, part)]
-    return right
-
-
-def _outputs(stack, ids, count):
-    """For each candidate, its last hidden states on `ids` (rows, time), (rows, time, width), and its output head."""
-    hidden = last_hidden(stack, ids.repeat(count, 1)).unflatten(0, (count, -1))
-    return list(zip(hidden.unbind(0), stack.lm_head.weight.unbind(0), strict=True))
+    return [exact_match(answers) for answers in right]
