@@ -1,8 +1,7 @@
 """Searches over layer sets: which set is best by a measure, when layers are not judged one by one.
 
-A measure takes the layers that stay softmax, ascending, and gives a number, lower for better: `distilled_kl` makes one
-of a short distillation. A search goes in rounds. The sets of a round do not depend on one another, so they can be
-measured side by side; no set is measured twice. (`functools.cache` around a measure remembers across searches.)
+A measure takes the layers that stay softmax, ascending, and gives a number, lower for better, as `distilled_kl` does.
+A search goes in rounds, whose sets can be measured side by side; no set is measured twice.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ Measure = Callable[[Layers], float]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
-
-    `layers` is the set it ends with. `path` has, a round each, the best set measured in it and its value; each round
-    is of one size. `values` is every set measured, {layers: value}.
-    """
+    """The set `layers` that a search ends with; `path`, each round's best set and its value; `values` of all sets."""
 
     layers: Layers
     path: tuple[tuple[Layers, float], ...]
@@ -48,23 +43,15 @@ class SearchResult:
 
 def greedy_forward(measure: Measure, num_layers: int, budget: float | int, *,
                    executor: Executor | None = None) -> SearchResult:
-    """From no layer, add the one that helps most until K are kept; what is left is measured anew after every step.
-
-    Parameters as in `beam`. Classical; exact if layers add up, and blind to a pair of which neither helps alone.
-
-    Cost: K (2L - K + 1) / 2 evaluations in K rounds.
-    """
+    """From no layer, add the one that helps most until K are kept; K (2L - K + 1) / 2 evaluations. See `beam`."""
     return beam(measure, num_layers, budget, 1, executor=executor)
 
 
 def greedy_backward(measure: Measure, num_layers: int, budget: float | int, *,
                     executor: Executor | None = None) -> SearchResult:
-    """From all layers, remove the one that is missed least until K are kept; the rest is measured anew every step.
+    """From all layers, remove the one that is missed least until K are kept; (L - K) (L + K + 1) / 2 evaluations.
 
-    Parameters as in `beam`. Classical; exact if layers add up. It judges a layer among nearly all the others, where
-    one can stand in for another, so for small budgets its first steps say little about the last.
-
-    Cost: (L - K) (L + K + 1) / 2 evaluations in L - K rounds; none if K = L.
+    See `beam`.
     """
     return beam(measure, num_layers, budget, 1, "remove", executor=executor)
 
@@ -76,23 +63,16 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
     Parameters
     ----------
     measure : takes layers, ascending, and gives a number, lower for better.
-    num_layers : L, layers of the teacher.
-    budget : share or count of the layers to keep, K; see `selection.budget_layers`.
-    width : sets kept after each round. 1 is greedy; with every set of each size kept, the search is exhaustive.
+    num_layers, budget : L layers of the teacher, and the share or count K of them to keep.
+    width : sets that each round leaves; 1 is greedy.
     direction : ``"add"`` grows sets from none, ``"remove"`` shrinks them from all.
-    executor : anything with the `submit` of a `concurrent.futures.Executor`; a round's sets are submitted at once.
-        None measures them one after the other.
+    executor : anything with the `submit` of a `concurrent.futures.Executor`, which gets a round's sets at once.
 
-    Of sets of equal value the first in the order of their layers is kept, so the same values give the same result
-    wherever they are measured. If measuring fails, the error carries a note that names the layers, and sets of the
-    round that have not begun are called off. Raises ValueError for a bad argument, or a value that is no number or nan.
+    Of sets of equal value the first in the order of their layers goes on. If measuring fails, the error carries a note
+    that names the layers. Raises ValueError for a bad argument, or a value that is no number or nan.
 
     Cost: at most L + width (K - 1)(2L - K) / 2 evaluations in K rounds if adding, at most
-    L + width (L - K - 1)(L + K) / 2 in L - K rounds if removing (none if K = L): fewer where kept sets lead to the
-    same one. What an evaluation costs in tokens is `measure`'s to say; see `distilled_kl`.
-
-    Assumes that the best set has a subset (if removing, a superset) among the `width` best of every size. Source:
-    classical; the paper ranks once instead of after every step.
+    L + width (L - K - 1)(L + K) / 2 in L - K rounds if removing.
     """
     check_choice("direction", direction, ("add", "remove"))
     check_int("width", width, 1)
@@ -113,13 +93,9 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
 
 def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = None, *,
                executor: Executor | None = None) -> SearchResult:
-    """Measure every set of K layers: the truth that other searches are compared with.
+    """Measure every set of K layers, L! / (K! (L - K)!) of them, or with `budget` None all 2 ** L sets. See `beam`.
 
-    Parameters as in `beam`; `budget` None measures every set of every size, from no layer to all. Then `path` has the
-    best set of each size, and `layers` is the best of all; of equals, the smallest.
-
-    Cost: L! / (K! (L - K)!) evaluations in one round, or 2 ** L in L + 1 rounds: for a small L. Assumes nothing but
-    that `measure` tells sets apart.
+    Then `path` has the best set of each size, and `layers` is the best of all; of equals, the smallest.
     """
     count = _checked(measure, num_layers, 1 if budget is None else budget, executor)
     path, values = [], {}
@@ -133,12 +109,9 @@ def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = N
 def interactions(values: Mapping[Layers, float], num_layers: int) -> np.ndarray:
     """What two layers bring together less what each brings alone: (num_layers, num_layers), symmetric.
 
-    I(i, j) = [v() - v(i, j)] - [v() - v(i)] - [v() - v(j)] = v(i) + v(j) - v() - v(i, j), in the measure's units, where
-    v is lower for better: above 0 if the two help one another, below 0 if one stands in for the other. nan on the
-    diagonal and where a set of the three was not measured.
-
-    `values` are those of a search, ``values[()]``, the measure of no layer, among them: `exhaustive` of all sizes
-    measures it, the other searches do not. Raises ValueError if it is missing or `values` names no sets of layers.
+    I(i, j) = v(i) + v(j) - v() - v(i, j), in the measure's units: above 0 if the two help one another, below 0 if one
+    stands in for the other. nan on the diagonal and where a set was not measured. Raises ValueError without
+    ``values[()]``.
     """
     check_int("num_layers", num_layers, 1)
     v = {check_layers(layers, num_layers): value for layers, value in values.items()}
@@ -153,20 +126,13 @@ def interactions(values: Mapping[Layers, float], num_layers: int) -> np.ndarray:
 
 
 def regret(layers: Iterable[int], values: Mapping[Layers, float]) -> float:
-    """How much worse `layers` are than the best set of as many layers in `values`; 0 for the best.
-
-    It is the regret only if all sets of that size are in `values`, as after `exhaustive`; else a lower bound. Raises
-    ValueError if `layers` are not in `values`.
-    """
+    """How much worse `layers` are than the best set of as many layers in `values`. ValueError if they are not there."""
     own, rivals = _of_size(layers, values)
     return own - min(rivals)
 
 
 def rank_of(layers: Iterable[int], values: Mapping[Layers, float]) -> tuple[int, int]:
-    """(rank, count) of `layers` among the sets of as many layers in `values`; rank 1 is best, equals share it.
-
-    Raises ValueError if `layers` are not in `values`.
-    """
+    """(rank, count) of `layers` among the sets of as many layers in `values`; 1 is best, equals share it."""
     own, rivals = _of_size(layers, values)
     return 1 + sum(value < own for value in rivals), len(rivals)
 

@@ -1,8 +1,7 @@
 """Candidates: sets of layers go in; each is restored, trained and measured, and its KL, recall and cost come out.
 
-This is the one path of scores, searches, the oracle and finished hybrids. A candidate trains by itself (`measure_set`);
-or several do in one stacked model, or in turn in one recorded step, to the same figures up to rounding
-(`measure_sets`). The teacher's pass is shared, and the state of a candidate between two calls is on disk or in memory.
+This is the one path of scores, searches, the oracle and finished hybrids. Candidates train one by one, in turn in one
+recorded step, or together in one stacked model, to the same figures up to rounding.
 """
 
 from __future__ import annotations
@@ -97,10 +96,8 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
         ``loss_tokens`` and ``train_seconds``. Of a candidate that failed, ``error``, why, in place of figures: it does
         not stop the others.
 
-    Candidates that train together have the scores that each gets alone, up to rounding; their checkpoints are those of
-    runs alone, so that either way goes on from the other's. Seconds are shared out evenly, and the teacher's pass is
-    the first one's, as it is of candidates measured in turn. If a group cannot be trained as one (it may not fit the
-    GPU's memory), its candidates are measured in turn.
+    Checkpoints of candidates that train together are those of runs alone, so that either way goes on from the other's.
+    The teacher's pass is on the first one's bill. A group that cannot be trained as one is measured in turn.
     """
     sets = [tuple(layers) for layers in sets]
     if job.num_tokens and (len(sets) > 1 if stack is None else stack):
@@ -125,9 +122,8 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
 def measure_set(job: Job, layers: Layers, until: int | None = None, since: int = 0) -> dict:
     """The figures of one candidate, as `measure_sets` gives them; raises what went wrong.
 
-    Where `shares_step` says so, it takes its turn in one recorded step (`Switched`), which gives the same figures in
-    every process, to the last bit, if its mixers run the fused kernels. Without checkpoints its state then stays in
-    memory; what is lost there is trained again.
+    Where `shares_step` says so, it takes its turn in one recorded step (`Switched`): the same bits in every process, if
+    its mixers run the fused kernels. Without checkpoints its state then stays in memory.
     """
     job, until = replace(job, inputs=job.inputs.load()), job.num_tokens if until is None else until
     key = "step", job.num_tokens, job.settings
@@ -147,24 +143,16 @@ def measure_set(job: Job, layers: Layers, until: int | None = None, since: int =
 
 def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, settings: MatchSettings | None = None,
                  heldout_tokens: int | None = None, inputs: ScoringInputs | None = None) -> Measure:
-    """A measure: the held-out KL, in nats a token, of the hybrid with these layers after a short stage 2.
+    """A measure for searches: the held-out KL, in nats a token, of the hybrid with these layers after a short stage 2.
 
-    With it, `greedy_forward` is greedy addition that scores the remaining layers anew given the chosen ones, where
-    GA-S2 scores each once, alone: its first round measures what `score_layers` measures.
+    With it, `greedy_forward` scores the remaining layers anew given the chosen ones, where GA-S2 scores each once.
 
     Parameters
     ----------
     student : aligned and all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
     num_tokens : tokens of stage 2 for each set; 0 measures it untrained.
-    settings : of stage 2. Every set sees the same rows in the same order.
     heldout_tokens : held-out tokens to measure on, None for all.
-    inputs : where the workers of an executor find student, teacher and tokens; without them the measure takes both
-        models with it at every call.
-
-    Cost of an evaluation: a copy of the student, stage 2 over `num_tokens`, and a pass over the held-out rows. The
-    teacher's pass is computed once and shared, see `TeacherStates`.
-
-    Assumes that sets can be told apart after `num_tokens`: a short stage 2 may rank them otherwise than a long one.
+    inputs : where the workers of an executor load their inputs; without them every call carries both models.
     """
     check_int("num_tokens", num_tokens, 0)
     for name, value in (("num_tokens", num_tokens or None), ("heldout_tokens", heldout_tokens)):
@@ -181,8 +169,7 @@ def _kl(job, layers):
 
 
 def shares_step(job: Job) -> bool:
-    """Whether candidates that train alone take turns in one recorded step: on a GPU, if the settings ask for it and the
-    KL alone is measured."""
+    """Whether candidates take turns in one recorded step: on a GPU, if settings say so and the KL alone is measured."""
     inputs = job.inputs
     return (isinstance(inputs, LoadedInputs) and job.settings.cuda_graph and inputs.states is not None
             and not job.evaluation and next(inputs.student.parameters()).is_cuda

@@ -1,9 +1,4 @@
-"""Candidates that train together: a stacked model, its optimizer, and what each candidate has come to.
-
-Launching the kernels of a step takes a GPU longer than running them, where the teacher is small. Candidates, one for
-each set of softmax layers, therefore share every launch. Each has its own loss, its own gradient norm to clip and its
-own end if it meets a number that is not finite; its state on disk is that of a run of `distill.match` by itself.
-"""
+"""Candidates that train together, in a stacked model, so that a small teacher's students share every launch."""
 
 from __future__ import annotations
 
@@ -28,13 +23,7 @@ class Cohort(Run):
     """The hybrids of one student with these `sets` of softmax layers, in training together.
 
     Candidate c is trained as ``match(restore(student, teacher, sets[c]), teacher, tokens, num_tokens, ...)`` would
-    train it, to rounding.
-
-    Parameters
-    ----------
-    student, teacher, tokens, num_tokens, settings, states : as `distill.match` takes them, the student all linear.
-        ``settings.compile`` is not offered here: the layers run as they are.
-    sets : for each candidate, its softmax layers, ascending.
+    train it, to rounding, and so is its checkpoint; ``settings.compile`` has no effect.
     """
 
     compiled = False  # layers run as they are

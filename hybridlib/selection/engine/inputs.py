@@ -22,9 +22,8 @@ __all__ = ["LoadedInputs", "ScoringInputs", "weights_sha256"]
 class LoadedInputs:
     """Inputs of candidates as they lie in this process.
 
-    `states`, the teacher's, are shared by the candidates; None computes them in every step, which a long run wants.
-    `alive` has what the next task may go on with: the cohort that trained last, the step that candidates share, and
-    their states between rounds. It does not travel. `beside` counts the bytes on the GPU before, for a `Meter`.
+    `states`, the teacher's, are shared by the candidates; None computes them in every step, which suits a long run.
+    `alive` has what the next task may go on with, and does not travel; `beside` is for `Meter`.
     """
 
     student: PreTrainedModel

@@ -1,10 +1,4 @@
-"""Candidates as tasks that do not depend on one another, and rounds of them.
-
-An `Engine` says how candidates are run: in this process, one after the other or several in one model, or by an
-executor, which may be a pool of `concurrent.futures`, ``client.get_executor()`` of dask.distributed, or one of submitit
-(SLURM). The figures of a candidate are handed on as soon as they are there, so that they can be recorded; one that
-fails does not stop the others. With `EarlyStop` they advance in rounds.
-"""
+"""Candidates as tasks that do not depend on one another, here or by an executor, and rounds of them."""
 
 from __future__ import annotations
 
@@ -52,24 +46,18 @@ class ScoringFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop scoring once the top-K set has stopped changing.
-
-    Every `measure_every` tokens all candidates are measured. Scoring stops at the first measurement at which the sets
-    of the K best layers of the last `window` measurements agree: the Jaccard of any two of them is at least
-    `threshold`.
+    """Stop scoring once the set of the K best layers has stopped changing.
 
     Parameters
     ----------
-    budget : share or count of layers, K; see `selection.budget_layers`.
+    budget : share or count of layers, K; see `rules.budget_layers`.
     measure_every : tokens of a candidate's training between two measurements; at least a step's.
-    window : measurements that must agree, at least 2.
-    threshold : smallest Jaccard, above 0 and at most 1; 1 asks for equal sets.
-    heldout_tokens : held-out tokens for measurements that may turn out not to be the last, at most those of the scores;
-        None for as many. Where fewer say that the set has settled, the candidates are measured once more on all, so
-        that scores are always of all.
+    window : measurements, at least 2, whose sets must have a Jaccard of at least `threshold`, any two of them.
+    threshold : above 0 and at most 1, which asks for equal sets.
+    heldout_tokens : held-out tokens for measurements on the way; None for as many as for scores. Where fewer say that
+        the set has settled, candidates are measured once more on all.
 
-    Source: paper, its section on token cost, which follows the top-K set by its rolling Jaccard. That a set which
-    has settled stays so is an assumption.
+    Source: paper, section on token cost (rolling Jaccard of the top-K set).
     """
 
     budget: float | int
@@ -87,15 +75,15 @@ class EarlyStop:
             check_int("heldout_tokens", self.heldout_tokens, 1)
 
     def parameters(self) -> dict:
-        """For a record; `heldout_tokens` is left out where it is None, as in records older than it."""
+        """The fields that are set, for a record."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def count(self, num_layers: int) -> int:
-        """K of `num_layers` layers; ValueError if the budget is none."""
+        """K of `num_layers` layers."""
         return budget_layers(self.budget, num_layers)
 
     def settled(self, history: Sequence[Sequence[float]]) -> bool:
-        """Whether scoring may stop after these measurements, each a score a layer, higher for keep."""
+        """Whether scoring may stop after measurements `history`, each a score a layer, higher for keep."""
         if len(history) < self.window:
             return False
         count = self.count(len(history[-1]))
@@ -104,11 +92,8 @@ class EarlyStop:
 
 
 class CandidateRecords(Protocol):
-    """Where the figures of candidates are recorded.
-
-    `candidate` is its place among the candidates of a run, and `tokens` how far it was trained when it was measured.
-    `heldout_tokens`, given only where fewer than those of the scores were read, says on how many.
-    """
+    """Where the figures of candidates are recorded, by place among them, tokens trained, and held-out tokens if fewer
+    than those of the scores were read."""
 
     def find(self, candidate: int, tokens: int, heldout_tokens: int | None = None) -> dict | None:
         """The recorded figures, or None; ValueError naming what is damaged."""
@@ -124,19 +109,13 @@ class Engine:
     Parameters
     ----------
     executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
-        or one of submitit. None runs them here, one after the other.
-    group : candidates a task; of several, they train together, in one stacked model, to the same figures but for
-        rounding. None is 1, but on a GPU, without an executor, as many as memory holds if the student is small, see
-        `group_of`.
-    memory : bytes for the teacher's hidden states, which candidates share, see `TeacherStates`.
-    records : asked for a candidate before it is computed, and told of it as soon as it is measured, so that a killed
-        run goes on.
-    checkpoints : folder for the state of candidates between measurements, one that all workers share; None makes one
-        for the time of the call. A candidate needs three times its weights in it. A run of at most
-        ``settings.checkpoint_every`` tokens a candidate uses it with `EarlyStop` alone, and not there if states stay in
-        memory, see `run_candidates`.
-    inputs : where workers find student, teacher and tokens, which must be those of the call. Without them a task
-        carries both models with it.
+        or one of submitit. None runs them here.
+    group : candidates that train together, in one stacked model; None for the rule of `group_of`.
+    memory : bytes for the teacher's hidden states, see `TeacherStates`.
+    records : where the figures of candidates are read from, or recorded as soon as they are measured.
+    checkpoints : folder, seen by all workers, for the state of candidates between measurements, three times their
+        weights; None for a temporary one.
+    inputs : where workers load student, teacher and tokens; without them a task carries both models with it.
     """
 
     executor: object = None
@@ -153,13 +132,10 @@ class Engine:
         check_int("memory", self.memory, 0)
 
     def group_of(self, student, tokens, settings: MatchSettings) -> int:
-        """Candidates a task: `group`, or where it is None what is likely to be fast.
+        """Candidates a task: `group` or, where it is None, as many as memory holds where launches take longest.
 
-        Candidates train together where a student is so small that launching a step's kernels takes a GPU longer than
-        running them: there, and without an executor, as many as memory holds, in even groups. That is taken to be so
-        where a step needs fewer than `SMALL_STEP` FLOPs by `cost.training_flops`. Elsewhere it is one: on a CPU nothing
-        is launched, and a stacked step takes longer than its parts. Candidates that draw random numbers (dropout) train
-        alone in any case.
+        That is on a GPU, without an executor, where a step needs fewer than `SMALL_STEP` FLOPs; elsewhere it is one.
+        Candidates that draw random numbers (dropout) train alone in any case.
         """
         num_layers = student.config.num_hidden_layers
         if student.config.attention_dropout:
@@ -177,17 +153,9 @@ def run_candidates(job: Job, sets: Sequence[Layers], engine: Engine, group: int 
                    early_stop: EarlyStop | None = None) -> dict[int, list[dict]]:
     """Measure the candidate of every set: {tokens a candidate: the figures of `measure_sets`, in the order of `sets`}.
 
-    One entry without `early_stop`, else one a round; all candidates of a round are measured before the next begins.
-
-    Parameters
-    ----------
-    job : without checkpoints; they are the engine's.
-    group : candidates a task.
-    sign : that makes a KL a score, higher for keep, which `early_stop` ranks by.
-
-    Between rounds a candidate's state is in its checkpoint; or in memory, where one process computes all in one model
-    and a candidate takes no more tokens than lie between two checkpoints. Then what a kill costs is their training up
-    to the round that it met, and no measurement.
+    There is one entry without `early_stop`, else one a round. `sign` makes a KL a score, higher for keep. Between
+    rounds a candidate's state is in its checkpoint; or in memory, where one process computes all in one model and a
+    candidate takes no more tokens than lie between two checkpoints.
 
     Raises ScoringFailed, once all other candidates of the round are recorded, and ValueError for a bad `early_stop`.
     """
@@ -273,7 +241,7 @@ def _round(job, sets, until, since, engine, group, part=None):
 
 
 def _completed(calls: Mapping[tuple, Callable], executor) -> Iterator[tuple[tuple, Callable]]:
-    """Each key of `calls` with a function that gives its result, as they are done; what is left is called off."""
+    """Yield each key of `calls` with a function that gives its result, as they end; cancel what is left."""
     if executor is None:
         yield from calls.items()
         return

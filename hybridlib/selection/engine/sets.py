@@ -1,9 +1,4 @@
-"""Stage 2 of many layer sets at once.
-
-Launching the kernels of a step takes a GPU longer than running them, where the teacher is small. Candidates, one for
-each set of softmax layers, therefore share every launch: their weights are stacked, see
-`hybridlib.selection.engine.stacked`.
-"""
+"""Stage 2 of many layer sets at once, and how many fit."""
 
 from __future__ import annotations
 

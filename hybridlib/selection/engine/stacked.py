@@ -1,9 +1,8 @@
 """Many hybrids of one student as one model: the weights of all candidates, one for each layer set, are stacked.
 
 Activations of C candidates are the batch of an ordinary hybrid: all rows of the first candidate, then those of the
-second. Attention, the mixers' operators and all else that has no weights run as they are, and only the modules that
-hold weights know of candidates. A layer that is linear in some candidates and softmax in others sends to each branch
-the rows of its own candidates, so that no candidate computes, or holds weights of, a branch that it does not use.
+second. Only modules that hold weights know of candidates. A layer sends to each branch the rows of its own candidates,
+so that none computes, or holds weights of, a branch that it does not use.
 """
 
 from __future__ import annotations
