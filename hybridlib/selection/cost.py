@@ -98,7 +98,7 @@ class Meter:
         self._flops, self._started = 0.0, time.perf_counter()
 
     def forward(self, model: nn.Module, tokens: int, context: float, *, head: bool = True, passes: int = 1) -> None:
-        """Count `tokens`, in all `passes`, that `model` read in rows of `context`, with or without its output `head`."""
+        """Count `tokens`, of all `passes` together, that `model` read in rows of `context`, its `head` among them."""
         self._forward += tokens
         self._passes += passes
         self._flops += tokens * forward_flops(model if head else model.model, context)
