@@ -18,7 +18,7 @@ from hybridlib.bench.exactness import CASES, EXACT, cases_for, measure_exactness
 from hybridlib.bench.kernel_times import time_kernels
 from hybridlib.bench.objective import IMPLEMENTATIONS, SHAPE, time_objective
 from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, check_shape, time_operator
-from hybridlib.bench.step import LOOPS, STAGES, check_align_tokens, time_step
+from hybridlib.bench.step import LOOPS, STAGES, StepSettings, check_align_tokens, time_step
 from hybridlib.bench.timing import DTYPES, Bench, time_copy
 from hybridlib.checks import check_choice, check_device, check_int, check_number
 from hybridlib.distill.corpus import load_tokens
@@ -166,10 +166,8 @@ class SpeedStudy:
             return pd.DataFrame()
         needed = max((s.steps + 2) * s.batch_tokens, s.step_align_tokens)
         tokens = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=needed, heldout_tokens=s.context)
-        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage=stage, loop=loop, mixer=s.mixer,
-                                       budget=s.budget, batch_tokens=s.batch_tokens, steps=s.steps,
-                                       plain_backend=s.plain_backend, align_tokens=s.step_align_tokens,
-                                       aligned=aligned)
+        how = StepSettings(s.mixer, s.budget, s.batch_tokens, s.steps, s.plain_backend, s.step_align_tokens)
+        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage, loop, how, aligned)
                              for stage in s.stages for loop in LOOPS])
 
     def decoding(self) -> pd.DataFrame:

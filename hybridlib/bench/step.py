@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
@@ -23,29 +24,54 @@ from hybridlib.models.passes import attention_io, compiled_if, last_hidden
 from hybridlib.models.teachers import Teacher
 from hybridlib.selection.rules import select
 
-__all__ = ["LOOPS", "PHASES", "STAGES", "check_align_tokens", "time_step"]
+__all__ = ["LOOPS", "PHASES", "STAGES", "StepSettings", "check_align_tokens", "time_step"]
 
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 
 
-def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, *, stage: str = "match", loop: str = "hybridlib",
-              mixer: str = "gdn", budget: float | int = 0.25, batch_tokens: int = 16_384, steps: int = 20,
-              plain_backend: str = "chunked", align_tokens: int = 1_048_576,
-              aligned: MutableMapping | None = None) -> dict:
+@dataclass(frozen=True)
+class StepSettings:
+    """What is timed of a training step.
+
+    Parameters
+    ----------
+    mixer : of the student. budget : softmax layers of the hybrid in ``"match"``, evenly spaced.
+    batch_tokens : tokens a step. steps : to run; on a GPU at least 6, of which the first four, where a step is
+        recorded, are not timed.
+    plain_backend : of the mixers in the plain loop.
+    align_tokens : of stage 1, by `align` in steps of `batch_tokens`, for the student that both loops of ``"match"``
+        begin with; 0 leaves it as `linearize` makes it. Neither timed nor counted as memory.
+
+    `check` raises ValueError for a value out of range.
+    """
+
+    mixer: str = "gdn"
+    budget: float | int = 0.25
+    batch_tokens: int = 16_384
+    steps: int = 20
+    plain_backend: str = "chunked"
+    align_tokens: int = 1_048_576
+
+    def check(self, context: int, untimed: int) -> None:
+        check_choice("mixer", self.mixer, tuple(MIXERS))
+        check_choice("plain_backend", self.plain_backend, MODEL_BACKENDS)
+        check_int("batch_tokens", self.batch_tokens, context)
+        check_int("steps", self.steps, untimed + 2 if untimed else 1)
+        check_align_tokens("align_tokens", self.align_tokens, context)
+
+
+def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: str,
+              how: StepSettings = StepSettings(), aligned: MutableMapping | None = None) -> dict:
     """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
 
     Parameters
     ----------
     teacher, tokens : from `load_teacher` and `load_tokens`; the device is the teacher's, the context that of `tokens`.
-    stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid with `budget` softmax layers, evenly spaced).
+    stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid).
     loop : ``"hybridlib"`` is `align` or `match` itself, compiled and recorded on a GPU as a `Study` runs it.
         ``"plain"`` is the loop that one writes first, nothing compiled or recorded: KL from all logits of both models,
-        mixers by `plain_backend`, one backward pass for all layers, torch's default AdamW.
-    batch_tokens : tokens a step. steps : to run; on a GPU at least 6, of which the first four, where a step is
-        recorded, are not timed. Both loops see the same rows and rates.
-    align_tokens : of stage 1, by `align` in steps of `batch_tokens`, for the student that both loops of ``"match"``
-        begin with; 0 leaves it as `linearize` makes it. Neither timed nor counted as memory.
+        one backward pass for all layers, torch's default AdamW. Both loops see the same rows and rates.
     aligned : a dict of the mixers that `align` trained, which the next loop can share.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
@@ -60,32 +86,29 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, *, stage: str = "m
     """
     check_choice("stage", stage, STAGES)
     check_choice("loop", loop, LOOPS)
-    check_choice("mixer", mixer, tuple(MIXERS))
-    check_choice("plain_backend", plain_backend, MODEL_BACKENDS)
-    check_int("batch_tokens", batch_tokens, tokens.context)
     untimed = 4 if teacher.model.device.type == "cuda" else 0
-    check_int("steps", steps, untimed + 2 if untimed else 1)
-    check_align_tokens("align_tokens", align_tokens, tokens.context)
+    how.check(tokens.context, untimed)
+    mixer, steps, batch_tokens = how.mixer, how.steps, how.batch_tokens
     model, settings_class = teacher.model, AlignSettings if stage == "align" else MatchSettings
     device, rows, num_layers = model.device, batch_tokens // tokens.context, model.config.num_hidden_layers
-    layers = select("uniform", budget, num_layers=num_layers) if stage == "match" else ()
+    layers = select("uniform", how.budget, num_layers=num_layers) if stage == "match" else ()
     settings = settings_class(batch_tokens=batch_tokens, schedule="constant", warmup=0.0, compile=True,
                               cuda_graph=True)
     parameters = {"teacher": teacher.name, "revision": teacher.revision, "stage": stage, "loop": loop, "mixer": mixer,
                   "layers": list(layers), "context": tokens.context, "batch_tokens": batch_tokens, "steps": steps,
-                  "data": tokens.fingerprint, "plain_backend": plain_backend if loop == "plain" else None,
-                  "align_tokens": align_tokens if stage == "match" else None}
+                  "data": tokens.fingerprint, "plain_backend": how.plain_backend if loop == "plain" else None,
+                  "align_tokens": how.align_tokens if stage == "match" else None}
     plain = loop == "plain"
     aligned = {} if aligned is None else aligned
 
     def new_student():
         student = linearize(model, mixer, teacher_name=teacher.name, teacher_revision=teacher.revision)
-        if stage == "match" and align_tokens:
-            weights = _aligned_mixers(teacher, tokens, mixer, batch_tokens, align_tokens, aligned)
+        if stage == "match" and how.align_tokens:
+            weights = _aligned_mixers(teacher, tokens, how, aligned)
             student.load_state_dict(student.state_dict() | weights)
         student = restore(student, model, layers) if layers else student
         for l in linear_layers(student.config) if plain else ():
-            student.model.layers[l].self_attn.backend = plain_backend
+            student.model.layers[l].self_attn.backend = how.plain_backend
         return student.train()
 
     def run(student, count):
@@ -127,14 +150,15 @@ def check_align_tokens(name: str, value: int, context: int) -> None:
         raise ValueError(f"{name}={value!r} is neither 0 nor a whole number of at least {context}")
 
 
-def _aligned_mixers(teacher, tokens, mixer, batch_tokens, num_tokens, cache):
+def _aligned_mixers(teacher, tokens, how, cache):
     """The mixers' weights after stage 1, by their names in the student, on the CPU; trained once for each `cache`."""
     device = teacher.model.device
-    key = teacher.name, teacher.revision, str(device), tokens.fingerprint, mixer, batch_tokens, num_tokens
+    key = (teacher.name, teacher.revision, str(device), tokens.fingerprint, how.mixer, how.batch_tokens,
+           how.align_tokens)
     if key not in cache:
-        student = linearize(teacher.model, mixer)
-        align(student, teacher.model, tokens, num_tokens,
-              settings=AlignSettings(batch_tokens=batch_tokens, compile=True, cuda_graph=True))
+        student = linearize(teacher.model, how.mixer)
+        align(student, teacher.model, tokens, how.align_tokens,
+              settings=AlignSettings(batch_tokens=how.batch_tokens, compile=True, cuda_graph=True))
         cache[key] = {name: x.to("cpu", copy=True) for name, x in student.state_dict().items() if ".self_attn." in name}
     return cache[key]
 

@@ -13,8 +13,8 @@ from hybridlib.bench import step
 
 @pytest.mark.parametrize("stage", step.STAGES)
 def test_both_loops_of_a_stage_train_alike(bench, teacher, tiny_tokens, stage):
-    rows = [step.time_step(bench, teacher, tiny_tokens, stage=stage, loop=loop, budget=1, batch_tokens=64,
-                                 steps=3, align_tokens=128) for loop in step.LOOPS]
+    how = step.StepSettings(budget=1, batch_tokens=64, steps=3, align_tokens=128)
+    rows = [step.time_step(bench, teacher, tiny_tokens, stage, loop, how) for loop in step.LOOPS]
     assert [row["reason"] for row in rows] == [None, None]
     ours, plain = (torch.tensor(row["loss"]) for row in rows)
     assert torch.allclose(ours, plain, rtol=2e-4) and len(ours) == 3
@@ -34,8 +34,9 @@ def test_stage_2_is_timed_from_one_aligned_student_for_both_loops(bench, teacher
     monkeypatch.setattr(step, "align", lambda *a, **k: calls.append(a[3]) or hl.align(*a, **k))
 
     def time_step(stage="match", loop="plain", tokens=512, **cache):
-        return step.time_step(dataclasses.replace(bench, recompute=True), teacher, tiny_tokens, stage=stage, loop=loop,
-                              budget=1, batch_tokens=64, steps=2, align_tokens=tokens, **cache)
+        how = step.StepSettings(budget=1, batch_tokens=64, steps=2, align_tokens=tokens)
+        again = dataclasses.replace(bench, recompute=True)
+        return step.time_step(again, teacher, tiny_tokens, stage, loop, how, **cache)
 
     @torch.no_grad()
     def first_loss(student, half=False):
@@ -77,4 +78,5 @@ def test_what_a_hybridlib_step_is_timed_by_is_what_align_and_match_compute(teach
 ])
 def test_bad_steps_are_refused(bench, teacher, tiny_tokens, change, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
-        step.time_step(bench, teacher, tiny_tokens, **{"batch_tokens": 64, **change})
+        stage, loop = change.pop("stage", "match"), change.pop("loop", "plain")
+        step.time_step(bench, teacher, tiny_tokens, stage, loop, step.StepSettings(**{"batch_tokens": 64} | change))
