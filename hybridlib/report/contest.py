@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,12 +11,12 @@ from hybridlib.checks import check_choice
 from hybridlib.report.style import MEASURES, format_interval, format_number, label_of
 from hybridlib.report.tables import neighbour_counts
 from hybridlib.report.verdicts import outcome, verdict
-from hybridlib.selection.agreement import RANGES, interval, jaccard, spearman
+from hybridlib.selection.agreement import RANGES, interval, jaccard, pairwise, spearman
 from hybridlib.study.catalogue import find_selector
 from hybridlib.study.contest import Contest
 
-__all__ = ["COSTS", "agreement_of_sets", "best_by_need", "cost_table", "front", "mean_agreement", "neighbours",
-           "participants", "reference_table"]
+__all__ = ["COSTS", "agreement_of_sets", "best_by_need", "cost_table", "front", "neighbours", "participants",
+           "reference_table"]
 
 #: fields of `Cost` and what tables and figures call them
 COSTS = {"forward_tokens": "tokens forward", "training_tokens": "tokens of training", "passes": "passes",
@@ -34,13 +34,8 @@ def participants(names: Sequence[str]) -> pd.DataFrame:
 
 def agreement_of_sets(contest: Contest) -> np.ndarray:
     """Mean over seeds of the Jaccard index of two selectors' sets: (selectors, selectors), in the order of titles."""
-    return mean_agreement(contest, contest.titles, "layers", jaccard)
-
-
-def mean_agreement(contest: Contest, titles: Sequence[str], column: str, measure: Callable) -> np.ndarray:
-    """Mean over seeds of ``measure(a, b)`` of what two selectors have in `column`: (titles, titles)."""
-    by_seed = [rows.set_index("selector")[column] for _, rows in contest.chosen.groupby("seed", sort=False)]
-    return np.mean([[[measure(of[a], of[b]) for b in titles] for a in titles] for of in by_seed], axis=0)
+    sets = contest.chosen.pivot(index="selector", columns="seed", values="layers").reindex(contest.titles)
+    return np.mean([pairwise(jaccard, sets[seed]) for seed in sets], axis=0)
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
