@@ -34,6 +34,10 @@ class LoadedInputs:
     beside: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self):
+        limit = self.teacher.config.max_position_embeddings
+        if self.tokens.context > limit:
+            raise ValueError(f"context={self.tokens.context} is beyond the teacher's {limit}; load tokens with a "
+                             "shorter one")
         object.__setattr__(self, "beside", held_beside(self.teacher, self.student))
 
     def __reduce__(self):

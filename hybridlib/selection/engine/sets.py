@@ -37,7 +37,7 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     tokens : from `corpus.load_tokens`; with a tokenizer, if `recall` is given.
     sets : for each candidate, the layers that are softmax: none to all, in any order.
     num_tokens : tokens to train each candidate on, at least one row.
-    settings : of stage 2. `compile` is not offered here and `checkpoint_every` has no meaning.
+    settings : of stage 2; `compile` and `checkpoint_every` have no effect.
     group : candidates at a time, on which the figures do not depend; None for `group_size`.
     recall, recall_examples : a task to score as `evaluate` does, None to leave recall out, and examples of it.
     measure_at : tokens after which to measure on the way, 0 to `num_tokens`; rounded up to whole steps.
@@ -53,28 +53,7 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape. Meant
     for small teachers: a candidate that fills the GPU alone gains nothing.
     """
-    settings = settings or MatchSettings()
-    sets = _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_at)
-    if recall is not None:
-        if tokens.tokenizer is None:
-            raise ValueError("recall is given, but tokens has no tokenizer; load tokens with the teacher's")
-        check_int("recall_examples", recall_examples, 1)
-    inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
-    job = Job(inputs, num_tokens, settings, evaluation=True, recall=recall, recall_examples=recall_examples)
-    order = sorted(range(len(sets)), key=sets.__getitem__)  # neighbours share layers, and with them launches
-    groups = -(-len(sets) // (group or group_size(student, tokens, settings, len(sets))))
-    results: dict[int, dict] = {}
-    with tqdm(total=len(sets), unit="set", desc="match sets", leave=False) as bar:
-        for members in map(list, np.array_split(order, groups)):
-            results |= zip(members, _match_group(job, [sets[i] for i in members], measure_at), strict=True)
-            inputs.forget()
-            bar.update(len(members))
-    return [results[i] for i in range(len(sets))]
-
-
-def _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_at):
-    """`sets` as tuples, ascending, once all arguments are what they should be."""
-    num_layers = student.config.num_hidden_layers
+    settings, num_layers = settings or MatchSettings(), student.config.num_hidden_layers
     if len(linear_layers(student.config)) != num_layers:
         raise ValueError("student has softmax layers; match_sets takes the all-linear student that linearize gave")
     check_same_shape(student, teacher)
@@ -83,20 +62,30 @@ def _check(student, teacher, tokens, sets, num_tokens, settings, group, measure_
         raise ValueError("sets is empty; give at least one set of layers, () for the all-linear student")
     if not isinstance(settings, MatchSettings):
         raise ValueError(f"settings is a {type(settings).__name__}; it must be MatchSettings")
-    if settings.compile:
-        raise ValueError("compile=True is not offered by match_sets; use compile=False, with cuda_graph=True on a GPU")
     if student.config.attention_dropout:
         raise ValueError(f"the student's config has attention_dropout={student.config.attention_dropout}, which draws "
                          "other numbers for a group than for one candidate; set it to 0")
     check_int("num_tokens", num_tokens, tokens.context)
-    if tokens.context > student.config.max_position_embeddings:
-        raise ValueError(f"context={tokens.context} is beyond the teacher's {student.config.max_position_embeddings}; "
-                         "load tokens with a shorter one")
     if group is not None:
         check_int("group", group, 1)
     for point in measure_at:
         check_int("measure_at", point, 0, num_tokens)
-    return sets
+    if recall is not None and tokens.tokenizer is None:
+        raise ValueError("recall is given, but tokens has no tokenizer; load tokens with the teacher's")
+    check_int("recall_examples", recall_examples, 1)
+    inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
+    job = Job(inputs, num_tokens, settings, evaluation=True, recall=recall, recall_examples=recall_examples)
+    order = sorted(range(len(sets)), key=sets.__getitem__)  # neighbours share layers, and with them launches
+    groups = -(-len(sets) // (group or group_size(student, tokens, settings, len(sets))))
+    results: dict[int, dict] = {}
+    with tqdm(total=len(sets), unit="set", desc="match sets", leave=False) as bar:
+        for members in map(list, np.array_split(order, groups)):
+            try:
+                results |= zip(members, _match_group(job, [sets[i] for i in members], measure_at), strict=True)
+            finally:
+                inputs.forget()
+            bar.update(len(members))
+    return [results[i] for i in range(len(sets))]
 
 
 def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
