@@ -15,9 +15,7 @@ module               contents
 `ops`                all as operators that torch.compile takes whole
 ===================  =====================================================================================
 
-Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Sums keep
-their order, so results are the same in every run. Triton is imported when a kernel first runs. The book's page on
-kernels says which sizes run as others, and why.
+Sums keep their order, so results are the same in every run. Triton is imported when a kernel first runs.
 """
 
 from __future__ import annotations
@@ -92,10 +90,7 @@ def delta_rule_inputs(*inputs):
 
 
 def takes_step(backend: str, dims: tuple[int, ...], *tensors: torch.Tensor) -> bool:
-    """Tell whether `token` or `gated_norm`, which have no gradients, can take a call with these tensors.
-
-    While torch.compile traces they do not: its form of the same in PyTorch has as few launches.
-    """
+    """Tell whether `token` or `gated_norm` can take a call with these tensors; not while torch.compile traces."""
     if backend not in ("auto", "fused") or torch.compiler.is_compiling():
         return False
     device, grad = tensors[0].device, torch.is_grad_enabled()

@@ -9,8 +9,7 @@ log_decay       g = -exp(A_log) softplus(z + dt_bias)     -exp(A_log) sigmoid(z 
 beta            sigmoid(z)                                beta (1 - beta) d
 ==============  ========================================  ========================================================
 
-A program holds a few rows, each a head of a token: it reads and writes everything once, and the backward pass computes
-the activations again. Arithmetic is in float32.
+A program holds a few rows, each a head of a token, in float32.
 """
 
 from __future__ import annotations
@@ -105,8 +104,7 @@ def _backward(q, k, v, a, b, A_log, dt_bias, d_q_out, d_k_out, d_v_out, d_log_de
 
 @triton.jit
 def _rows(time, H: tl.constexpr, ROWS: tl.constexpr):
-    """Of a program's rows: where they lie in dense tensors, their token in all sequences and their head, and which are
-    there."""
+    """Return rows in dense tensors, their token in all sequences, their head, and which of them exist."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.program_id(1).to(tl.int64) * time * H + i
     return row, row // H, i % H, i < time * H

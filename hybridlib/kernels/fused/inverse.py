@@ -72,7 +72,7 @@ def invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time,
             FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
 
-    By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
+    By blocks of 16 tokens: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
     T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n). Above it, zeros are stored only if ZEROS.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
