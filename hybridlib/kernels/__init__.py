@@ -55,10 +55,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
     o : (batch, time, heads, value_dim), in v's dtype.
     state : (batch or sequences, heads, key_dim, value_dim) after the last token; float32, or float64 if v is.
 
-    Raises
-    ------
-    ValueError : a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
-
+    Raises ValueError for a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
     Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}

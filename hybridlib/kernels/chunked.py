@@ -33,10 +33,7 @@ __all__ = ["gated_delta_rule", "gated_linear_attention"]
 
 def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
     """Run `hybridlib.kernels.gated_delta_rule` in chunks of `chunk` tokens, a power of two; in float32 or float64."""
-    inputs = q, k, v, log_decay, beta
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
-    function = _GatedDeltaRule.apply if gradients or not _in_turn(v) else _delta_rule_without_gradients
-    return _in_chunks(function, inputs, scale, initial_state, chunk)
+    return _in_chunks(_GatedDeltaRule.apply, (q, k, v, log_decay, beta), scale, initial_state, chunk)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
@@ -72,20 +69,6 @@ def _in_turn(x):
     return x.device.type == "cpu"
 
 
-def _delta_rule_without_gradients(q, k, v, log_decay, beta, state, scale):
-    """Run `_GatedDeltaRule` with one state, which is written over."""
-    (count, rows, size, _), value_dim = k.shape, v.shape[-1]
-    q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
-    scores, _, new, w, q_in, k_out, total = _chunks(q, k, v, log_decay, beta, scale)
-    o, state = torch.empty_like(v), state.clone()
-    for n in range(count):
-        at = slice(n * rows, (n + 1) * rows)
-        new[at].baddbmm_(w[at], state)                                              # N (rows, C, V)
-        torch.bmm(q_in[at], state, out=o[at]).baddbmm_(scores[at], new[at])
-        state.mul_(total[at]).baddbmm_(k_out[at].mT, new[at])
-    return o.view(count, rows, size, value_dim), state
-
-
 def _chunks(q, k, v, log_decay, beta, scale):
     """Return what chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1)."""
     decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
@@ -93,6 +76,18 @@ def _chunks(q, k, v, log_decay, beta, scale):
     inverse = _inverse((k @ k.mT).mul_(decay).mul_(beta))                           # (all, C, C)
     u, w = inverse @ (v * beta), inverse @ (k * (beta * -decay_in))                 # (all, C, V), (all, C, K)
     return scores, inverse, u, w, q * (scale * decay_in), k * decay[:, -1, :, None], decay_in[:, -1:]
+
+
+def _backward(gradients):
+    """Make a backward pass of a function of `all`'s gradients; the last one is the state's."""
+
+    @once_differentiable
+    def backward(ctx, do, dstate):
+        with torch.autocast(do.device.type, enabled=False):
+            *grads, dstate = gradients(ctx, do.flatten(0, 1), dstate)
+        return *(x.view(*ctx.shape, -1) for x in grads), dstate, None
+
+    return staticmethod(backward)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -112,16 +107,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         ctx.save_for_backward(*flat, inverse, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, do, dstate):
-        with torch.autocast(do.device.type, enabled=False):
-            return _GatedDeltaRule._backward(ctx, do.flatten(0, 1), dstate)
-
-    @staticmethod
-    def _backward(ctx, do, dstate):
         q, k, v, log_decay, beta, inverse, states = ctx.saved_tensors
-        (count, rows, size), scale, before = ctx.shape, ctx.scale, states[:-1].flatten(0, 1)
+        count, scale, before = ctx.shape[0], ctx.scale, states[:-1].flatten(0, 1)
         decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()
         out, total, q_in = decay[:, -1, :, None], decay_in[:, -1:], scale * decay_in
         scores = (q @ k.mT).mul_(decay).mul_(scale)                                 # P
@@ -153,8 +142,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         dscores.mul_(decay).mul_(scale)
         dq = torch.baddbmm(dq_in.mul_(q_in), dscores, k)
         dk = dk_in.addcmul_(dk_out, out).baddbmm_(dpairs + dpairs.mT, k).baddbmm_(dscores.mT, q)
-        grads = (dq, dk, dv, dlog_decay[..., None], dbeta[..., None])
-        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+        return dq, dk, dv, dlog_decay[..., None], dbeta[..., None], dstates[0]
 
 
 def _states(new, w, k_out, total, state, count):
@@ -217,17 +205,10 @@ class _GatedLinearAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, decay, scores, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, do, dstate):
-        with torch.autocast(do.device.type, enabled=False):
-            return _GatedLinearAttention._backward(ctx, do.flatten(0, 1), dstate)
-
-    @staticmethod
-    def _backward(ctx, do, dstate):
         q, k, v, decay, scores, states = ctx.saved_tensors
-        count, rows, size = ctx.shape
-        before = states[:-1].flatten(0, 1)
+        count, before = ctx.shape[0], states[:-1].flatten(0, 1)
         *inner, (q_in, k_out, total) = _decayed_levels(q, k, decay)
 
         dstates = _scan(q_in.mT @ do, total.mT, dstate, count, reverse=True)
@@ -251,8 +232,7 @@ class _GatedLinearAttention(torch.autograd.Function):
         dlog_decay = (dtotal + dq * q) * decay
         diagonal = dscores.diagonal(dim1=1, dim2=2)[..., None]
         dq, dk = (dq * decay).addcmul_(diagonal, k), dk.addcmul_(diagonal, q)
-        grads = (dq * ctx.scale, dk, dv, dlog_decay)
-        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+        return dq * ctx.scale, dk, dv, dlog_decay, dstates[0]
 
 
 def _decayed_levels(q, k, decay):

@@ -33,11 +33,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
     o : (batch, heads, value_dim), in v's dtype.
     state : (batch, heads, key_dim, value_dim) after this token; float32, or float64 if v is.
 
-    Raises
-    ------
-    ValueError : a shape, dtype or device that does not fit, or an unknown backend.
-
-    Source: arXiv 2412.06464, section 3.
+    Raises ValueError for a tensor that does not fit, or an unknown backend. Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "state": state}
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -18,10 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridlib.kernels.fused.launch import by_token
+from hybridlib.kernels.fused.launch import by_token, dense_like
 from hybridlib.kernels.fused.tiles import exp
-
-__all__ = ["backward", "forward"]
 
 _ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
 
@@ -29,7 +27,7 @@ _ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
 def forward(q, k, v, a, b, A_log, dt_bias):
     """Return q, k, v, log_decay, beta; arguments as `hybridlib.kernels.delta_rule_inputs`."""
     projections = [*map(by_token, (q, k, v, a, b))]
-    inputs = _like(projections)
+    inputs = [*map(dense_like, projections)]
     inputs[3] = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     grid, sizes = _sizes(projections, A_log)
     with torch.cuda.device_of(q):
@@ -40,16 +38,12 @@ def forward(q, k, v, a, b, A_log, dt_bias):
 def backward(q, k, v, a, b, A_log, dt_bias, *d_inputs):
     """Return gradients of q, k, v, a, b from those of `forward`'s results, and in one tensor of A_log and dt_bias."""
     projections = [*map(by_token, (q, k, v, a, b))]
-    grads, (grid, sizes) = _like(projections), _sizes(projections, A_log)
+    grads, (grid, sizes) = [*map(dense_like, projections)], _sizes(projections, A_log)
     sums = torch.empty(2, grid[1], grid[0], q.shape[2], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _backward[grid](*projections, A_log.contiguous(), dt_bias.contiguous(), *(d.contiguous() for d in d_inputs),
                         *grads, sums, *sizes, triton.next_power_of_2(q.shape[2]), num_warps=_WARPS)
     return [*grads, sums.sum(2, keepdim=True) if A_log.dim() > 1 else sums.sum((1, 2))]
-
-
-def _like(tensors):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
 
 
 def _sizes(projections, A_log):

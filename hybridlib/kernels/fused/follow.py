@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["finish", "in_turn", "open_counts", "publish", "wait_for"]
-
 
 @triton.jit
 def open_counts(ready, chunk, count, head, heads, tile, tiles):
@@ -57,10 +55,7 @@ def finish():
 
 @triton.jit
 def in_turn(program, time, sequences, heads, segments, SIZE: tl.constexpr, BACK: tl.constexpr):
-    """Return the index of the program-th chunk and head, in the order of scans, its first token and its sequence's end.
-
-    Sequences are of equal length. Where a segment is shorter than others some programs have no tokens.
-    """
+    """Return the program-th chunk and head in the order of scans, its first token and its sequence's end."""
     count = tl.cdiv(time, SIZE)
     each = tl.cdiv(count, segments)
     turn, head = program // heads, program % heads

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Launch", "Place", "SIZE", "by_token", "follows", "how", "precision", "run", "segments_of"]
-
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
 
@@ -93,6 +91,7 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
+        self.sizes = self.time, self.sequences, self.heads, self.segments
         self.packed, self.device = cu_seqlens is not None, q.device
         self.by_lower = max(self.key_dim, self.value_dim) <= 64  # scans forward read T by its lower half
         key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
@@ -180,6 +179,10 @@ def _multiprocessors(device):
 def precision(dtype: torch.dtype) -> str:
     """Return Triton's name for products of this dtype: float32 in three TF32 products, half precision as it is."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def dense_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:

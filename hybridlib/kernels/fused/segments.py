@@ -16,10 +16,9 @@ from hybridlib.kernels.fused.tiles import block, fine_product, kernel, load_rows
 
 
 @kernel
-def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments,
-          k_stride, v_stride,
-          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
-          LOWER: tl.constexpr, PRECISION: tl.constexpr):
+def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments, k_stride,
+          v_stride, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+          MANY: tl.constexpr, LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + k^T (out T (beta v - (beta in) k S)) over a segment: `ends` from 0, `maps` from 1 with v = 0."""
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -49,13 +48,9 @@ def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, se
 
 
 @kernel
-def _join(maps, ends, initial, final, heads, segments,
-          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr,
-          BACK: tl.constexpr):
-    """S' = M S + ends, segment after segment from `initial` (0 if None) to `final`; BACK: M^T, the last one first.
-
-    `ends` then has the state that each segment starts from.
-    """
+def _join(maps, ends, initial, final, heads, segments, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+          WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, BACK: tl.constexpr):
+    """S' = M S + ends from segment to segment, from `initial` (0 if None), each S into `ends`; BACK: M^T, the last first."""
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     if initial is None:
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
@@ -95,8 +90,8 @@ def map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens):
     width = min(use.width, at.key_dim)
     at.launch(_maps, use, ((at.key_dim + at.value_dim) // width, at.heads, at.sequences * at.segments),
               k, v, inverse, rest, sums, strengths, maps, states, cu_seqlens,
-              at.time, at.sequences, at.heads, at.segments, k.stride(1), v.stride(1),
-              at.key_dim, at.value_dim, width, SIZE, at.many, at.by_lower, precision(at.dtype))
+              *at.sizes, k.stride(1), v.stride(1), at.key_dim, at.value_dim, width,
+              SIZE, at.many, at.by_lower, precision(at.dtype))
     return states
 
 

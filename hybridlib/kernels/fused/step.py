@@ -12,8 +12,6 @@ import triton.language as tl
 from hybridlib.kernels.fused.launch import Launch, run
 from hybridlib.kernels.fused.tiles import exp
 
-__all__ = ["gated_norm", "token"]
-
 _WIDTH, _ELEMENTS = 16, 1024  # columns of a program, and numbers of a state that a warp holds
 
 kernel = triton.jit(do_not_specialize=["q_stride", "k_stride", "v_stride", "decay_stride", "beta_stride", "o_stride",

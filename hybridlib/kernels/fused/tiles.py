@@ -62,7 +62,7 @@ def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.conste
 
 @triton.jit
 def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """Return the same of segment n % segments of sequence n // segments; the last ones may have fewer chunks or none."""
+    """Return the same of segment n % segments of sequence n // segments; the last may have fewer chunks or none."""
     start, end, chunk = sequence(cu_seqlens, n // segments, time, sequences, SIZE, MANY)
     each = tl.cdiv(tl.cdiv(end - start, SIZE), segments)  # chunks
     first = n % segments * each
