@@ -79,15 +79,14 @@ def _chunks(q, k, v, log_decay, beta, scale):
 
 
 def _backward(gradients):
-    """Make a backward pass of a function of `all`'s gradients; the last one is the state's."""
-
+    """Make a backward pass of a function that returns gradients by `all`, the state's last."""
     @once_differentiable
     def backward(ctx, do, dstate):
         with torch.autocast(do.device.type, enabled=False):
             *grads, dstate = gradients(ctx, do.flatten(0, 1), dstate)
         return *(x.view(*ctx.shape, -1) for x in grads), dstate, None
 
-    return staticmethod(backward)
+    return backward
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -107,6 +106,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         ctx.save_for_backward(*flat, inverse, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
+    @staticmethod
     @_backward
     def backward(ctx, do, dstate):
         q, k, v, log_decay, beta, inverse, states = ctx.saved_tensors
@@ -205,6 +205,7 @@ class _GatedLinearAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, decay, scores, states)
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
+    @staticmethod
     @_backward
     def backward(ctx, do, dstate):
         q, k, v, decay, scores, states = ctx.saved_tensors

@@ -40,7 +40,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
     if _is_fused(inputs, "BH", scale, backend):
         return fused.token(q, k, v, log_decay, beta, state, scale)
     with torch.autocast(v.device.type, enabled=False):
-        query, k, value, log_decay, beta, state = _wide(v.dtype, q, k, v, log_decay, beta, state)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        query, k, value, log_decay, beta, state = (x.to(wide) for x in inputs.values())
         state = log_decay.exp()[..., None, None] * state
         error = value - _read(state, k)
         state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
@@ -62,7 +63,8 @@ def gated_linear_attention(q, k, v, log_decay, state, scale=None, backend="auto"
     if _is_fused(inputs, "BHK", scale, backend):
         return fused.token(q, k, v, log_decay, None, state, scale)
     with torch.autocast(v.device.type, enabled=False):
-        query, k, value, log_decay, state = _wide(v.dtype, q, k, v, log_decay, state)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        query, k, value, log_decay, state = (x.to(wide) for x in inputs.values())
         state = log_decay.exp()[..., :, None] * state + k[..., :, None] * value[..., None, :]
         return (scale * _read(state, query)).to(v.dtype), state
 
@@ -74,7 +76,3 @@ def _is_fused(inputs, decay_shape, scale, backend):
                            "state": "BHKV"}, {})
     dims = inputs["q"].shape[-1], inputs["v"].shape[-1]
     return not isinstance(scale, torch.Tensor) and fused.takes_step(backend, dims, *inputs.values())
-
-
-def _wide(dtype, *inputs):
-    return (x.to(torch.promote_types(dtype, torch.float32)) for x in inputs)

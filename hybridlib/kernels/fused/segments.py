@@ -50,7 +50,7 @@ def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, se
 @kernel
 def _join(maps, ends, initial, final, heads, segments, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
           WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, BACK: tl.constexpr):
-    """S' = M S + ends from segment to segment, from `initial` (0 if None), each S into `ends`; BACK: M^T, the last first."""
+    """S' = M S + ends from segment to segment, from `initial` (0 if None), each S in `ends`; BACK: M^T, last first."""
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     if initial is None:
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
