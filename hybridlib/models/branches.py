@@ -35,9 +35,7 @@ class BothBranches(nn.Module):
 class GatedAttention(BothBranches):
     """(1 - gate) linear(x) + gate softmax(x), with `gate` () or (rows,), see `set_gates`."""
 
-    def __init__(self, linear: nn.Module, softmax: nn.Module):
-        super().__init__(linear, softmax)
-        self.gate = torch.zeros(())
+    gate = torch.zeros(())
 
     def mix(self, x, **kwargs):
         linear, softmax = self.linear(x, **kwargs)[0], self.softmax(x, **kwargs)[0]
@@ -97,8 +95,8 @@ def gated_model(student: PreTrainedModel, teacher: PreTrainedModel, gates: torch
                 ) -> PreTrainedModel:
     """A model that holds, in every layer, the student's mixer and the teacher's attention, mixed by a gate.
 
-    With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. The model shares
-    memory with student and teacher, which stay as they were, and gives weights no gradient. It is in eval mode.
+    With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. It shares
+    memory with student and teacher, which stay as they were, gives weights no gradient, and is in eval mode.
 
     Parameters
     ----------

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM,
                           MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
@@ -42,12 +41,6 @@ class _HybridModel:
             self.model.layers[l].self_attn = build_mixer(config.mixer, config, l)
         self.post_init()
 
-    def _init_weights(self, module):
-        if isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        else:
-            super()._init_weights(module)
-
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=False, logits_to_keep=0, **kwargs):
         """Run the family's forward, which makes a cache only if `use_cache` is True.
@@ -55,37 +48,29 @@ class _HybridModel:
         `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. Raises ValueError for
         one of another shape, or a cache that is no ``DynamicCache(config=model.config)``.
         """
-        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
-
-    def _inputs(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
-                use_cache=False):
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        cache, past = past_key_values, 0
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        past = 0
         if cache is not None:
             _put_states(cache, self.config)
             past = _cached_time(cache, self.config, batch)
-        padding = {}
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (batch, past + time):
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; with {past} tokens cached "
                                  f"and {time} given it must be (batch, time) = {(batch, past + time)}")
             if not bool(attention_mask[:, past:].all()):
-                padding = {"padding_mask": attention_mask[:, past:]}
+                kwargs["padding_mask"] = attention_mask[:, past:]
         if self.config.model_type in ("hybrid_qwen2", "hybrid_qwen3"):  # they look masks up by the layer's type
             inputs_embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                                       past_key_values=cache, position_ids=position_ids)
             input_ids, attention_mask = None, {SOFTMAX: mask, LINEAR: None}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                "past_key_values": cache, "inputs_embeds": inputs_embeds, "use_cache": cache is not None,
-                **padding}
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                               past_key_values=cache, inputs_embeds=inputs_embeds, use_cache=cache is not None,
+                               logits_to_keep=logits_to_keep, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
-            _put_states(model_kwargs["past_key_values"], self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             _put_states(model_kwargs["past_key_values"], self.config)
@@ -174,7 +159,7 @@ def linear_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Count the bytes of ``past_key_values`` of a hybrid or its teacher, as ``{"full_attention": .., "linear_attention": ..}``.
+    """Count the bytes of a model's ``past_key_values``: {"full_attention": bytes, "linear_attention": bytes}.
 
     Raises ValueError if `cache` is no transformers cache.
     """
@@ -291,8 +276,6 @@ def _put_states(cache, config):
                          f"{config.num_hidden_layers} with linear ones at {list(linear_layers(config))}; {advice}")
     for l in linear_layers(config):
         if not isinstance(cache.layers[l], MixerState):
-            if any(cache.layers[l].has_previous_state.values()):
-                raise ValueError(f"past_key_values holds the state of another model's layer {l}; {advice}")
             cache.layers[l] = MixerState()
 
 

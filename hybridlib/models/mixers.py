@@ -33,7 +33,7 @@ KV_TRANSFERS = ("repeat_heads", "repeat_rows")
 
 
 class MixerState(LinearAttentionLayer, CacheLayerMixin):
-    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) and `num_tokens` behind it."""
+    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) after `num_tokens`."""
 
     is_compileable = False  # its count of tokens is a number, not a tensor
 
@@ -108,8 +108,8 @@ class _Mixer(nn.Module):
     def forward(self, hidden_states, padding_mask=None, past_key_values=None, **kwargs):
         """Mix `hidden_states` (batch, time, width) along time; returns (output of the same shape, None).
 
-        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. `past_key_values` has
-        this layer's `MixerState`. A decoder layer's attention mask and positions are ignored.
+        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. `past_key_values`
+        has this layer's `MixerState`. A decoder layer's attention mask and positions are ignored.
         """
         state = None if past_key_values is None else self._cached(past_key_values)
         q, k, v, g, *gates = self.project(hidden_states)
@@ -156,10 +156,9 @@ class _Mixer(nn.Module):
     def init_from_attention(self, attention: nn.Module, kv_transfer: str = "repeat_heads") -> None:
         """Copy the q, k, v and o weights, biases and q/k norms of a softmax attention layer.
 
-        Grouped keys and values are expanded by repeating whole heads, so that every query head gets those it reads in the
-        teacher. ``kv_transfer="repeat_rows"`` repeats single rows and leaves biases at zero, as the paper's code does.
+        Grouped keys and values are expanded by repeating whole heads, so that every query head gets those it reads in
+        the teacher. ``kv_transfer="repeat_rows"`` repeats single rows and leaves biases at zero, as the paper's code.
         """
-        check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
         groups = self.k_proj.out_features // attention.k_proj.out_features
         for mine, theirs, repeats in ((self.q_proj, attention.q_proj, 1), (self.k_proj, attention.k_proj, groups),
                                       (self.v_proj, attention.v_proj, groups), (self.o_proj, attention.o_proj, 1)):
@@ -181,9 +180,8 @@ class _Mixer(nn.Module):
 
 
 class GatedDeltaNet(_Mixer):
-    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), in the form that the paper distils into.
+    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), as the paper distils into it.
 
-    S_t = exp(log_decay_t) S_{t-1} + beta_t k_t (v_t - exp(log_decay_t) S_{t-1}^T k_t)^T and o_t = S_t^T q_t, with
     silu on q, k and v, l2-normalised q and k, an output gate and no short convolution.
     """
 
@@ -218,10 +216,7 @@ class GatedDeltaNet(_Mixer):
 
 
 class GatedLinearAttention(_Mixer):
-    """Gated linear attention mixer (arXiv 2312.06635, eq. 3 and section 4.4), with its output norm and gate.
-
-    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, with no feature map on q and k.
-    """
+    """Gated linear attention mixer (arXiv 2312.06635, eq. 3 and section 4.4), with no feature map on q and k."""
 
     operator = "gated_linear_attention"
     state_flops = 5  # decay 1, writing 2, reading 2

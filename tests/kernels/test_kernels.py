@@ -44,10 +44,6 @@ def check_against_recurrence(operator, inputs, state, **options):
     for position, (x, own, t) in enumerate(zip(found, in_float32, truth)):
         allowed = max(TOLERANCE, 3 * error(own, t))  # the recurrence's own error where the problem is ill-conditioned
         assert error(x, t) <= allowed, f"result {position}: {error(x, t):.1e} > {allowed:.1e}"
-    single = [None if x is None else x.detach().float() for x in (*inputs, state)]  # another way without gradients
-    alone = getattr(chunked, OPERATORS[operator])(*single[:-1], KEY_DIM ** -0.5, single[-1], **options)
-    for x, own, t in zip(alone, in_float32, truth):
-        assert not x.requires_grad and error(x, t) <= max(TOLERANCE, 3 * error(own, t))
 
 
 def test_recurrence_is_the_equation():
@@ -168,10 +164,10 @@ def test_inputs_are_left_as_they_were():
 
 @pytest.mark.parametrize("name, change, said", [
     ("q", lambda x: x[0], r"q has shape \(6, 2, 8\); it must be \(batch, time, heads, key_dim\)"),
-    ("k", lambda x: x[..., :4], r"k has shape .* it must be \(batch, time, heads, key_dim\) = \(2, 6, 2, 8\)"),
+    ("k", lambda x: x[..., :4], r"k has shape .* it must be \(batch = 2, time = 6, heads = 2, key_dim = 8\)"),
     ("v", lambda x: x[:, :5], "v has shape"),
     ("v", lambda x: x[..., :0], "v has shape .* at least 1"),
-    ("q", lambda x: x.long(), "q has dtype torch.int64; it must be floating"),
+    ("q", lambda x: x.long(), "q is a torch.int64; it must be a floating tensor"),
     ("beta", lambda x: x[..., None], "beta has shape"),
     ("beta", lambda x: 0.5, "beta is a float; it must be a floating tensor"),
     ("log_decay", lambda x: x[..., None].expand(*x.shape, KEY_DIM), "log_decay has shape"),
@@ -211,7 +207,7 @@ def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
 
 def test_attention_refuses_a_decay_without_key_dim():
     (q, k, v, log_decay), _ = make_inputs("gla", 6)
-    with pytest.raises(ValueError, match="log_decay has shape .* it must be .batch, time, heads, key_dim"):
+    with pytest.raises(ValueError, match="log_decay has shape .* it must be .batch = 2, time = 6, heads = 2, key_dim = 8"):
         gated_linear_attention(q, k, v, log_decay[..., 0])
 
 

@@ -49,12 +49,6 @@ def both(model, prompt, mask=None, **kwargs):
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_recomputing(hybrid, family, mixer):
-    assert torch.equal(*both(hybrid(family, mixer), ids()))
-
-
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_a_token_at_a_time_are_those_of_the_whole_text(hybrid, family, mixer):
     model, text = hybrid(family, mixer), ids(40)
     expected = model(input_ids=text).logits
@@ -142,7 +136,7 @@ def test_generation_goes_on_from_a_cache_that_was_kept(hybrid, layers):
 
 
 @pytest.mark.parametrize("layers", [(), (1,)])
-def test_a_cache_repeats_selects_and_reorders_its_rows(hybrid, layers):
+def test_a_cache_repeats_selects_reorders_and_forgets_its_rows(hybrid, layers):
     model, text = hybrid(layers=layers), ids(21)
     expected = model(input_ids=text).logits[:, -1:]
     for change, rows in ((lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
@@ -152,15 +146,11 @@ def test_a_cache_repeats_selects_and_reorders_its_rows(hybrid, layers):
         change(cache)
         got = model(input_ids=text[rows, -1:], past_key_values=cache).logits
         torch.testing.assert_close(got, expected[rows], rtol=0, atol=1e-4)
-
-
-def test_a_reset_cache_is_as_new(hybrid):
-    model, text = hybrid(layers=()), ids(21)
-    cache = model(input_ids=text, use_cache=True).past_key_values
-    assert cache.has_previous_state()
-    cache.reset()
-    assert cache.get_seq_length() == 0 and not cache.has_previous_state()
-    torch.testing.assert_close(model(input_ids=text, past_key_values=cache).logits, model(input_ids=text).logits)
+    if not layers:  # transformers keeps the keys of softmax layers
+        cache.reset()
+        assert cache.get_seq_length() == 0 and not cache.has_previous_state()
+        got = model(input_ids=text[rows], past_key_values=cache).logits[:, -1:]
+        torch.testing.assert_close(got, expected[rows], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
@@ -202,15 +192,10 @@ def test_a_token_step_gives_the_logits_of_the_whole_text_and_never_waits(tiny_te
         logits = step()
     assert seen.calls > 50 and seen.waits == 0
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    step()  # at the same position, and from a later state
+    again = step()  # at the same position, and of a hybrid from a later state
+    assert mixer or torch.equal(logits, again)
     assert cache.get_seq_length() == 39 and hl.cache_memory(cache) == hl.cache_memory(held)
     torch.testing.assert_close(model(input_ids=text[:, -1:], past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
-
-
-def test_a_token_step_of_a_teacher_is_the_same_at_every_call(tiny_teacher):
-    model, text = tiny_teacher(), ids(20)
-    step = token_step(model, text[:, -1:], model(input_ids=text[:, :-1], use_cache=True).past_key_values)
-    assert torch.equal(step(), step())
 
 
 @pytest.fixture(scope="module")
@@ -233,22 +218,6 @@ def test_greedy_tokens_by_kernels_are_those_of_recomputing(hybrid_on_gpu, mixer,
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
     assert torch.equal(*both(model, prompt, mask))
-
-
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("half", ["weights", "autocast"])
-def test_logits_by_kernels_in_half_precision_are_near_those_of_recomputing(hybrid_on_gpu, mixer, half):
-    model, text = hybrid_on_gpu(mixer), ids(40).cuda()
-    exact = model(input_ids=text).logits
-    model = model.bfloat16() if half == "weights" else model
-    with torch.autocast("cuda", torch.bfloat16, enabled=half == "autocast"):
-        whole, out = model(input_ids=text).logits, model(input_ids=text[:, :20], use_cache=True)
-        logits = [out.logits]
-        for t in range(20, 40):
-            out = model(input_ids=text[:, t:t + 1], past_key_values=out.past_key_values)
-            logits.append(out.logits)
-    noise, found = ((x.float() - exact).norm() for x in (whole, torch.cat(logits, 1)))
-    assert 0 < found <= 1.5 * noise
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
@@ -310,9 +279,6 @@ def test_wrong_caches_are_refused(hybrid, tiny_teacher):
     refused(cache, r"3 layers with linear ones at \[0, 2\], but the model has 3 with .* \[1, 2\]", hybrid(layers=[0]))
     refused(cache, r"layer 0 a state of .* = \(2, 4, 8\), but .* need \(2, 4, 16\)", hybrid("qwen3"))
     refused(cache, r"layer 0 a state of .* = \(2, 4, 8\), but .* need \(3, 4, 8\)", batch=3)
-    foreign = DynamicCache(config=model.config)
-    foreign.layers[0].has_previous_state[0] = True
-    refused(foreign, "state of another model's layer 0; make it with")
 
 
 def test_tokens_cannot_be_taken_back_from_a_state(hybrid):
