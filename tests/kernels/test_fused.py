@@ -17,11 +17,9 @@ from hybridlib import kernels
 from hybridlib.kernels import fused, step
 from hybridlib.kernels.fused import launch
 from hybridlib.models.mixers import MixerState, build_mixer
-from tests.kernels.cases import DECAYS, OPERATORS, error, make_inputs
+from tests.kernels.cases import DECAYS, OPERATORS, error, make_inputs, results
 from tests.kernels.interpreter import interpret_as_gpus_compute
 
-NAMES = {"gdn": ["o", "state", "q", "k", "v", "log_decay", "beta", "initial_state"],
-         "gla": ["o", "state", "q", "k", "v", "log_decay", "initial_state"]}
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}  # relative, Frobenius
 
 ON_GPU = [(operator, dtype) for operator in OPERATORS for dtype in (torch.float32, torch.bfloat16)]
@@ -30,18 +28,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 def run(operator, inputs, state, backend, dtype=None, **options):
-    """Output, final state and every gradient of a fixed random functional of the two, whose weights are bfloat16's.
-
-    state may be None, and its gradient is then left out.
-    """
-    inputs = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
-    state = None if state is None else state.to(dtype or state.dtype).requires_grad_()
     operate = getattr(kernels, OPERATORS[operator])
-    o, final = operate(*inputs, initial_state=state, backend=backend, **options)
-    random = torch.Generator().manual_seed(7)
-    weights = [torch.randn(x.shape, generator=random).bfloat16().to(x) for x in (o, final)]
-    wanted = inputs if state is None else inputs + [state]
-    return [o.detach(), final.detach(), *torch.autograd.grad((o, final), wanted, weights)]
+    return results(lambda *x: operate(*x[:-1], initial_state=x[-1], backend=backend, **options), inputs, state, dtype)
 
 
 def gradients_agree_when_compiled(operator, inputs, state, **options):
@@ -61,7 +49,8 @@ def check(operator, inputs, state, bound, **options):
     exact = "reference" if inputs[0].shape[1] < 1000 else "chunked"
     truth = run(operator, inputs, state, exact, torch.float64, **options)
     found = run(operator, inputs, state, "fused", **options)
-    for name, x, t in zip(NAMES[operator], found, truth):
+    names = ["o", "state", "q", "k", "v", "log_decay", *(["beta"] if operator == "gdn" else []), "initial_state"]
+    for name, x, t in zip(names, found, truth):
         assert error(x, t) <= bound, f"{name}: {error(x, t):.1e} > {bound:.1e}"
     return found
 
@@ -113,14 +102,6 @@ def check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch=False, de
         assert error(x, t) <= bound, f"{name}: {error(x, t):.1e} > {bound:.1e}"
     again = run("auto", wrap=lambda f: torch.compile(f, fullgraph=True, **compiled))
     assert all(torch.equal(x, y) for x, y in zip(found[:5], again))
-
-
-@on_gpu
-@pytest.mark.parametrize("by_batch", [False, True])
-@pytest.mark.parametrize("key_dim, value_dim", [(32, 32), (64, 64), (128, 128), (64, 128)])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch):
-    check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, device="cuda")
 
 
 def check_steps(operator, key_dim, value_dim, dtype, decay="mild", beta="random", time=40, device="cpu"):
@@ -184,35 +165,23 @@ def check_mixer_steps(name, half, qk_norm=False, device="cpu"):
     assert error(torch.cat(parts, 1), expected.double()) <= (2e-2 if half else 1e-5)
 
 
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-@pytest.mark.parametrize("key_dim, value_dim, options", [
-    *((64, 64, {"decay": decay, "time": 400}) for decay in DECAYS),
-    *((*dims, {}) for dims in ((16, 16), (32, 32), (128, 128), (256, 256), (64, 256), (256, 32))),
-    *((64, 64, {"beta": beta}) for beta in ("zero", "one"))])
-def test_steps(operator, dtype, key_dim, value_dim, options):
-    check_steps(operator, key_dim, value_dim, dtype, device="cuda", **options)
+FLOATS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+NORMS = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+STEPS = [*((64, 64, {"decay": decay, "time": 400}) for decay in DECAYS),
+         *((*dims, {}) for dims in ((16, 16), (32, 32), (128, 128), (256, 256), (64, 256), (256, 32))),
+         *((64, 64, {"beta": beta}) for beta in ("zero", "one"))]
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_steps_take_any_strides(operator):
-    check_step_strides(operator, device="cuda")
-
-
-@on_gpu
-@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
-                                                 (torch.bfloat16, torch.bfloat16)])
-def test_gated_norm(dim, dtype, weight_dtype):
-    check_gated_norm(dim, dtype, weight_dtype, device="cuda")
-
-
-@on_gpu
-@pytest.mark.parametrize("name", ["gdn", "gla"])
-@pytest.mark.parametrize("half", [None, "weights", "autocast"])
-def test_mixers_step(name, half):
-    check_mixer_steps(name, half, qk_norm=True, device="cuda")
+@pytest.mark.parametrize("check, arguments, options", [
+    *((check_delta_rule_inputs, (*dims, *kind), {"by_batch": by_batch}) for by_batch in (False, True) for kind in FLOATS
+      for dims in ((32, 32), (64, 64), (128, 128), (64, 128))),
+    *((check_steps, (operator, *dims, dtype), options) for operator, dtype in ON_GPU for *dims, options in STEPS),
+    *((check_step_strides, (operator,), {}) for operator in OPERATORS),
+    *((check_gated_norm, (dim, *dtypes), {}) for dim in (16, 32, 64, 128, 256) for dtypes in NORMS),
+    *((check_mixer_steps, (name, half, True), {}) for name in OPERATORS for half in (None, "weights", "autocast"))])
+def test_around_the_operators(check, arguments, options):
+    check(*arguments, device="cuda", **options)
 
 
 @on_gpu
@@ -258,10 +227,13 @@ def test_which_steps_the_kernels_take(monkeypatch, operator):
 
 @on_gpu
 @pytest.mark.parametrize("operator, dtype", ON_GPU)
-def test_packed_sequences(operator, dtype):
-    inputs, state = make_inputs(operator, 400, 64, 64, dtype, batch=1, sequences=6, device="cuda")
-    borders = torch.tensor([0, 5, 5, 69, 133, 198, 400], device="cuda")
-    check(operator, inputs, state, BOUNDS[dtype], cu_seqlens=borders)
+@pytest.mark.parametrize("heads, borders, cut", [(3, [0, 5, 5, 69, 133, 198, 400], False),
+                                                 (2, [0, 5, 5, 4133, 8000, 8000], True)])
+def test_packed_sequences(operator, dtype, heads, borders, cut):
+    inputs, state = make_inputs(operator, borders[-1], 64, 64, dtype, batch=1, heads=heads, sequences=len(borders) - 1,
+                                device="cuda")
+    assert (launch.segments_of(inputs[0], inputs[2], len(borders) - 1) >= 3) == cut
+    check(operator, inputs, state, BOUNDS[dtype], cu_seqlens=torch.tensor(borders, device="cuda"))
 
 
 @on_gpu
@@ -309,9 +281,10 @@ def test_kernels_follow_scans_that_leave_them_room(monkeypatch):
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_gradients_can_be_had_twice_and_in_a_cuda_graph(operator):
-    inputs, _ = make_inputs(operator, 1000, 64, 64, torch.bfloat16, batch=4, device="cuda")
+@pytest.mark.parametrize("operator, dtype", ON_GPU)
+@pytest.mark.parametrize("batch, time", [(4, 1000), (1, 4200)])
+def test_gradients_can_be_had_twice_and_in_a_cuda_graph(operator, dtype, batch, time):
+    inputs, _ = make_inputs(operator, time, 64, 64, dtype, batch=batch, heads=2, device="cuda")
     inputs = [x.requires_grad_() for x in inputs]
     operate, weight = getattr(kernels, OPERATORS[operator]), torch.randn_like(inputs[2])
     o = operate(*inputs, backend="fused")[0]
@@ -339,28 +312,6 @@ def test_segments(operator, dtype, time, heads, dim, decay):
     assert launch.segments_of(inputs[0], inputs[2], 1) >= 3
     check(operator, inputs, state, BOUNDS[dtype])
     check(operator, inputs, None, BOUNDS[dtype])
-
-
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-def test_segments_of_packed_sequences(operator, dtype):
-    inputs, state = make_inputs(operator, 8000, 64, 64, dtype, batch=1, heads=2, sequences=5, device="cuda")
-    borders = torch.tensor([0, 5, 5, 4133, 8000, 8000], device="cuda")
-    assert launch.segments_of(inputs[0], inputs[2], 5) >= 3
-    check(operator, inputs, state, BOUNDS[dtype], cu_seqlens=borders)
-
-
-@on_gpu
-@pytest.mark.parametrize("operator, dtype", ON_GPU)
-def test_segments_in_a_cuda_graph(operator, dtype):
-    inputs, _ = make_inputs(operator, 4200, 64, 64, dtype, batch=1, heads=2, device="cuda")
-    operate = getattr(kernels, OPERATORS[operator])
-    o, state = operate(*inputs, backend="fused")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = operate(*inputs, backend="fused")
-    graph.replay()
-    assert torch.equal(captured[0], o) and torch.equal(captured[1], state)
 
 
 @on_gpu
@@ -424,21 +375,16 @@ def test_packed_sequences_in_other_backends():
     assert torch.equal(final[1], state[1])
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda x: x.float(), "cu_seqlens must be a one-dimensional tensor of int32 or int64"),
-    (lambda x: x[:1], "hold at least two numbers"),
-    (lambda x: x[:2], "initial_state has shape"),
+@pytest.mark.parametrize("batch, change, said", [
+    (1, lambda x: x.float(), "cu_seqlens must be a one-dimensional tensor of int32 or int64"),
+    (1, lambda x: x[:1], "hold at least two numbers"),
+    (1, lambda x: x[:2], "initial_state has shape"),
+    (2, lambda x: x, "with cu_seqlens batch must be 1, not 2"),
 ])
-def test_bad_borders_are_refused(change, said):
-    inputs, state = make_inputs("gdn", 40, 32, 32, torch.float32, batch=1, sequences=3)
+def test_bad_borders_are_refused(batch, change, said):
+    inputs, state = make_inputs("gdn", 40, 32, 32, torch.float32, batch=batch, sequences=3)
     with pytest.raises(ValueError, match=said):
         kernels.gated_delta_rule(*inputs, initial_state=state, cu_seqlens=change(torch.tensor([0, 7, 30, 40])))
-
-
-def test_packed_sequences_have_batch_1():
-    inputs, _ = make_inputs("gdn", 8, 32, 32, torch.float32, batch=2)
-    with pytest.raises(ValueError, match="with cu_seqlens batch must be 1, not 2"):
-        kernels.gated_delta_rule(*inputs, cu_seqlens=torch.tensor([0, 8]))
 
 
 def test_says_why_not(monkeypatch):
