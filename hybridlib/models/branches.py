@@ -27,8 +27,7 @@ class BothBranches(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
         if past_key_values is not None:
-            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache; call it "
-                             "without, or decode with the hybrid that restore gives")
+            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache")
         return self.mix(hidden_states, **kwargs), None
 
 

