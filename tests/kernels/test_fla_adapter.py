@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import types
 
 import pytest
-import torch
 
-from hybridlib import kernels
 from hybridlib.bench import operators
 from hybridlib.kernels import fla_adapter
 
@@ -38,17 +35,3 @@ def test_fla_does_not_hand_its_call_to_flash_qla(monkeypatch, before, fails):
     else:
         assert fla_adapter.gated_delta_rule(*inputs, 1.0, None)[0] is inputs[2]
     assert seen == ["0"] and os.environ.get("FLA_FLASH_QLA") == before  # elsewhere it may, as it might before
-
-
-@pytest.mark.skipif(fla_adapter.why_not() is not None or importlib.util.find_spec("flash_qla") is None,
-                    reason=f"fla: {fla_adapter.why_not()}; or flash_qla is not installed")
-def test_fla_itself_runs_its_own_kernels(monkeypatch):
-    def theirs(**inputs):
-        raise AssertionError("FLA handed its call to FlashQLA")
-
-    import flash_qla as package
-
-    monkeypatch.setattr(package, "chunk_gated_delta_rule", theirs)
-    inputs = operators.operator_inputs("gated_delta_rule", (1, 128, 2, 128), "bfloat16", "cuda")
-    with torch.no_grad():
-        assert kernels.gated_delta_rule(*inputs.values(), backend="fla")[0].isfinite().all()

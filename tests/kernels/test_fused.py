@@ -321,27 +321,20 @@ def test_segments_compiled(operator):
     gradients_agree_when_compiled(operator, inputs, state)
 
 
-def test_scans_are_cut_only_where_multiprocessors_idle(monkeypatch):
-    def segments(batch, time, heads, dim, sequences=None):
-        q = torch.empty(batch, time, heads, dim, device="meta")
-        return launch.segments_of(q, q, sequences or batch)
-
-    assert segments(1, 32768, 1, 64) == 1                                      # no multiprocessors, none to fill
+@pytest.mark.parametrize("batch, time, heads, dim, sequences, expected", [
+    (1, 32768, 9, 64, 1, 132 // 9 * 2),                                        # 18 chunks each
+    (1, 28672, 9, 64, 1, 28), (1, 16384, 9, 64, 1, 14), (1, 28608, 9, 64, 1, 14),
+    (1, 32768, 9, 128, 1, 132 // (9 * 4)), (4, 8192, 9, 64, 4, 6), (4, 4096, 9, 64, 4, 3), (5, 8192, 9, 64, 5, 4),
+    (8, 2048, 9, 64, 8, 1), (16, 1024, 9, 64, 16, 1), (1, 32768, 1, 64, 1, launch.MOST),
+    (1, 4096, 1, 64, 1, 4096 // 64 // launch.LEAST), (1, 24 * 64 - 64, 1, 64, 1, 1), (1, 32768, 2, 64, 4, 132 // 8),
+    (1, 32768, 2, 64, 32, 1)])
+def test_scans_are_cut_only_where_multiprocessors_idle(monkeypatch, batch, time, heads, dim, sequences, expected):
+    q = torch.empty(batch, time, heads, dim, device="meta")
+    assert launch.segments_of(q, q, sequences) == 1  # no multiprocessors, none to fill
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
-    assert segments(1, 32768, 9, 64) == 132 // 9 * 2                           # 18 chunks each
-    assert segments(1, 28672, 9, 64) == segments(1, 16384, 9, 64) + 14 == 28   # 16 chunks, and 18 in half as many
-    assert segments(1, 28608, 9, 64) == 14
-    assert segments(1, 32768, 9, 128) == 132 // (9 * 4)
-    assert segments(4, 8192, 9, 64) == 6 and segments(4, 4096, 9, 64) == 3
-    assert segments(5, 8192, 9, 64) == 4
-    assert segments(8, 2048, 9, 64) == segments(16, 1024, 9, 64) == 1
-    assert segments(1, 32768, 1, 64) == launch.MOST
-    assert segments(1, 4096, 1, 64) == 4096 // 64 // launch.LEAST
-    assert segments(1, 24 * 64 - 64, 1, 64) == 1
-    assert segments(1, 32768, 2, 64, sequences=4) == 132 // 8
-    assert segments(1, 32768, 2, 64, sequences=32) == 1
+    assert launch.segments_of(q, q, sequences) == expected
     monkeypatch.setattr(launch, "override_segments", 5)
-    assert segments(16, 64, 9, 64) == 5
+    assert launch.segments_of(q, q, sequences) == 5
 
 
 @on_gpu
@@ -387,19 +380,16 @@ def test_bad_borders_are_refused(batch, change, said):
         kernels.gated_delta_rule(*inputs, initial_state=state, cu_seqlens=change(torch.tensor([0, 7, 30, 40])))
 
 
-def test_says_why_not(monkeypatch):
-    why_not = fused._why_not.__wrapped__
+@pytest.mark.parametrize("triton, gpu, capability, refusal", [
+    (None, False, (9, 0), "triton is not installed"), ("triton", False, (9, 0), "need a CUDA GPU, and there is none"),
+    ("triton", True, (7, 5), "compute capability 8.0"), ("triton", True, (9, 0), None)])
+def test_says_why_not(monkeypatch, triton, gpu, capability, refusal):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "triton is not installed" in why_not()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "need a CUDA GPU, and there is none" in why_not()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in why_not()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert why_not() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    reason = fused._why_not.__wrapped__()
+    assert refusal in reason if refusal else reason is None
 
 
 @pytest.mark.parametrize("dtype, dim, said", [

@@ -134,9 +134,3 @@ def test_a_full_disk_leaves_the_saved_model_as_it_was(saved, tiny_teacher, monke
     with pytest.raises(OSError, match="could not save .* unchanged"):
         hl.linearize(tiny_teacher(), seed=5).save_pretrained(saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_refused(saved):
-    with pytest.raises(ValueError, match="this machine has none"):
-        hl.load_hybrid(saved, device="cuda")

@@ -201,23 +201,18 @@ def write_gguf(path, model, tokenizer):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     c, w = model.config, gguf.GGUFWriter(path, "llama")
-    w.add_block_count(c.num_hidden_layers)
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
-    w.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_vocab_size(c.vocab_size)
+    facts = {"block_count": c.num_hidden_layers, "context_length": c.max_position_embeddings,
+             "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
+             "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads, "vocab_size": c.vocab_size,
+             "rope_freq_base": c.rope_parameters["rope_theta"], "layer_norm_rms_eps": c.rms_norm_eps,
+             "tokenizer_model": "gpt2", "token_merges": ["1 2"], "bos_token_id": 256, "eos_token_id": 256,
+             "pad_token_id": 256, "unk_token_id": 256}
+    for name, value in facts.items():
+        getattr(w, f"add_{name}")(value)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(257)]
     tokens += ["12", *(f"<unused{i}>" for i in range(258, c.vocab_size))]
-    w.add_tokenizer_model("gpt2")
     w.add_token_list(tokens)
     w.add_token_types([1 if i < 256 or i == 257 else 3 for i in range(c.vocab_size)])
-    w.add_token_merges(["1 2"])
-    for add in (w.add_bos_token_id, w.add_eos_token_id, w.add_pad_token_id, w.add_unk_token_id):
-        add(256)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
     for i in range(c.num_hidden_layers):
         ours, theirs = f"model.layers.{i}", f"blk.{i}"
