@@ -15,8 +15,6 @@ from hybridlib.bench.decoding import token_step
 from hybridlib.models.mixers import MixerState
 from hybridlib.models.passes import last_hidden
 
-LAYOUTS = {"all linear": [], "softmax first": [0], "softmax last": [2], "all softmax": [0, 1, 2]}
-
 
 def ids(time=11, batch=2, seed=1):
     return torch.randint(3, 64, (batch, time), generator=torch.Generator().manual_seed(seed))
@@ -62,10 +60,10 @@ def test_logits_a_token_at_a_time_are_those_of_the_whole_text(hybrid, family, mi
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layers", [[], [0], [2], [0, 1, 2]])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_every_layout_decodes(hybrid, family, layout, mixer):
-    model, prompt = hybrid(family, mixer, LAYOUTS[layout]), ids()
+def test_every_layout_decodes(hybrid, family, layers, mixer):
+    model, prompt = hybrid(family, mixer, layers), ids()
     assert torch.equal(*both(model, prompt))
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
@@ -163,6 +161,13 @@ def test_memory_by_layer_type_is_the_closed_form_and_states_stay_float32(hybrid,
         out = model(input_ids=ids(1, batch=3), past_key_values=cache)
 
 
+def test_memory_of_a_teachers_cache_is_all_softmax(tiny_teacher):
+    cache = tiny_teacher("llama")(input_ids=ids(9), use_cache=True).past_key_values
+    assert hl.cache_memory(cache) == {"full_attention": 2 * 3 * 2 * 2 * 9 * 8 * 4, "linear_attention": 0}
+    with pytest.raises(ValueError, match="cache is a tuple; give the past_key_values"):
+        hl.cache_memory(())
+
+
 class Waits(TorchDispatchMode):
     """Counts what would make Python wait for a GPU: a number, or a shape, that depends on what a tensor holds."""
 
@@ -194,31 +199,12 @@ def test_a_token_step_gives_the_logits_of_the_whole_text_and_never_waits(tiny_te
     torch.testing.assert_close(model(input_ids=text[:, -1:], past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def hybrid_on_gpu(tiny_teacher):
-    """make(mixer, layers=(1,)): a hybrid of heads of 32 dims in float32, whose prompts and steps kernels can read."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-
-    def make(mixer, layers=(1,)):
-        teacher = tiny_teacher("qwen3", head_dim=32).to("cuda")
-        return hl.restore(hl.linearize(teacher, mixer), teacher, layers).eval().requires_grad_(False)
-    return make
-
-
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("layers", [(), (1,)])
-def test_greedy_tokens_by_kernels_are_those_of_recomputing(hybrid_on_gpu, mixer, layers):
-    model, prompt = hybrid_on_gpu(mixer, layers), ids(20).cuda()
-    assert torch.equal(*both(model, prompt, new=30))
-    mask = torch.ones_like(prompt)
-    mask[0, :4] = 0
-    assert torch.equal(*both(model, prompt, mask))
-
-
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-def test_a_token_step_by_kernels_can_be_recorded(hybrid_on_gpu, mixer):
-    model, text = hybrid_on_gpu(mixer), ids(21).cuda()
+def test_a_token_step_by_kernels_can_be_recorded(tiny_teacher, mixer):
+    teacher, text = tiny_teacher("qwen3", head_dim=32).to("cuda"), ids(21).cuda()  # heads that kernels can read
+    model = hl.restore(hl.linearize(teacher, mixer), teacher, [1]).requires_grad_(False)
+    assert torch.equal(*both(model, text, new=30))
     cache = model(input_ids=text[:, :-1], use_cache=True).past_key_values
     expected = model(input_ids=text).logits[:, -1:]
     step = token_step(model, text[:, -1:], cache)
@@ -228,13 +214,6 @@ def test_a_token_step_by_kernels_can_be_recorded(hybrid_on_gpu, mixer):
         logits = step()
     graph.replay()
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
-
-
-def test_memory_of_a_teachers_cache_is_all_softmax(tiny_teacher):
-    cache = tiny_teacher("llama")(input_ids=ids(9), use_cache=True).past_key_values
-    assert hl.cache_memory(cache) == {"full_attention": 2 * 3 * 2 * 2 * 9 * 8 * 4, "linear_attention": 0}
-    with pytest.raises(ValueError, match="cache is a tuple; give the past_key_values"):
-        hl.cache_memory(())
 
 
 def test_no_cache_is_made_unless_asked_for(hybrid, monkeypatch):
@@ -275,6 +254,8 @@ def test_wrong_caches_are_refused(hybrid, tiny_teacher):
     refused(cache, r"3 layers with linear ones at \[0, 2\], but the model has 3 with .* \[1, 2\]", hybrid(layers=[0]))
     refused(cache, r"layer 0 a state of .* = \(2, 4, 8\), but .* need \(2, 4, 16\)", hybrid("qwen3"))
     refused(cache, r"layer 0 a state of .* = \(2, 4, 8\), but .* need \(3, 4, 8\)", batch=3)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\); with 11 tokens cached .* \(2, 12\)"):
+        model(input_ids=text[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
 
 
 def test_tokens_cannot_be_taken_back_from_a_state(hybrid):
@@ -290,10 +271,3 @@ def test_tokens_cannot_be_taken_back_from_a_state(hybrid):
         generate(model, text[:1], prompt_lookup_num_tokens=2)
     written = generate(hybrid(layers=[0, 1, 2]), text[:1], prompt_lookup_num_tokens=2)
     assert torch.equal(written, generate(hybrid(layers=[0, 1, 2]), text[:1], use_cache=False))
-
-
-def test_a_mask_without_the_cached_tokens_is_refused(hybrid):
-    model, text = hybrid(), ids()
-    cache = model(input_ids=text, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\); with 11 tokens cached .* \(2, 12\)"):
-        model(input_ids=text[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig,
@@ -122,6 +123,10 @@ def test_a_window_as_long_as_the_context_is_plain_attention(tmp_path, config):
 
 def test_incomplete_folders_are_refused(folder):
     weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
+    fewer = safetensors.load(weights)
+    del fewer["model.layers.1.mlp.up_proj.weight"]
+    (folder / "model.safetensors").write_bytes(safetensors.save(fewer, metadata={"format": "pt"}))
+    refuses("has 1 weights too few .*model.layers.1.mlp.up_proj.weight", folder)
     (folder / "model.safetensors").write_bytes(weights[:-1000])
     refuses("no safetensors weights .others are never loaded. that can be read", folder)
     (folder / "model.safetensors").unlink()
@@ -138,15 +143,6 @@ def test_incomplete_folders_are_refused(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     refuses("no tokenizer", folder)
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refuses("has 1 weights too few .*model.layers.1.mlp.up_proj.weight", folder)
 
 
 @pytest.mark.parametrize("name", ["labb", "./nowhere", "/no/such/folder", "a/b/c", ""])
@@ -191,8 +187,6 @@ def test_the_lab_teacher_is_checked_by_sha256(tmp_path, monkeypatch, folder, pla
     weights = bytearray((home / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (home / "model.safetensors").write_bytes(weights)
-    refuses("model.safetensors does not have the sha256", "lab")
-    (home / "model.safetensors").unlink()
     refuses("model.safetensors does not have the sha256", "lab")
 
 
