@@ -390,10 +390,7 @@ def test_refuses_what_it_cannot_run(monkeypatch, dtype, dim, said):
 
 
 def interpreted_checks():
-    """Run kernels in Triton's interpreter, in a process of its own: small shapes, the same code.
-
-    Scans of gated linear attention take one tile of the state, but in the first case: float32's 16 are slow here.
-    """
+    """Run kernels in Triton's interpreter, in a process of its own: small shapes, the same code."""
     interpret_as_gpus_compute()
 
     def case(operator, time, key_dim, value_dim, dtype, *decay, batch=1, heads=1, borders=None, **options):
@@ -404,7 +401,7 @@ def interpreted_checks():
         check(operator, inputs, state, 1e-4 if dtype == torch.float32 else 1e-2, **packed)
 
     case("gla", 65, 64, 32, torch.float32, "mixed")
-    launch.override["linear_attention.scan"] = launch.Launch(4, 1, 64)
+    launch.override["linear_attention.scan"] = launch.Launch(4, 1, 64)  # float32's 16 columns are slow here
     for operator in OPERATORS:
         for dtype in (torch.float32, torch.bfloat16):
             for decay in DECAYS if dtype == torch.float32 else ("mild", "strong, then mild"):

@@ -158,14 +158,13 @@ def test_bad_input_is_refused(name, change, said):
 
 
 def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
-    inputs = {name: x.requires_grad_(False) for name, x in
-              benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4)).items()}
+    inputs, _ = make_inputs("gdn", 3)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
     monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
     kernels._warn.cache_clear()
     for _ in range(2):
-        gated_delta_rule(**inputs)
+        gated_delta_rule(*inputs)
     said, = caplog.messages
     assert said == "backend='auto' runs 'chunked', for 'fused' cannot run here: dims are not 32, 64 or 128"
 

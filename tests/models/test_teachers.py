@@ -100,14 +100,6 @@ def test_what_cannot_be_linearized_is_refused(config, match):
         check_family(config)
 
 
-def test_the_family_is_judged_before_any_weights_are_read(tmp_path):
-    save(tmp_path, FAMILIES["mistral"])
-    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "sliding_window": 16}))
-    refuses("sliding-window", tmp_path)
-
-
 @pytest.mark.parametrize("config", [
     MistralConfig(**TINY, sliding_window=64),
     Qwen2Config(**TINY, use_sliding_window=True, sliding_window=64, max_window_layers=1),
@@ -129,6 +121,9 @@ def test_incomplete_folders_are_refused(folder):
     refuses("has 1 weights too few .*model.layers.1.mlp.up_proj.weight", folder)
     (folder / "model.safetensors").write_bytes(weights[:-1000])
     refuses("no safetensors weights .others are never loaded. that can be read", folder)
+    (folder / "config.json").write_text(json.dumps({**json.loads(config), "attn_logit_softcapping": 30.0}))
+    refuses("attn_logit_softcapping", folder)  # before any weights are read
+    (folder / "config.json").write_text(config)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
     refuses("no safetensors weights .others are never loaded. that can be read .*no file named", folder)
