@@ -12,12 +12,8 @@ backend          meaning                                               where it 
                  ``"chunked"``
 ===============  ====================================================  =============================================
 
-``"auto"`` gives float32 to ``"fused"``, which multiplies it in three TF32 products, to float32's own error, and never
-to ``"fla"``, which multiplies it in TF32. ``"fla"`` runs flash-linear-attention's own kernels, also where FlashQLA is
-installed, to which that hands some calls.
-
-Sequences may be packed into one of batch 1 with `cu_seqlens`, (sequences + 1,) integers from 0 to time, where each
-begins and the last ends. ``"fused"`` takes them at once, the other backends one after another.
+``"auto"`` never gives float32 to ``"fla"``, which multiplies it in TF32; ``"fused"`` is exact to float32's own error.
+``"fused"`` takes packed sequences at once, the others one after another.
 """
 
 from __future__ import annotations
@@ -35,8 +31,8 @@ __all__ = ["available_backends", "delta_rule_inputs", "gated_delta_rule", "gated
 
 logger = logging.getLogger(__name__)
 
+_SIZES = {"B": "batch", "N": "sequences", "T": "time", "H": "heads", "K": "key_dim", "V": "value_dim"}
 _BACKENDS = ("auto", "reference", "chunked", "fused", "fla")
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, backend="auto", cu_seqlens=None):
@@ -46,28 +42,24 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
     ----------
     q, k : (batch, time, heads, key_dim); k of unit length, or the state may grow without bound.
     v : (batch, time, heads, value_dim).
-    log_decay : (batch, time, heads); natural log, finite and <= 0, which is not checked (it would read every value).
+    log_decay : (batch, time, heads); natural log, finite and <= 0, which is not checked.
     beta : (batch, time, heads), from 0 to 1.
     scale : factor on the output; key_dim ** -0.5 if None.
     initial_state : (batch, heads, key_dim, value_dim); zeros if None. With cu_seqlens, (sequences, ..).
     backend : see the table in `hybridlib.kernels`.
-    cu_seqlens : (sequences + 1,) int32 or int64, on v's device: tokens cu_seqlens[n] to cu_seqlens[n + 1] are sequence
-        n, and batch is 1. From 0 to time and never falling, which is not checked (it would wait for the GPU).
+    cu_seqlens : (sequences + 1,) int32 or int64, on v's device, for sequences packed into a batch of 1: tokens
+        cu_seqlens[n] to cu_seqlens[n + 1] are sequence n. From 0 to time and never falling, which is not checked.
 
     Returns
     -------
     o : (batch, time, heads, value_dim), in v's dtype.
-    state : (batch, heads, key_dim, value_dim) after the last token; with cu_seqlens (sequences, ..), after the last
-        token of each; float32, or float64 if v is.
+    state : (batch or sequences, heads, key_dim, value_dim) after the last token; float32, or float64 if v is.
 
-    Raises
-    ------
-    ValueError : a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
-
+    Raises ValueError for a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
     Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
-    return _run("gated_delta_rule", inputs, "B T H", scale, initial_state, backend, cu_seqlens)
+    return _run("gated_delta_rule", inputs, "BTH", scale, initial_state, backend, cu_seqlens)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, backend="auto", cu_seqlens=None):
@@ -78,18 +70,10 @@ def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, b
     q, k, v, scale, initial_state, backend, cu_seqlens : as in `gated_delta_rule`; k of any length.
     log_decay : (batch, time, heads, key_dim); natural log, finite and <= 0, which is not checked.
 
-    Returns
-    -------
-    o, state : as in `gated_delta_rule`.
-
-    Raises
-    ------
-    ValueError : as in `gated_delta_rule`.
-
-    Source: arXiv 2312.06635, section 4.
+    Returns o, state and raises as `gated_delta_rule`. Source: arXiv 2312.06635, section 4.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    return _run("gated_linear_attention", inputs, "B T H K", scale, initial_state, backend, cu_seqlens)
+    return _run("gated_linear_attention", inputs, "BTHK", scale, initial_state, backend, cu_seqlens)
 
 
 def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
@@ -121,11 +105,7 @@ def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
 
 
 def available_backends() -> dict[str, str | None]:
-    """Map each backend to None if it runs on this machine, else to the reason it cannot, in one sentence.
-
-    ``"fla"`` may run forward and still be refused when gradients of the gated delta rule are wanted (Hopper GPUs with
-    Triton 3.4 to 3.7.0 and no TileLang).
-    """
+    """Map each backend to None if it runs forward on this machine, else to the reason it cannot, in one sentence."""
     return {"reference": None, "chunked": None, "fused": fused.why_not(), "fla": fla_adapter.why_not()}
 
 
@@ -134,24 +114,24 @@ _accepted: set = set()  # calls that passed the checks and run fused: a second c
 
 def _run(operator, inputs, decay_shape, scale, initial_state, backend, cu_seqlens):
     compiling = torch.compiler.is_compiling()
-    tensors = (*inputs.values(), initial_state, cu_seqlens)
     plain = not compiling and isinstance(backend, str) and isinstance(scale, (int, float, type(None)))
-    call = (operator, backend, scale, *map(_kind, tensors)) if plain else None
-    if call in _accepted:
-        scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
-        return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
-    check_choice("backend", backend, _BACKENDS)
-    shapes = {"q": "B T H K", "k": "B T H K", "v": "B T H V", "log_decay": decay_shape, "beta": "B T H"}
-    states = {} if initial_state is None else {"initial_state": initial_state}
-    _check_tensors(inputs | states, shapes | {"initial_state": "B H K V"}, cu_seqlens)
-    q = inputs["q"]
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    check_number("scale", scale, 0, open_low=True)
-    backend = _choose(operator, inputs, initial_state, backend)
-    if backend == "fused":
-        if not compiling and len(_accepted) < 1000:
+    call = (operator, backend, scale, *map(_kind, (*inputs.values(), initial_state, cu_seqlens))) if plain else None
+    if call is not None and call in _accepted:
+        backend = "fused"
+    else:
+        check_choice("backend", backend, _BACKENDS)
+        sizes = {} if cu_seqlens is None else {"N": _count(cu_seqlens, inputs["v"])}
+        shapes = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "log_decay": decay_shape, "beta": "BTH",
+                  "initial_state": "BHKV" if cu_seqlens is None else "NHKV"}
+        states = {} if initial_state is None else {"initial_state": initial_state}
+        check_tensors(inputs | states, shapes, sizes)
+        if scale is not None:
+            check_number("scale", scale, 0, open_low=True)
+        backend = _choose(operator, inputs, initial_state, backend)
+        if backend == "fused" and call is not None and len(_accepted) < 1000:
             _accepted.add(call)
+    scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
+    if backend == "fused":
         return getattr(fused, operator)(*inputs.values(), scale, initial_state, cu_seqlens)
     run = getattr({"reference": reference, "chunked": chunked, "fla": fla_adapter}[backend], operator)
     return _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens)
@@ -173,23 +153,18 @@ def _kind(x):
 def _choose(operator, inputs, initial_state, backend):
     """Return the backend of a call, chosen where `backend` is ``"auto"``; ValueError if it cannot run the call."""
     q, v = inputs["q"], inputs["v"]
-    if backend == "auto" and not v.is_cuda:
-        return "chunked"
-    if backend in ("auto", "fused"):
-        refusal = fused.why_not_for(q, v)
-        if refusal is None:
-            return "fused"
-        if backend == "fused":
-            raise ValueError(f"backend='fused' cannot run here: {refusal}")
-    if backend in ("auto", "fla"):
-        refusal = _why_not_fla(operator, inputs, initial_state)
-        if backend == "auto":
-            chosen = "fla" if refusal is None and v.dtype in (torch.bfloat16, torch.float16) else "chunked"
-            if not torch.compiler.is_compiling():
-                _warn(chosen, fused.why_not_for(q, v))
-            return chosen
-        if refusal is not None:
-            raise ValueError(f"backend='fla' cannot run here: {refusal}")
+    if backend == "auto":
+        reason = fused.why_not_for(q, v) if v.is_cuda else None
+        if reason is None:
+            return "fused" if v.is_cuda else "chunked"
+        half = v.dtype in (torch.bfloat16, torch.float16)
+        backend = "fla" if half and _why_not_fla(operator, inputs, initial_state) is None else "chunked"
+        if not torch.compiler.is_compiling():
+            _warn(backend, reason)
+    elif backend in ("fused", "fla"):
+        reason = fused.why_not_for(q, v) if backend == "fused" else _why_not_fla(operator, inputs, initial_state)
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} cannot run here: {reason}")
     return backend
 
 
@@ -200,7 +175,7 @@ def _warn(chosen, refusal):
 
 
 def _one_by_one(run, inputs, scale, initial_state, borders):
-    """Run packed sequences one after another; borders as `cu_seqlens`."""
+    """Run packed sequences; borders as `cu_seqlens`."""
     q, v = inputs["q"], inputs["v"]
     outputs, states = [], []
     for n, (start, end) in enumerate(zip(borders, borders[1:])):
@@ -232,44 +207,33 @@ def _why_not_fla(operator, inputs, initial_state):
     return None
 
 
-def _check_tensors(tensors, shapes, cu_seqlens):
-    """Raise ValueError unless every tensor is floating, on v's device, and of the shape that the others imply."""
-    sequences = None if cu_seqlens is None else _count(cu_seqlens, tensors)
+def check_tensors(tensors: dict, shapes: dict[str, str], sizes: dict[str, int]) -> None:
+    """Raise ValueError unless all are floating, on v's device, and of shapes that agree.
+
+    `shapes` has a letter of `_SIZES` for each dimension, whose size is that of `sizes` or of the first tensor with it.
+    """
+    device = getattr(tensors["v"], "device", None)
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}; it must be a floating tensor")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating")
-        if x.dim() != len(shapes[name].split()):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {_spell(shapes[name])}")
-    (batch, time, heads, key_dim), value_dim = tensors["q"].shape, tensors["v"].shape[-1]
-    sizes = {"B": batch, "T": time, "H": heads, "K": key_dim, "V": value_dim}
-    if 0 in sizes.values():
-        name, x = ("v", tensors["v"]) if value_dim == 0 else ("q", tensors["q"])
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; every size must be at least 1")
-    for name, x in tensors.items():
-        if name == "initial_state" and sequences is not None:
-            sizes["B"] = sequences
-        expected = tuple(sizes[s] for s in shapes[name].split())
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(tensors['q'].shape)} it must be "
-                             f"{_spell(shapes[name])} = {expected}")
-        if x.device != tensors["v"].device:
-            raise ValueError(f"{name} is on {x.device} and v on {tensors['v'].device}; all must be on one device")
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise ValueError(f"{name} is a {getattr(x, 'dtype', type(x).__name__)}; it must be a floating tensor")
+        fits = x.dim() == len(shapes[name])
+        for letter, size in zip(shapes[name], x.shape) if fits else ():
+            fits = fits and sizes.setdefault(letter, size) == size
+        if not fits:
+            expected = [f"{_SIZES[s]} = {sizes[s]}" if s in sizes else _SIZES[s] for s in shapes[name]]
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({', '.join(expected)})")
+        if 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; every size must be at least 1")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and v on {device}; all must be on one device")
 
 
-def _count(cu_seqlens, tensors):
+def _count(cu_seqlens, v):
     """Count the sequences of cu_seqlens; ValueError unless it is of integers, one-dimensional, and batch is 1."""
-    v = tensors["v"]
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1:
-        raise ValueError("cu_seqlens must be a one-dimensional tensor of int32 or int64")
-    if len(cu_seqlens) < 2 or cu_seqlens.device != v.device:
-        raise ValueError(f"cu_seqlens must be on {v.device} and hold at least two numbers")
+    if (not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64)
+            or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != v.device):
+        raise ValueError(f"cu_seqlens must be a one-dimensional tensor of int32 or int64 on {v.device} and hold at "
+                         "least two numbers")
     if v.dim() == 4 and len(v) != 1:
         raise ValueError(f"with cu_seqlens batch must be 1, not {len(v)}")
     return len(cu_seqlens) - 1
-
-
-def _spell(shape):
-    words = {"B": "batch", "T": "time", "H": "heads", "K": "key_dim", "V": "value_dim"}
-    return f"({', '.join(words[s] for s in shape.split())})"

@@ -14,20 +14,12 @@ Gated delta rule (arXiv 2412.06464, section 3; the WY form of arXiv 2406.06484):
     O  = scale (in q) S + P N,                        P = scale (q_i . k_j) D_ij
     S' = in_C S + (out k)^T N  =  (in_C I - (out k)^T W) S + (out k)^T U
 
-The last form makes the step from chunk to chunk one matrix product, for GPUs, where launches would dominate; on a CPU
-N comes first, which is fewer operations. Gated linear attention (arXiv 2312.06635, section 4) has the same O and S'
-with N = v, and decays of its own for each key dim:
+Gated linear attention (arXiv 2312.06635, section 4) has the same O and S' with N = v, and decays of its own for each
+key dim: P_ij = scale sum_d q_id k_jd D_ijd.
 
-    P_ij = scale sum_d q_id k_jd D_ijd
-
-No decay is ever divided by another and no positive number is ever exponentiated, so that log_decay may be as low as
-it likes. Here that matters most in P, where D does not factor over i and j: `_decayed_levels` splits the chunk in
-halves, quarters and so on, and a pair (i, j) in two neighbouring blocks meets at their border, where
-D_ij = (a_(j+1) ... to the border) (from the border ... a_i).
-
-Backward passes are written by hand, in the same few large products. They take inputs, states and one (C, C) a chunk,
-(I + A)^-1 or P, from the forward pass and compute the rest again. Gradients of log_decay are sums over the pairs that a
-decay lies between, never differences of sums, so that small ones stay exact.
+No decay is ever divided by another and no positive number is ever exponentiated, so log_decay may be as low as it
+likes. Backward passes take inputs, states and one (C, C) a chunk from the forward pass and compute the rest again.
+Gradients of log_decay are sums over pairs, never differences of sums, so small ones stay exact.
 """
 
 from __future__ import annotations
@@ -40,21 +32,12 @@ __all__ = ["gated_delta_rule", "gated_linear_attention"]
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, scale, initial_state, chunk=32):
-    """Run the gated delta rule in chunks of `chunk` tokens, a power of two.
-
-    Arguments and result as `hybridlib.kernels.gated_delta_rule`; float32 inside, float64 if v is float64.
-    """
-    inputs = q, k, v, log_decay, beta
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, initial_state))
-    function = _GatedDeltaRule.apply if gradients or not _in_turn(v) else _delta_rule_without_gradients
-    return _in_chunks(function, inputs, scale, initial_state, chunk)
+    """Run `hybridlib.kernels.gated_delta_rule` in chunks of `chunk` tokens, a power of two; in float32 or float64."""
+    return _in_chunks(_GatedDeltaRule.apply, (q, k, v, log_decay, beta), scale, initial_state, chunk)
 
 
 def gated_linear_attention(q, k, v, log_decay, scale, initial_state, chunk=32):
-    """Run gated linear attention in chunks of `chunk` tokens, a power of two.
-
-    Arguments and result as `hybridlib.kernels.gated_linear_attention`; float32 inside, float64 if v is float64.
-    """
+    """Run `hybridlib.kernels.gated_linear_attention` in chunks of `chunk` tokens, a power of two."""
     return _in_chunks(_GatedLinearAttention.apply, (q, k, v, log_decay), scale, initial_state, chunk)
 
 
@@ -82,34 +65,28 @@ def _in_chunks(function, inputs, scale, initial_state, chunk):
 
 
 def _in_turn(x):
-    """Tell whether chunks go one after the other, in several small products. On a GPU launches would dominate."""
+    """Tell whether chunks go one after the other, in several small products; on a GPU launches would dominate."""
     return x.device.type == "cpu"
 
 
-def _delta_rule_without_gradients(q, k, v, log_decay, beta, state, scale):
-    """Run `_GatedDeltaRule` with one state, which is written over, in place of those that gradients need."""
-    (count, rows, size, _), value_dim = k.shape, v.shape[-1]
-    q, k, v, log_decay, beta = (x.flatten(0, 1) for x in (q, k, v, log_decay, beta))
-    scores, _, new, w, q_in, k_out, total = _chunks(q, k, v, log_decay, beta, scale)
-    o, state = torch.empty_like(v), state.clone()
-    for n in range(count):
-        at = slice(n * rows, (n + 1) * rows)
-        new[at].baddbmm_(w[at], state)                                              # N (rows, C, V)
-        torch.bmm(q_in[at], state, out=o[at]).baddbmm_(scores[at], new[at])
-        state.mul_(total[at]).baddbmm_(k_out[at].mT, new[at])
-    return o.view(count, rows, size, value_dim), state
-
-
 def _chunks(q, k, v, log_decay, beta, scale):
-    """Return what chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1).
-
-    Decays, scale and beta multiply A and P (C x C), not keys and queries before the products.
-    """
+    """Return what chunks have without the state: P, (I + A)^-1, U, -W, in q, out k, and in_C (all, 1, 1)."""
     decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()         # (all, C, C), (all, C, 1)
     scores = (q @ k.mT).mul_(decay).mul_(scale)                                     # (all, C, C)
     inverse = _inverse((k @ k.mT).mul_(decay).mul_(beta))                           # (all, C, C)
     u, w = inverse @ (v * beta), inverse @ (k * (beta * -decay_in))                 # (all, C, V), (all, C, K)
     return scores, inverse, u, w, q * (scale * decay_in), k * decay[:, -1, :, None], decay_in[:, -1:]
+
+
+def _backward(gradients):
+    """Make a backward pass of a function that returns gradients by `all`, the state's last."""
+    @once_differentiable
+    def backward(ctx, do, dstate):
+        with torch.autocast(do.device.type, enabled=False):
+            *grads, dstate = gradients(ctx, do.flatten(0, 1), dstate)
+        return *(x.view(*ctx.shape, -1) for x in grads), dstate, None
+
+    return backward
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -130,15 +107,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, do, dstate):
-        with torch.autocast(do.device.type, enabled=False):
-            return _GatedDeltaRule._backward(ctx, do.flatten(0, 1), dstate)
-
-    @staticmethod
-    def _backward(ctx, do, dstate):
         q, k, v, log_decay, beta, inverse, states = ctx.saved_tensors
-        (count, rows, size), scale, before = ctx.shape, ctx.scale, states[:-1].flatten(0, 1)
+        count, scale, before = ctx.shape[0], ctx.scale, states[:-1].flatten(0, 1)
         decay, decay_in = _pairwise_decay(log_decay), log_decay.cumsum(1).exp()
         out, total, q_in = decay[:, -1, :, None], decay_in[:, -1:], scale * decay_in
         scores = (q @ k.mT).mul_(decay).mul_(scale)                                 # P
@@ -170,15 +142,11 @@ class _GatedDeltaRule(torch.autograd.Function):
         dscores.mul_(decay).mul_(scale)
         dq = torch.baddbmm(dq_in.mul_(q_in), dscores, k)
         dk = dk_in.addcmul_(dk_out, out).baddbmm_(dpairs + dpairs.mT, k).baddbmm_(dscores.mT, q)
-        grads = (dq, dk, dv, dlog_decay[..., None], dbeta[..., None])
-        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+        return dq, dk, dv, dlog_decay[..., None], dbeta[..., None], dstates[0]
 
 
 def _states(new, w, k_out, total, state, count):
-    """Return states (chunks + 1, rows, K, V) and N (all, C, V), from U, -W, out k and in_C (all, 1, 1).
-
-    Either N and the next state in turn, or states by one product a chunk and then every N.
-    """
+    """Return states (chunks + 1, rows, K, V) and N (all, C, V), from U, -W, out k and in_C (all, 1, 1)."""
     if not _in_turn(new):
         states = _scan(k_out.mT @ new, _transition(k_out, w, total), state, count)
         return states, new.baddbmm_(w, states[:-1].flatten(0, 1))
@@ -193,7 +161,7 @@ def _states(new, w, k_out, total, state, count):
 
 
 def _state_gradients(dnew, read, w, k_out, total, dstate, count):
-    """Return gradients of N and of the states, from those of outputs: P^T dO and (in q)^T dO; else as `_states`.
+    """Return gradients of N and of the states, from P^T dO and (in q)^T dO.
 
     dN = P^T dO + out k dS',  dS = in_C dS' + (in q)^T dO - W^T dN
     """
@@ -238,16 +206,10 @@ class _GatedLinearAttention(torch.autograd.Function):
         return o.view(count, rows, size, value_dim), states[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, do, dstate):
-        with torch.autocast(do.device.type, enabled=False):
-            return _GatedLinearAttention._backward(ctx, do.flatten(0, 1), dstate)
-
-    @staticmethod
-    def _backward(ctx, do, dstate):
         q, k, v, decay, scores, states = ctx.saved_tensors
-        count, rows, size = ctx.shape
-        before = states[:-1].flatten(0, 1)
+        count, before = ctx.shape[0], states[:-1].flatten(0, 1)
         *inner, (q_in, k_out, total) = _decayed_levels(q, k, decay)
 
         dstates = _scan(q_in.mT @ do, total.mT, dstate, count, reverse=True)
@@ -271,13 +233,13 @@ class _GatedLinearAttention(torch.autograd.Function):
         dlog_decay = (dtotal + dq * q) * decay
         diagonal = dscores.diagonal(dim1=1, dim2=2)[..., None]
         dq, dk = (dq * decay).addcmul_(diagonal, k), dk.addcmul_(diagonal, q)
-        grads = (dq * ctx.scale, dk, dv, dlog_decay)
-        return *(x.view(count, rows, size, -1) for x in grads), dstates[0], None
+        return dq * ctx.scale, dk, dv, dlog_decay, dstates[0]
 
 
 def _decayed_levels(q, k, decay):
     """Return for blocks of 1, 2, .. C tokens: q decayed from its block's start, k to its block's end, blocks' totals.
 
+    A pair in two neighbouring blocks meets at their border: D_ij = (a_(j+1) .. to the border) (from the border .. a_i).
     q, k and decay (all, C, K); totals (all, C / block, K). Token i's own decay counts as q's, not as k's.
     """
     levels, size = [(q * decay, k, decay)], q.shape[1]
@@ -302,10 +264,7 @@ def _halves(x, half):
 
 
 def _lower_blocks(x, half):
-    """View, of (all, C, C), the blocks where the second of two neighbouring blocks meets the first.
-
-    (all, pairs, half, half), rows from the second block and columns from the first.
-    """
+    """View the blocks of (all, C, C) where a second neighbour (rows) meets a first: (all, pairs, half, half)."""
     pairs = x.shape[-1] // (2 * half)
     return x.view(-1, pairs, 2, half, pairs, 2, half)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
@@ -313,9 +272,7 @@ def _lower_blocks(x, half):
 def _inverse(a):
     """Return (I + strictly lower part of a)^-1, for a (all, C, C), by substitution on a CPU.
 
-    On a GPU it is as stable, but in products, to join inverses of 1, 2, 4, .. tokens, two into one:
-
-        [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
+    On a GPU in products, which join two inverses: [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
     """
     size, half = a.shape[-1], 1
     if a.device.type == "cpu":
@@ -339,10 +296,7 @@ def _pairwise_decay(log_decay):
 
 
 def _log_decay_gradient(dpairs, dstart):
-    """Return the gradient (all, C) of log_decay from those of log D (all, C, C) and log in (all, C).
-
-    Token t's decay is part of D_ij for j < t <= i and of in_i for t <= i.
-    """
+    """Return the gradient (all, C) of log_decay from those of log D (all, C, C) and log in (all, C)."""
     size = dstart.shape[1]
     lower = dstart.new_ones(size, size).tril_()
     return (dpairs @ lower.mT.triu(1)).add_(dstart[:, :, None]).mul_(lower).sum(1)

@@ -1,8 +1,7 @@
 """Our GPU kernel for divergences of next-token distributions: a row's loss, and its gradient in place of its logits.
 
-Needs triton. A program goes over one row two or three times: for the two log-sum-exps, for the sums that the gradient
-needs (the forward KL needs none), and for the gradient, in float32. It is wide, so that few rows are under way at once
-and a row's later reads find it in cache.
+Needs triton. A program goes over one row two or three times, in float32. It is wide, so that few rows are under way at
+once and a row's later reads find it in cache.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ __all__ = ["loss_and_gradient"]
 
 
 def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor, kind: str, alpha: float | None,
-                      beta: float | None, temperature: float, *, block: int = 8192, warps: int = 32) -> torch.Tensor:
+                      beta: float | None, temperature: float, *, block: int = 8192) -> torch.Tensor:
     """Return the divergence of each row in nats, without temperature squared; student_logits become its gradient.
 
     Parameters
@@ -23,7 +22,7 @@ def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor
     teacher_logits, student_logits : (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The gradient
         of the row's divergence by logits / temperature overwrites the student's, and any padding between rows.
     kind, alpha, beta, temperature : as in `hybridlib.distill.objectives.divergence`, checked there.
-    block : columns at a time, a power of 2. warps : of 32 threads each, a program.
+    block : columns at a time, a power of 2.
 
     Returns (rows,), float32.
     """
@@ -33,7 +32,7 @@ def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor
     block = min(block, triton.next_power_of_2(stride))
     with torch.cuda.device_of(student_logits):
         _kernel[(rows,)](teacher_logits, student_logits, loss, 1 / temperature, vocab, stride, kind, alpha or 0.0,
-                         beta or 0.0, block, num_warps=warps)
+                         beta or 0.0, block, num_warps=32)
     return loss
 
 

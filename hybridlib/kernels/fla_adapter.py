@@ -1,11 +1,7 @@
 """Adapter to flash-linear-attention (https://github.com/fla-org/flash-linear-attention), an optional package.
 
-Its kernels are written in Triton: they need an NVIDIA GPU, and `import fla` fails where triton is missing. `why_not`
-says so before anything is imported.
-
 Where FlashQLA is installed too, flash-linear-attention hands it the gated delta rule at dims of 128, unless an
-environment variable, which it reads at each call, forbids it. The adapter sets that variable for its calls, so that
-flash-linear-attention always runs its own kernels.
+environment variable, which it reads at each call, forbids it. The adapter sets that variable for its calls.
 """
 
 from __future__ import annotations
@@ -25,10 +21,7 @@ __all__ = ["gated_delta_rule", "gated_linear_attention", "why_not"]
 def why_not(delta_rule_gradients: bool = False) -> str | None:
     """Why flash-linear-attention cannot run on this machine, in one sentence; None if it can.
 
-    Parameters
-    ----------
-    delta_rule_gradients : whether gradients of the gated delta rule are wanted. On Hopper GPUs Triton 3.4 to 3.7.0
-        compiles them wrongly and flash-linear-attention 0.6.0 refuses, unless TileLang is installed.
+    delta_rule_gradients : whether gradients of the gated delta rule are wanted.
     """
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install flash-linear-attention)"

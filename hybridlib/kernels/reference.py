@@ -1,7 +1,6 @@
 """The two recurrences, one token at a time: slow, exact, the truth for tests of every other backend.
 
-Equations are in the docstrings of `hybridlib.kernels`: state S (key_dim, value_dim), decay a = exp(log_decay), write
-strength beta. `scale` is a number, `initial_state` a tensor or None; both compute in float64 if v is, else in float32.
+`scale` is a number, `initial_state` a tensor or None; both compute in float64 if v is, else in float32.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """One token at a time, from the state that the tokens before it left: the operators as decoding runs them.
 
-The recurrences are those of `hybridlib.kernels.reference`, without a time axis, in float32 whatever the dtype of the
-inputs, or in float64 if v is. A call costs the same after any text.
-
-On a GPU that runs the ``"fused"`` kernels a step is one launch, which reads the state once and writes it once, where
-key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and nothing takes a gradient. Everywhere else, and
-under torch.compile, it is a few operations of PyTorch, which have gradients.
+The recurrences are computed in float32, or in float64 if v is. On a GPU that runs the ``"fused"`` kernels a step is one
+launch where key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and nothing takes a gradient.
+Everywhere else, and under torch.compile, it is a few operations of PyTorch, which have gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hybridlib.checks import check_choice
-from hybridlib.kernels import _BACKENDS, fused
+from hybridlib.kernels import _BACKENDS, check_tensors, fused
 from hybridlib.kernels.reference import _read
 
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
@@ -36,19 +33,15 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
     o : (batch, heads, value_dim), in v's dtype.
     state : (batch, heads, key_dim, value_dim) after this token; float32, or float64 if v is.
 
-    Raises
-    ------
-    ValueError : a shape that does not fit q and v, or an unknown backend.
-
-    Source: arXiv 2412.06464, section 3.
+    Raises ValueError for a tensor that does not fit, or an unknown backend. Source: arXiv 2412.06464, section 3.
     """
-    check_choice("backend", backend, _BACKENDS)
-    _check_shapes(q, v, k=(k, "BHK"), log_decay=(log_decay, "BH"), beta=(beta, "BH"), state=(state, "BHKV"))
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "state": state}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _is_fused(backend, scale, q, k, v, log_decay, beta, state):
+    if _is_fused(inputs, "BH", scale, backend):
         return fused.token(q, k, v, log_decay, beta, state, scale)
     with torch.autocast(v.device.type, enabled=False):
-        query, k, value, log_decay, beta, state = _wide(v.dtype, q, k, v, log_decay, beta, state)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        query, k, value, log_decay, beta, state = (x.to(wide) for x in inputs.values())
         state = log_decay.exp()[..., None, None] * state
         error = value - _read(state, k)
         state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
@@ -63,44 +56,23 @@ def gated_linear_attention(q, k, v, log_decay, state, scale=None, backend="auto"
     q, k, v, state, scale, backend : as in `gated_delta_rule`; k of any length.
     log_decay : (batch, heads, key_dim).
 
-    Returns
-    -------
-    o, state : as in `gated_delta_rule`.
-
-    Raises
-    ------
-    ValueError : as in `gated_delta_rule`.
-
-    Source: arXiv 2312.06635, section 4.
+    Returns o, state and raises as `gated_delta_rule`. Source: arXiv 2312.06635, section 4.
     """
-    check_choice("backend", backend, _BACKENDS)
-    _check_shapes(q, v, k=(k, "BHK"), log_decay=(log_decay, "BHK"), state=(state, "BHKV"))
+    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state": state}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _is_fused(backend, scale, q, k, v, log_decay, state):
+    if _is_fused(inputs, "BHK", scale, backend):
         return fused.token(q, k, v, log_decay, None, state, scale)
     with torch.autocast(v.device.type, enabled=False):
-        query, k, value, log_decay, state = _wide(v.dtype, q, k, v, log_decay, state)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        query, k, value, log_decay, state = (x.to(wide) for x in inputs.values())
         state = log_decay.exp()[..., :, None] * state + k[..., :, None] * value[..., None, :]
         return (scale * _read(state, query)).to(v.dtype), state
 
 
-def _is_fused(backend, scale, *tensors):
-    """Tell whether the kernel takes the call; tensors are q, k, v and the others. A scale must not be on the GPU."""
-    dims = tensors[0].shape[-1], tensors[2].shape[-1]
-    return not isinstance(scale, torch.Tensor) and fused.takes_step(backend, dims, *tensors)
-
-
-def _wide(dtype, *inputs):
-    return (x.to(torch.promote_types(dtype, torch.float32)) for x in inputs)
-
-
-def _check_shapes(q, v, **others):
-    for name, x in (("q", q), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; a step takes one token, (batch, heads, dim)")
-    sizes = dict(zip("BHKV", (*q.shape, v.shape[-1])))
-    for name, (x, shape) in ({"v": (v, "BHV")} | others).items():
-        expected = tuple(sizes[s] for s in shape)
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with q {tuple(q.shape)} and v {tuple(v.shape)} it "
-                             f"must be {expected}")
+def _is_fused(inputs, decay_shape, scale, backend):
+    """Check a call, and tell whether the kernel takes it. A scale must not be on the GPU."""
+    check_choice("backend", backend, _BACKENDS)
+    check_tensors(inputs, {"q": "BHK", "k": "BHK", "v": "BHV", "log_decay": decay_shape, "beta": "BH",
+                           "state": "BHKV"}, {})
+    dims = inputs["q"].shape[-1], inputs["v"].shape[-1]
+    return not isinstance(scale, torch.Tensor) and fused.takes_step(backend, dims, *inputs.values())

@@ -1,8 +1,6 @@
 """Layers that hold both branches, softmax attention and a linear mixer, and models of such layers.
 
-A class says how the two make one output: mixed by a gate (`GatedAttention`), or one of them, chosen before the pass
-(`ChosenAttention`) or within it (`SwitchedAttention`, whose choice a recorded CUDA graph can be told). Such models are
-for measuring and for training; they keep no cache and are not for saving.
+They are for measuring and for training; they keep no cache and are not for saving.
 """
 
 from __future__ import annotations
@@ -21,10 +19,7 @@ __all__ = ["BothBranches", "ChosenAttention", "GatedAttention", "SwitchedAttenti
 
 
 class BothBranches(nn.Module):
-    """A layer's attention with both branches, called as a decoder layer calls its ``self_attn``.
-
-    A subclass gives `mix`: the output (batch, time, width) for the input (batch, time, width).
-    """
+    """A layer's attention with both branches; a subclass gives `mix`, from (batch, time, width) to the same."""
 
     def __init__(self, linear: nn.Module, softmax: nn.Module):
         super().__init__()
@@ -32,20 +27,14 @@ class BothBranches(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, **kwargs):
         if past_key_values is not None:
-            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache; call it "
-                             "without, or decode with the hybrid that restore gives")
+            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache")
         return self.mix(hidden_states, **kwargs), None
 
 
 class GatedAttention(BothBranches):
-    """(1 - gate) linear(x) + gate softmax(x).
+    """(1 - gate) linear(x) + gate softmax(x), with `gate` () or (rows,), see `set_gates`."""
 
-    `gate` is a tensor () or (rows,), one number for all rows of a batch or one for each; see `set_gates`.
-    """
-
-    def __init__(self, linear: nn.Module, softmax: nn.Module):
-        super().__init__(linear, softmax)
-        self.gate = torch.zeros(())
+    gate = torch.zeros(())
 
     def mix(self, x, **kwargs):
         linear, softmax = self.linear(x, **kwargs)[0], self.softmax(x, **kwargs)[0]
@@ -66,7 +55,7 @@ class ChosenAttention(BothBranches):
 
 
 class SwitchedAttention(BothBranches):
-    """softmax(x) or linear(x), as `place` chose; both are computed, so that one recorded graph serves every choice."""
+    """As `ChosenAttention`, but both are computed, so that one recorded graph serves every choice."""
 
     def __init__(self, linear: nn.Module, softmax: nn.Module):
         super().__init__(linear, softmax)
@@ -91,8 +80,7 @@ def both_branches(student: PreTrainedModel, teacher: PreTrainedModel,
                   attention: Callable[[nn.Module, nn.Module], BothBranches]) -> PreTrainedModel:
     """A copy of `student` whose layers hold ``attention(mixer, softmax)``, a copy of the teacher's attention in each.
 
-    Every weight can be trained, on the student's device; student and teacher are left as they were. Raises ValueError
-    as `gated_model` does.
+    Every weight can be trained, on the student's device. Raises ValueError as `gated_model` does.
     """
     _check_linear(student)
     every = range(student.config.num_hidden_layers)
@@ -106,9 +94,8 @@ def gated_model(student: PreTrainedModel, teacher: PreTrainedModel, gates: torch
                 ) -> PreTrainedModel:
     """A model that holds, in every layer, the student's mixer and the teacher's attention, mixed by a gate.
 
-    With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. No weight is
-    copied: the model shares memory with student and teacher, which stay as they were, and gives weights no gradient.
-    It is in eval mode.
+    With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. It shares
+    memory with student and teacher, which stay as they were, gives weights no gradient, and is in eval mode.
 
     Parameters
     ----------
@@ -133,8 +120,7 @@ def gated_model(student: PreTrainedModel, teacher: PreTrainedModel, gates: torch
 def set_gates(model: nn.Module, gates: torch.Tensor) -> None:
     """Give the layers of a model of `GatedAttention` their gates: (layers,), or (layers, rows) for a batch of rows.
 
-    A gradient that goes to a gate goes on to `gates`. Raises ValueError unless `gates` is floating and of that shape;
-    its values are not checked (they need not lie in [0, 1]).
+    A gradient that goes to a gate goes on to `gates`. Raises ValueError unless `gates` is floating and of that shape.
     """
     layers = model.model.layers
     if not isinstance(gates, torch.Tensor) or not gates.is_floating_point():

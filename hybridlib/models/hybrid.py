@@ -1,16 +1,12 @@
 """Hybrids: a transformers causal LM in which some layers keep softmax attention and the rest hold a linear mixer.
 
-`linearize` turns a teacher into an all-linear student, `restore` puts the teacher's attention back at chosen layers.
-A hybrid is a transformers model: ``config.layer_types`` says ``"linear_attention"`` or ``"full_attention"`` a layer,
-`save_pretrained` writes safetensors and a config, and `load_hybrid` (or AutoModelForCausalLM, once hybridlib is
-imported) reads them back. ``generate`` keeps a cache, keys and values for softmax layers and a state for linear ones;
-a direct call makes one under ``use_cache=True`` and goes on from ``past_key_values``.
+``config.layer_types`` says ``"linear_attention"`` or ``"full_attention"`` a layer. AutoModelForCausalLM reads what
+`save_pretrained` writes, once hybridlib is imported. A cache holds keys and values, or a state in linear layers.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM,
                           MistralConfig, MistralForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
@@ -28,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_choice, check_device
 from hybridlib.models.mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
-from hybridlib.models.teachers import Teacher, check_family
+from hybridlib.models.teachers import Teacher, check_family, load_weights, readable
 
 __all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
            "softmax_layers"]
@@ -45,46 +40,34 @@ class _HybridModel:
             self.model.layers[l].self_attn = build_mixer(config.mixer, config, l)
         self.post_init()
 
-    def _init_weights(self, module):
-        if isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        else:
-            super()._init_weights(module)
-
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=False, logits_to_keep=0, **kwargs):
         """Run the family's forward, which makes a cache only if `use_cache` is True.
 
-        `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. `past_key_values`
-        is a ``DynamicCache(config=model.config)``. Raises ValueError for another cache, or a mask of another shape.
+        `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. Raises ValueError for
+        one of another shape, or a cache that is no ``DynamicCache(config=model.config)``.
         """
-        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)
-
-    def _inputs(self, input_ids, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
-                use_cache=False):
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        cache, past = past_key_values, 0
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        past = 0
         if cache is not None:
             _put_states(cache, self.config)
             past = _cached_time(cache, self.config, batch)
-        padding = {}
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (batch, past + time):
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; with {past} tokens cached "
                                  f"and {time} given it must be (batch, time) = {(batch, past + time)}")
             if not bool(attention_mask[:, past:].all()):
-                padding = {"padding_mask": attention_mask[:, past:]}
+                kwargs["padding_mask"] = attention_mask[:, past:]
         if self.config.model_type in ("hybrid_qwen2", "hybrid_qwen3"):  # they look masks up by the layer's type
             inputs_embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                                       past_key_values=cache, position_ids=position_ids)
             input_ids, attention_mask = None, {SOFTMAX: mask, LINEAR: None}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                "past_key_values": cache, "inputs_embeds": inputs_embeds, "use_cache": cache is not None,
-                **padding}
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                               past_key_values=cache, inputs_embeds=inputs_embeds, use_cache=cache is not None,
+                               logits_to_keep=logits_to_keep, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is not None:
@@ -177,10 +160,9 @@ def linear_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Count the bytes of a cache, ``past_key_values`` of a hybrid or its teacher, by the type of layer.
+    """Count the bytes of a model's ``past_key_values``: {"full_attention": bytes, "linear_attention": bytes}.
 
-    Returns ``{"full_attention": bytes, "linear_attention": bytes}``: keys and values, which grow with the text, and
-    states, which do not. Raises ValueError if `cache` is no transformers cache.
+    Raises ValueError if `cache` is no transformers cache.
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give the past_key_values that a model returned")
@@ -212,19 +194,16 @@ def linearize(teacher: PreTrainedModel, mixer: str = "gdn", *, seed: int = 0, kv
     teacher : a causal LM of transformers, of a family that `hybridlib.models.teachers.check_family` accepts.
     mixer : ``"gdn"`` or ``"gla"``.
     seed : of the weights that attention has no counterpart for (decay, beta, output gate).
-    kv_transfer : how grouped key/value heads are expanded, ``"repeat_heads"`` (right) or ``"repeat_rows"`` (as in the
-        paper's code).
+    kv_transfer : how grouped key/value heads are expanded, ``"repeat_heads"`` or, as in the paper, ``"repeat_rows"``.
     teacher_name, teacher_revision : entries of the config; those that `load_teacher` noted on the model if None.
 
-    Returns a new model on the teacher's device and dtype; the teacher stays as it was. Source: paper section 3.
+    Returns a new model on the teacher's device, in its dtype. Source: paper section 3.
     """
     check_choice("mixer", mixer, tuple(MIXERS))
     check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
     check_family(teacher.config)
     attention = teacher.model.layers[0].self_attn
-    settings = {k: v for k, v in teacher.config.to_dict().items()
-                if k not in ("model_type", "architectures", "transformers_version", "layer_types")}
-    settings |= {"head_dim": attention.head_dim, "mixer": mixer, "kv_transfer": kv_transfer,
+    settings = {"head_dim": attention.head_dim, "mixer": mixer, "kv_transfer": kv_transfer,
                  "layer_types": [LINEAR] * teacher.config.num_hidden_layers,
                  "mixer_qkv_bias": attention.q_proj.bias is not None, "mixer_o_bias": attention.o_proj.bias is not None,
                  "mixer_qk_norm": hasattr(attention, "q_norm"),
@@ -239,18 +218,14 @@ def linearize(teacher: PreTrainedModel, mixer: str = "gdn", *, seed: int = 0, kv
 
 
 def restore(student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
-    """Make a copy of `student` in which `layers` hold the teacher's softmax attention; `student` stays as it was.
+    """Make a copy of `student` in which `layers` hold the teacher's softmax attention.
 
-    All other weights are the student's. Raises ValueError for a layer out of range or named twice, or a teacher of
-    another shape than the student's.
+    Raises ValueError for a layer out of range or named twice, or a teacher of another shape than the student's.
     """
     layers = check_layers(layers, student.config.num_hidden_layers)
     check_same_shape(student, teacher)
-    settings = student.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        settings.pop(key, None)
-    settings["layer_types"] = [SOFTMAX if l in layers else kind for l, kind in enumerate(student.config.layer_types)]
-    hybrid = _new_model(type(student), settings, student)
+    kinds = [SOFTMAX if l in layers else kind for l, kind in enumerate(student.config.layer_types)]
+    hybrid = _new_model(type(student), {"layer_types": kinds}, student)
     for l in range(hybrid.config.num_hidden_layers):
         source = teacher if l in layers else student
         hybrid.model.layers[l].self_attn.load_state_dict(source.model.layers[l].self_attn.state_dict())
@@ -259,38 +234,29 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable
 
 def load_hybrid(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                 teacher: Teacher | None = None) -> PreTrainedModel:
-    """Load a hybrid that `save_pretrained` wrote; a `teacher` must have the revision and layers of the hybrid's own.
+    """Load a hybrid that `save_pretrained` wrote; a `teacher` must have the revision of the hybrid's own.
 
-    Raises ValueError, naming the file, for a folder that holds no hybrid, a truncated or foreign checkpoint, weights
-    that do not fit the config, or another teacher.
+    Raises ValueError, naming the file, for a folder that holds no hybrid, a truncated checkpoint, or another teacher.
     """
     path, device = Path(path), check_device(device)
-    config, shapes = _read_headers(path)
-    if teacher is not None:
-        if config.teacher_revision != teacher.revision:
-            raise ValueError(f"{path} was distilled from teacher revision {config.teacher_revision}, "
-                             f"but the teacher given is revision {teacher.revision}; load the matching teacher")
-        if config.num_hidden_layers != teacher.model.config.num_hidden_layers:
-            raise ValueError(f"{path} has {config.num_hidden_layers} layers, but the teacher given has "
-                             f"{teacher.model.config.num_hidden_layers}; load the matching teacher")
-    model_class = HYBRIDS[config.model_type.removeprefix("hybrid_")]
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in model_class(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        shapes.setdefault("lm_head.weight", expected["lm_head.weight"])
-    wrong = sorted(set(expected.items()) ^ set(shapes.items()))
-    if wrong:
-        raise ValueError(f"{path}: weight {wrong[0][0]!r} does not fit the config (mixer {config.mixer}, softmax "
-                         f"layers {list(softmax_layers(config))}); the folder mixes two checkpoints, save it again")
-    hybrid = model_class.from_pretrained(path, dtype=dtype or config.dtype or torch.float32)
-    return hybrid.to(device)
+    with readable(f"path={str(path)!r}", "config.json", "give a folder that save_pretrained wrote"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if not isinstance(config, _HybridFields):
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}, which is no hybrid; "
+                         "load it with load_teacher")
+    if teacher is not None and config.teacher_revision != teacher.revision:
+        raise ValueError(f"{path} was distilled from teacher revision {config.teacher_revision}, "
+                         f"but the teacher given is revision {teacher.revision}; load the matching teacher")
+    return load_weights(AutoModelForCausalLM, path, str(path), exact=True, config=config,
+                        dtype=dtype or config.dtype or torch.float32).to(device)
 
 
 def _new_model(model_class, settings, like):
-    """Make a `model_class` of `settings` with the device and dtype of model `like`, and its weights where they fit."""
-    parameter = next(like.parameters())
+    """Make a `model_class` with the config of model `like` but for `settings`, and its weights where they fit."""
+    parameter, own = next(like.parameters()), ("model_type", "architectures", "transformers_version")
+    config = {k: v for k, v in like.config.to_dict().items() if k not in own}
     with torch.device(parameter.device):  # drawing weights that are then replaced takes seconds on a CPU
-        model = model_class(model_class.config_class(**settings)).to(parameter.dtype)
+        model = model_class(model_class.config_class(**config | settings)).to(parameter.dtype)
     model.load_state_dict({k: v for k, v in like.state_dict().items() if ".self_attn." not in k}, strict=False)
     model.config._attn_implementation = like.config._attn_implementation
     model.generation_config = copy.deepcopy(like.generation_config)
@@ -309,8 +275,6 @@ def _put_states(cache, config):
                          f"{config.num_hidden_layers} with linear ones at {list(linear_layers(config))}; {advice}")
     for l in linear_layers(config):
         if not isinstance(cache.layers[l], MixerState):
-            if any(cache.layers[l].has_previous_state.values()):
-                raise ValueError(f"past_key_values holds the state of another model's layer {l}; {advice}")
             cache.layers[l] = MixerState()
 
 
@@ -336,34 +300,4 @@ def check_same_shape(student: PreTrainedModel, teacher: PreTrainedModel) -> None
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if mine != theirs:
-            raise ValueError(f"teacher has {name}={theirs}, but the student has {mine}; "
-                             f"give the teacher that the student was made from")
-
-
-def _read_headers(path):
-    """Read (config, {weight name: shape}) of a saved hybrid from the headers of its files."""
-    try:
-        settings = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"path={str(path)!r} holds no config.json; give a folder that save_pretrained wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path / 'config.json'} is not valid JSON; the checkpoint is damaged") from None
-    family = str(settings.get("model_type", "")).removeprefix("hybrid_")
-    if not str(settings.get("model_type", "")).startswith("hybrid_") or family not in HYBRIDS:
-        raise ValueError(f"{path} holds a model of type {settings.get('model_type')!r}, which is no hybrid; "
-                         f"load it with load_teacher")
-    config = HYBRIDS[family].config_class.from_dict(settings)
-    if config.mixer not in MIXERS or len(config.layer_types or ()) != config.num_hidden_layers:
-        raise ValueError(f"{path / 'config.json'} names mixer {config.mixer!r} and {len(config.layer_types or ())} "
-                         f"layer types for {config.num_hidden_layers} layers; the checkpoint is damaged or foreign")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no .safetensors file; the checkpoint is incomplete, save it again")
-    shapes: dict = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read ({error}); the checkpoint is truncated, save it again") from None
-    return config, shapes
+            raise ValueError(f"teacher has {name}={theirs}, but the student has {mine}; give the student's own teacher")

@@ -1,7 +1,6 @@
 """The linear mixers that take attention's place, and how they start from its weights.
 
-A mixer is called as a transformers decoder layer calls its ``self_attn`` and holds a state of fixed size,
-(heads, key_dim, value_dim), whatever the length of the context.
+A mixer is called as a transformers decoder layer calls its ``self_attn``.
 
 ===================  ============================================================================================
 paper                here
@@ -34,11 +33,7 @@ KV_TRANSFERS = ("repeat_heads", "repeat_rows")
 
 
 class MixerState(LinearAttentionLayer, CacheLayerMixin):
-    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) and `num_tokens` behind it.
-
-    It gives the length of the text as a softmax layer's cache does, for models without softmax layers. `crop` raises
-    ValueError: tokens cannot be taken out of a state.
-    """
+    """A mixer's layer of a transformers cache: `state` (batch, heads, key_dim, value_dim) after `num_tokens`."""
 
     is_compileable = False  # its count of tokens is a number, not a tensor
 
@@ -59,8 +54,7 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
         return recurrent_states
 
     def update(self, key_states, value_states, *args, **kwargs):
-        raise ValueError("key_states do not fit a linear layer's cache, which takes a state; make the cache with "
-                         "DynamicCache(config=model.config)")
+        raise ValueError("a linear layer's cache takes a state; make the cache with DynamicCache(config=model.config)")
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -68,18 +62,9 @@ class MixerState(LinearAttentionLayer, CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.num_tokens + query_length, 0  # (length, offset)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.recurrent_states[0] = self.state.repeat_interleave(repeats, 0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.state is not None:
-            self.recurrent_states[0] = self.state[indices]
-
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove} asks a linear layer to forget tokens, which its "
-                             "state cannot; only 0 is allowed, copy the cache before the tokens that may have to go")
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} asks a linear layer to forget tokens; it cannot")
 
     def reset(self) -> None:
         self.__init__()
@@ -89,8 +74,7 @@ class _Mixer(nn.Module):
     """Projections, output norm and gate of both mixers.
 
     A subclass gives `operator`, the name of its function in `hybridlib.kernels`, `state_flops`, those of its recurrence
-    for each entry of the state (`selection.cost.forward_flops`), `init_gates`, `gate_projections` and `mix`.
-    Attribute `backend` names the backend of `hybridlib.kernels`, at first ``"auto"``.
+    for each entry of the state, `init_gates`, `gate_projections` and `mix`. `backend` is one of `hybridlib.kernels`.
     """
 
     operator: str
@@ -101,9 +85,8 @@ class _Mixer(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
-        self.k_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
-        self.v_proj = nn.Linear(width, inner, bias=config.mixer_qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, inner, bias=config.mixer_qkv_bias) for _ in range(3))
         if config.mixer_qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -115,9 +98,8 @@ class _Mixer(nn.Module):
     def forward(self, hidden_states, padding_mask=None, past_key_values=None, **kwargs):
         """Mix `hidden_states` (batch, time, width) along time; returns (output of the same shape, None).
 
-        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. With
-        `past_key_values`, a cache that holds a `MixerState` for this layer, mixing goes on from its state and leaves
-        the state after the last token there. A decoder layer's attention mask and positions are ignored.
+        `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. `past_key_values`
+        has this layer's `MixerState`. A decoder layer's attention mask and positions are ignored.
         """
         state = None if past_key_values is None else self._cached(past_key_values)
         q, k, v, g, *gates = self.project(hidden_states)
@@ -164,11 +146,9 @@ class _Mixer(nn.Module):
     def init_from_attention(self, attention: nn.Module, kv_transfer: str = "repeat_heads") -> None:
         """Copy the q, k, v and o weights, biases and q/k norms of a softmax attention layer.
 
-        Grouped keys and values (fewer heads than queries) are expanded by repeating whole heads, so that every query
-        head gets the key and value head that it reads in the teacher. ``kv_transfer="repeat_rows"`` repeats single
-        rows and leaves biases at zero, as the paper's code does, which mixes up the heads.
+        Grouped keys and values are expanded by repeating whole heads, so that every query head gets those it reads in
+        the teacher. ``kv_transfer="repeat_rows"`` repeats single rows and leaves biases at zero, as the paper's code.
         """
-        check_choice("kv_transfer", kv_transfer, KV_TRANSFERS)
         groups = self.k_proj.out_features // attention.k_proj.out_features
         for mine, theirs, repeats in ((self.q_proj, attention.q_proj, 1), (self.k_proj, attention.k_proj, groups),
                                       (self.v_proj, attention.v_proj, groups), (self.o_proj, attention.o_proj, 1)):
@@ -190,9 +170,8 @@ class _Mixer(nn.Module):
 
 
 class GatedDeltaNet(_Mixer):
-    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), in the form that the paper distils into.
+    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), as the paper distils into it.
 
-    S_t = exp(log_decay_t) S_{t-1} + beta_t k_t (v_t - exp(log_decay_t) S_{t-1}^T k_t)^T and o_t = S_t^T q_t, with
     silu on q, k and v, l2-normalised q and k, an output gate and no short convolution.
     """
 
@@ -227,10 +206,7 @@ class GatedDeltaNet(_Mixer):
 
 
 class GatedLinearAttention(_Mixer):
-    """Gated linear attention mixer (arXiv 2312.06635, eq. 3 and section 4.4), with its output norm and gate.
-
-    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, with no feature map on q and k.
-    """
+    """Gated linear attention mixer (arXiv 2312.06635, eq. 3 and section 4.4), with no feature map on q and k."""
 
     operator = "gated_linear_attention"
     state_flops = 5  # decay 1, writing 2, reading 2

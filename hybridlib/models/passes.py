@@ -1,7 +1,6 @@
-"""A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled.
+"""A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled, once for each kind of layer.
 
-All families that hybridlib takes build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)). Compiled, each
-kind of layer becomes a few kernels, once for all layers of the kind.
+All families build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)).
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal without
 def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
     """Return the hidden states after the final norm, (batch, time, width), of a teacher or a hybrid.
 
-    Parameters
-    ----------
     input_ids : (batch, time), without padding.
     compiled : run each layer through ``torch.compile``; the first call of each shape takes seconds to minutes.
     """
@@ -39,10 +36,7 @@ def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bo
 
 def attention_io(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bool = False
                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the input and the output of each layer's attention in turn, both (batch, time, width).
-
-    Parameters as for `last_hidden`.
-    """
+    """Yield the input and the output of each layer's attention, both (batch, time, width); see `last_hidden`."""
     layer = compiled_if(compiled, _layer_parts)
     x, context = _begin(model, input_ids)
     for module in model.model.layers:
@@ -53,18 +47,15 @@ def attention_io(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: b
 class TeacherStates:
     """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
 
-    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives for them, on the
-    teacher's device. A row's ids are its name, so that any order and any batch will do.
+    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives, on its device.
 
     Parameters
     ----------
     teacher : a causal LM whose weights do not change meanwhile.
-    memory : bytes to remember in, on the teacher's device. Rows beyond them are computed at every call. A token takes
-        2 x width bytes on a GPU (bfloat16, in which output heads compute there) and 4 x width in float32 elsewhere.
+    memory : bytes to remember in; other rows are computed at every call. A token takes 2 x width bytes on a GPU
+        (in bfloat16) and 4 x width elsewhere.
 
-    Attributes
-    ----------
-    computed : tokens that the teacher has read.
+    Attribute `computed` counts the tokens that the teacher has read.
     """
 
     def __init__(self, teacher: PreTrainedModel, memory: int = 4 * 2**30):
@@ -107,8 +98,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def repeatable() -> Iterator[None]:
     """Let a GPU sum in the same order in every process within the context, so that the same work gives the same bits.
 
-    Our kernels and compiled layers do so anyway. Here torch is bound to it as well: attention takes a backward pass
-    that does, and an operator that has none raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
+    An operator that cannot raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
     """
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
@@ -121,13 +111,11 @@ def repeatable() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
-def compiled_if(compiled: bool, function: Callable) -> Callable:
-    """Return `function`, or its compiled form, which sums in a fixed order where torch.compile has an option for it."""
-    return _compile(function) if compiled else function
-
-
 @functools.cache
-def _compile(function):
+def compiled_if(compiled: bool, function: Callable) -> Callable:
+    """Return `function`, or its compiled form, which sums in a fixed order where torch.compile can."""
+    if not compiled:
+        return function
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
     return torch.compile(function, dynamic=False, options=fixed)
 

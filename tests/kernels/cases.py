@@ -41,3 +41,17 @@ def error(found, truth):
     """Relative Frobenius error; 0 where both are zero."""
     difference = (found.double() - truth).norm()
     return 0.0 if difference == 0 else (difference / truth.norm()).item()
+
+
+def results(operate, inputs, state, dtype=None):
+    """Output, final state and every gradient of a fixed random functional of the two, whose weights are bfloat16's.
+
+    operate(*inputs, state) gives the two; state may be None, and its gradient is then left out.
+    """
+    inputs = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
+    state = None if state is None else state.to(dtype or state.dtype).requires_grad_()
+    o, final = operate(*inputs, state)
+    random = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=random).bfloat16().to(x) for x in (o, final)]
+    sources = inputs if state is None else [*inputs, state]
+    return [o.detach(), final.detach(), *torch.autograd.grad((o, final), sources, weights)]

@@ -13,7 +13,7 @@ from hybridlib import kernels
 from hybridlib.bench import operators as benchmarks
 from hybridlib.kernels import chunked, fla_adapter, gated_delta_rule, gated_linear_attention, reference
 from tests.kernels import cases
-from tests.kernels.cases import OPERATORS, error
+from tests.kernels.cases import DECAYS, OPERATORS, error, results
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 8, 12
 TOLERANCE = 1e-5  # relative, Frobenius
@@ -27,14 +27,8 @@ def make_inputs(operator, time, decay="mild", with_state=True, **options):
 
 
 def run(module, operator, inputs, state, dtype, **options):
-    """Output, final state and every gradient of a fixed random functional of the two."""
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
-    state = state if state is None else state.to(dtype).requires_grad_()
-    o, final = getattr(module, OPERATORS[operator])(*inputs, KEY_DIM ** -0.5, state, **options)
-    random = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=random).to(x)).sum() for x in (o, final))
-    sources = inputs + ([] if state is None else [state])
-    return [o.detach(), final.detach(), *torch.autograd.grad(loss, sources)]
+    operate = getattr(module, OPERATORS[operator])
+    return results(lambda *x: operate(*x[:-1], KEY_DIM ** -0.5, x[-1], **options), inputs, state, dtype)
 
 
 def check_against_recurrence(operator, inputs, state, **options):
@@ -44,10 +38,6 @@ def check_against_recurrence(operator, inputs, state, **options):
     for position, (x, own, t) in enumerate(zip(found, in_float32, truth)):
         allowed = max(TOLERANCE, 3 * error(own, t))  # the recurrence's own error where the problem is ill-conditioned
         assert error(x, t) <= allowed, f"result {position}: {error(x, t):.1e} > {allowed:.1e}"
-    single = [None if x is None else x.detach().float() for x in (*inputs, state)]  # another way without gradients
-    alone = getattr(chunked, OPERATORS[operator])(*single[:-1], KEY_DIM ** -0.5, single[-1], **options)
-    for x, own, t in zip(alone, in_float32, truth):
-        assert not x.requires_grad and error(x, t) <= max(TOLERANCE, 3 * error(own, t))
 
 
 def test_recurrence_is_the_equation():
@@ -68,29 +58,16 @@ def test_attention_without_decay_is_causal_linear_attention():
     torch.testing.assert_close(o, torch.einsum("bhij,bjhv->bihv", scores, v))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("decay", ["mild", "none", "near none", "strong", "mixed", "strong, then mild"])
-@pytest.mark.parametrize("with_state", [True, False])
-def test_chunked_decays(operator, decay, with_state):
-    check_against_recurrence(operator, *make_inputs(operator, 65, decay, with_state=with_state))
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("time", [1, 2, 3, 32, 63, 65, 100])
-def test_chunked_lengths(operator, time):
-    check_against_recurrence(operator, *make_inputs(operator, time, with_state=time % 2 == 0, seed=time))
-
-
-@pytest.mark.parametrize("chunk", [1, 16, 64])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_chunked_sizes_of_chunk(operator, chunk):
-    check_against_recurrence(operator, *make_inputs(operator, 70, "mixed"), chunk=chunk)
-
-
-@pytest.mark.parametrize("beta", ["zero", "one", "random"])
-@pytest.mark.parametrize("repeat_keys", [True, False])
-def test_chunked_delta_rule_writes(beta, repeat_keys):
-    check_against_recurrence("gdn", *make_inputs("gdn", 65, beta=beta, repeat_keys=repeat_keys))
+@pytest.mark.parametrize("operator, time, case, options", [
+    *((operator, 65, {"decay": decay, "with_state": state}, {}) for operator in OPERATORS for decay in DECAYS
+      for state in (True, False)),
+    *((operator, time, {"with_state": time % 2 == 0, "seed": time}, {}) for operator in OPERATORS
+      for time in (1, 2, 3, 32, 63, 65, 100)),
+    *((operator, 70, {"decay": "mixed"}, {"chunk": chunk}) for operator in OPERATORS for chunk in (1, 16, 64)),
+    *(("gdn", 65, {"beta": beta, "repeat_keys": repeat}, {}) for beta in ("zero", "one", "random")
+      for repeat in (True, False))])
+def test_chunked(operator, time, case, options):
+    check_against_recurrence(operator, *make_inputs(operator, time, **case), **options)
 
 
 @pytest.mark.parametrize("decay", ["mild", "none", "strong", "mixed", "strong, then mild"])
@@ -111,17 +88,6 @@ def test_chunked_gradients_by_finite_differences(operator):
         return getattr(chunked, OPERATORS[operator])(*xs[:-1], 0.7, xs[-1], chunk=4)
 
     assert torch.autograd.gradcheck(operate, leaves)
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_two_calls_continue_one(operator):
-    inputs, _ = make_inputs(operator, 90, with_state=False)
-    operate = getattr(kernels, OPERATORS[operator])
-    o, final = operate(*inputs)
-    o_1, middle = operate(*(x[:, :41] for x in inputs))
-    o_2, last = operate(*(x[:, 41:] for x in inputs), initial_state=middle)
-    torch.testing.assert_close(torch.cat((o_1, o_2), 1), o)
-    torch.testing.assert_close(last, final)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -168,16 +134,18 @@ def test_inputs_are_left_as_they_were():
 
 @pytest.mark.parametrize("name, change, said", [
     ("q", lambda x: x[0], r"q has shape \(6, 2, 8\); it must be \(batch, time, heads, key_dim\)"),
-    ("k", lambda x: x[..., :4], r"k has shape .* it must be \(batch, time, heads, key_dim\) = \(2, 6, 2, 8\)"),
+    ("k", lambda x: x[..., :4], r"k has shape .* it must be \(batch = 2, time = 6, heads = 2, key_dim = 8\)"),
     ("v", lambda x: x[:, :5], "v has shape"),
     ("v", lambda x: x[..., :0], "v has shape .* at least 1"),
-    ("q", lambda x: x.long(), "q has dtype torch.int64; it must be floating"),
+    ("q", lambda x: x.long(), "q is a torch.int64; it must be a floating tensor"),
     ("beta", lambda x: x[..., None], "beta has shape"),
     ("beta", lambda x: 0.5, "beta is a float; it must be a floating tensor"),
     ("log_decay", lambda x: x[..., None].expand(*x.shape, KEY_DIM), "log_decay has shape"),
     ("v", lambda x: x.to("meta"), "q is on cpu and v on meta; all must be on one device"),
     ("initial_state", lambda x: x.mT, "initial_state has shape"),
     ("scale", lambda x: "big", "scale='big' is not a number"),
+    ("scale", lambda x: ["fused"], r"scale=\['fused'\] is not a number"),
+    ("backend", lambda x: ["fused"], "backend=.* is unknown"),
     ("backend", lambda x: "cuda", "backend='cuda' is unknown; choose one of 'auto', 'reference'"),
     ("backend", lambda x: "fused", "backend='fused' cannot run here: "),
 ])
@@ -189,61 +157,44 @@ def test_bad_input_is_refused(name, change, said):
         gated_delta_rule(**arguments)
 
 
-@pytest.mark.parametrize("argument", ["backend", "scale"])
-def test_a_list_is_no_backend_and_no_scale(argument):
-    inputs = benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4))
-    with pytest.raises(ValueError, match=f"^{argument}="):
-        gated_delta_rule(**inputs, **{argument: ["fused"]})
-
-
 def test_auto_says_once_why_it_runs_another_backend(monkeypatch, caplog):
-    inputs = {name: x.requires_grad_(False) for name, x in
-              benchmarks.operator_inputs("gated_delta_rule", (1, 3, 1, 4)).items()}
+    inputs, _ = make_inputs("gdn", 3)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(kernels.fused, "why_not_for", lambda q, v: "dims are not 32, 64 or 128")
     monkeypatch.setattr(kernels, "_why_not_fla", lambda *call: "flash-linear-attention is not installed")
     kernels._warn.cache_clear()
     for _ in range(2):
-        gated_delta_rule(**inputs)
+        gated_delta_rule(*inputs)
     said, = caplog.messages
     assert said == "backend='auto' runs 'chunked', for 'fused' cannot run here: dims are not 32, 64 or 128"
 
 
 def test_attention_refuses_a_decay_without_key_dim():
     (q, k, v, log_decay), _ = make_inputs("gla", 6)
-    with pytest.raises(ValueError, match="log_decay has shape .* it must be .batch, time, heads, key_dim"):
+    with pytest.raises(ValueError, match="log_decay has shape .* it must be .* heads = 2, key_dim = 8"):
         gated_linear_attention(q, k, v, log_decay[..., 0])
 
 
-def machine(monkeypatch, packages, gpu, capability=(9, 0), triton="3.6.0"):
-    """Make `why_not` see these packages and this GPU."""
+@pytest.mark.parametrize("packages, gpu, triton, capability, gradients, refusal", [
+    ((), False, "3.7.1", (9, 0), False, "flash-linear-attention is not installed"),
+    (("fla",), False, "3.7.1", (9, 0), False, "triton is not installed"),
+    (("fla", "triton"), False, "3.7.1", (9, 0), False, "needs a CUDA GPU"),
+    (("fla", "triton"), True, "3.6.0", (9, 0), False, None),
+    (("fla", "triton"), True, "3.3.1", (9, 0), True, None),
+    (("fla", "triton"), True, "3.4.0", (9, 0), True, "triton 3.4.0"),
+    (("fla", "triton"), True, "3.7.0", (9, 0), True, "triton 3.7.0"),
+    (("fla", "triton", "tilelang"), True, "3.7.0", (9, 0), True, None),
+    (("fla", "triton"), True, "3.7.0", (8, 0), True, None),
+    (("fla", "triton"), True, "3.7.1", (9, 0), True, None),
+    (("fla", "triton"), True, "3.10.0", (9, 0), True, None),
+])
+def test_fla_says_why_not(monkeypatch, packages, gpu, triton, capability, gradients, refusal):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
-    return fla_adapter.why_not.__wrapped__
-
-
-def test_fla_says_why_not(monkeypatch):
-    assert "flash-linear-attention is not installed" in machine(monkeypatch, (), False)()
-    assert "triton is not installed" in machine(monkeypatch, ("fla",), False)()
-    assert "needs a CUDA GPU" in machine(monkeypatch, ("fla", "triton"), False)()
-    assert machine(monkeypatch, ("fla", "triton"), True)() is None
-
-
-@pytest.mark.parametrize("triton, capability, packages, refused", [
-    ("3.3.1", (9, 0), ("fla", "triton"), False),
-    ("3.4.0", (9, 0), ("fla", "triton"), True),
-    ("3.7.0", (9, 0), ("fla", "triton"), True),
-    ("3.7.0", (9, 0), ("fla", "triton", "tilelang"), False),
-    ("3.7.0", (8, 0), ("fla", "triton"), False),
-    ("3.7.1", (9, 0), ("fla", "triton"), False),
-    ("3.10.0", (9, 0), ("fla", "triton"), False),
-])
-def test_fla_refuses_wrong_gradients(monkeypatch, triton, capability, packages, refused):
-    reason = machine(monkeypatch, packages, True, capability, triton)(delta_rule_gradients=True)
-    assert (reason is not None) == refused
-    assert not refused or f"triton {triton}" in reason
+    reason = fla_adapter.why_not.__wrapped__(delta_rule_gradients=gradients)
+    assert refusal in reason if refusal else reason is None
 
 
 def test_available_backends(monkeypatch):
@@ -252,15 +203,10 @@ def test_available_backends(monkeypatch):
     assert list(backends) == ["reference", "chunked", "fused", "fla"]
     assert backends["reference"] is None and backends["chunked"] is None and backends["fla"] == "no fla"
     inputs, _ = make_inputs("gdn", 6)
-    with pytest.raises(ValueError, match="backend='fla' cannot run here: no fla"):
-        gated_delta_rule(*inputs, backend="fla")
-
-
-def test_fla_refuses_tensors_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(fla_adapter, "why_not", lambda **_: None)
-    inputs, _ = make_inputs("gdn", 6)
-    with pytest.raises(ValueError, match="needs tensors on a CUDA GPU, and these are on cpu"):
-        gated_delta_rule(*inputs, backend="fla")
+    for here, reason in (("no fla", "no fla"), (None, "needs tensors on a CUDA GPU, and these are on cpu")):
+        monkeypatch.setattr(fla_adapter, "why_not", lambda **_: here)
+        with pytest.raises(ValueError, match=f"backend='fla' cannot run here: .*{reason}"):
+            gated_delta_rule(*inputs, backend="fla")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -275,20 +221,11 @@ def test_chunked_on_gpu(operator):
 @pytest.mark.skipif(fla_adapter.why_not(True) is not None, reason=f"fla: {fla_adapter.why_not(True)}")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_fla_agrees(operator):
-    random = torch.Generator("cuda").manual_seed(0)
-    shape = (2, 100, 2, 64)
-    q, k, v = (torch.randn(shape, generator=random, device="cuda") for _ in range(3))
-    k = torch.nn.functional.normalize(k, dim=-1)
-    log_decay = -0.1 * torch.rand(shape if operator == "gla" else shape[:3], generator=random, device="cuda")
-    beta = torch.rand(shape[:3], generator=random, device="cuda")
-    inputs = [q, k, v, log_decay] + ([beta] if operator == "gdn" else [])
+    inputs, _ = cases.make_inputs(operator, 100, 64, 64, torch.bfloat16, heads=2, device="cuda")
     operate = getattr(kernels, OPERATORS[operator])
-    results = []
-    for backend in ("chunked", "fla"):
-        leaves = [x.bfloat16().requires_grad_() for x in inputs]
-        o, state = operate(*leaves, backend=backend)
-        results.append([o.detach(), state.detach(), *torch.autograd.grad(o.float().sum() + state.sum(), leaves)])
-    for expected, found in zip(*results):
+    chunks, fla = (results(lambda *x: operate(*x[:-1], backend=backend), inputs, None)
+                   for backend in ("chunked", "fla"))
+    for expected, found in zip(chunks, fla):
         assert found.dtype == expected.dtype and error(found, expected.double()) < 2e-2
 
 

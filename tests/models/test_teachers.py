@@ -6,6 +6,7 @@ import shutil
 import zipfile
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig,
@@ -82,7 +83,7 @@ def test_sharded_weights_load_and_have_a_revision_over_all_of_them(tmp_path):
     teacher = load_teacher(tmp_path, device="cpu")
     assert teacher.revision == "sha256:" + hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()[:16]
     shards[1].unlink()
-    refuses(f"no {shards[1].name}", tmp_path)
+    refuses(f"safetensors weights .*{shards[1].name}", tmp_path)
 
 
 @pytest.mark.parametrize("config, match", [
@@ -97,14 +98,6 @@ def test_sharded_weights_load_and_have_a_revision_over_all_of_them(tmp_path):
 def test_what_cannot_be_linearized_is_refused(config, match):
     with pytest.raises(ValueError, match=f"{match}.*supported are Llama, Qwen2, Qwen3 and Mistral"):
         check_family(config)
-
-
-def test_the_family_is_judged_before_any_weights_are_read(tmp_path):
-    save(tmp_path, FAMILIES["mistral"])
-    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "sliding_window": 16}))
-    refuses("sliding-window", tmp_path)
 
 
 @pytest.mark.parametrize("config", [
@@ -122,32 +115,29 @@ def test_a_window_as_long_as_the_context_is_plain_attention(tmp_path, config):
 
 def test_incomplete_folders_are_refused(folder):
     weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
+    fewer = safetensors.load(weights)
+    del fewer["model.layers.1.mlp.up_proj.weight"]
+    (folder / "model.safetensors").write_bytes(safetensors.save(fewer, metadata={"format": "pt"}))
+    refuses("has 1 weights too few .*model.layers.1.mlp.up_proj.weight", folder)
     (folder / "model.safetensors").write_bytes(weights[:-1000])
-    refuses("no safetensors weights that can be read", folder)
+    refuses("no safetensors weights .others are never loaded. that can be read", folder)
+    (folder / "config.json").write_text(json.dumps({**json.loads(config), "attn_logit_softcapping": 30.0}))
+    refuses("attn_logit_softcapping", folder)  # before any weights are read
+    (folder / "config.json").write_text(config)
     (folder / "model.safetensors").unlink()
-    refuses("holds no model.safetensors", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refuses("only pickled weights, which are never loaded", folder)
+    refuses("no safetensors weights .others are never loaded. that can be read .*no file named", folder)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").write_text(config[:40])
-    refuses("config.json that cannot be read", folder)
+    refuses("no config.json that can be read", folder)
     (folder / "config.json").write_text('{"model_type": "no-such-type"}')
     refuses("supported are Llama", folder)
     (folder / "config.json").unlink()
-    refuses("without config.json", folder)
+    refuses("no config.json that can be read", folder)
     (folder / "config.json").write_text(config)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     refuses("no tokenizer", folder)
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refuses("lacks 1 weights .*model.layers.1.mlp.up_proj.weight", folder)
 
 
 @pytest.mark.parametrize("name", ["labb", "./nowhere", "/no/such/folder", "a/b/c", ""])
@@ -171,7 +161,7 @@ def test_hub_models_that_cannot_be_had_are_refused(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
-    refuses("'nobody/nothing' is no local folder, and the hub cannot be reached", "nobody/nothing")
+    refuses("'nobody/nothing' has no config.json .*couldn't connect to", "nobody/nothing")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", absent)
     refuses("'nobody/nothing' is neither a local folder nor a model of the hub", "nobody/nothing")
 
@@ -184,7 +174,7 @@ def test_the_lab_teacher_is_checked_by_sha256(tmp_path, monkeypatch, folder, pla
     refuses("has no SHA256SUMS", "lab")
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in sorted(home.iterdir())]
     (home / "SHA256SUMS").write_text("".join(lines[1:]))
-    refuses("no line for config.json", "lab")
+    refuses("config.json does not have the sha256", "lab")
     (home / "SHA256SUMS").write_text("".join(lines))
     teacher = load_teacher(device="cpu")
     assert teacher.name == "lab" and teacher.revision == load_teacher(folder, device="cpu").revision
@@ -193,8 +183,6 @@ def test_the_lab_teacher_is_checked_by_sha256(tmp_path, monkeypatch, folder, pla
     weights[-1] ^= 1
     (home / "model.safetensors").write_bytes(weights)
     refuses("model.safetensors does not have the sha256", "lab")
-    (home / "model.safetensors").unlink()
-    refuses("model.safetensors is missing", "lab")
 
 
 def write_gguf(path, model, tokenizer):
@@ -202,23 +190,18 @@ def write_gguf(path, model, tokenizer):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     c, w = model.config, gguf.GGUFWriter(path, "llama")
-    w.add_block_count(c.num_hidden_layers)
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
-    w.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_vocab_size(c.vocab_size)
+    facts = {"block_count": c.num_hidden_layers, "context_length": c.max_position_embeddings,
+             "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
+             "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads, "vocab_size": c.vocab_size,
+             "rope_freq_base": c.rope_parameters["rope_theta"], "layer_norm_rms_eps": c.rms_norm_eps,
+             "tokenizer_model": "gpt2", "token_merges": ["1 2"], "bos_token_id": 256, "eos_token_id": 256,
+             "pad_token_id": 256, "unk_token_id": 256}
+    for name, value in facts.items():
+        getattr(w, f"add_{name}")(value)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(257)]
     tokens += ["12", *(f"<unused{i}>" for i in range(258, c.vocab_size))]
-    w.add_tokenizer_model("gpt2")
     w.add_token_list(tokens)
     w.add_token_types([1 if i < 256 or i == 257 else 3 for i in range(c.vocab_size)])
-    w.add_token_merges(["1 2"])
-    for add in (w.add_bos_token_id, w.add_eos_token_id, w.add_pad_token_id, w.add_unk_token_id):
-        add(256)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
     for i in range(c.num_hidden_layers):
         ours, theirs = f"model.layers.{i}", f"blk.{i}"

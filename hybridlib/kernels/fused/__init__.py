@@ -1,23 +1,7 @@
 """Our own GPU kernels for both operators, forward and backward, written in Triton.
 
-===================  =====================================================================================
-module               contents
-===================  =====================================================================================
-`delta_rule`         the gated delta rule: a scan over chunks, outputs and gradients by chunk
-`inverse`            its inverse of each chunk
-`linear_attention`   gated linear attention: a scan over chunks, outputs and gradients by chunk
-`delta_inputs`       the inputs of the gated delta rule: activations, normalised keys, gates
-`step`               one token: the state after it, its output, the norm and gate of that
-`segments`           scans cut along time, where sequences and heads are too few to fill the GPU
-`follow`             kernels that start beside a scan
-`tiles`              tiles in and out of memory, decays, products
-`launch`             warps, stages and tile widths of each kernel, and when scans are cut
-`ops`                all as operators that torch.compile takes whole
-===================  =====================================================================================
-
-Products are of the inputs' dtype (float32: three TF32 products each), sums and states in registers float32. Sums keep
-their order, so results are the same in every run. Triton is imported when a kernel first runs. The book's page on
-kernels says which sizes run as others, and why.
+The book's page on kernels derives them. Sums keep their order, so results are the same in every run.
+Triton is imported when a kernel first runs.
 """
 
 from __future__ import annotations
@@ -69,8 +53,7 @@ def why_not_for(q: torch.Tensor, v: torch.Tensor) -> str | None:
     if v.dtype == torch.float64:
         return "the fused kernels have no float64"
     if q.shape[-1] not in DIMS or v.shape[-1] not in DIMS:
-        return (f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and "
-                f"{v.shape[-1]}")
+        return f"the fused kernels take key_dim and value_dim of 32, 64 or 128, not {q.shape[-1]} and {v.shape[-1]}"
     return None
 
 
@@ -92,10 +75,7 @@ def delta_rule_inputs(*inputs):
 
 
 def takes_step(backend: str, dims: tuple[int, ...], *tensors: torch.Tensor) -> bool:
-    """Tell whether `token` or `gated_norm`, which have no gradients, can take a call with these tensors.
-
-    While torch.compile traces they do not: its form of the same in PyTorch has as few launches.
-    """
+    """Tell whether `token` or `gated_norm` can take a call with these tensors; not while torch.compile traces."""
     if backend not in ("auto", "fused") or torch.compiler.is_compiling():
         return False
     device, grad = tensors[0].device, torch.is_grad_enabled()

@@ -9,8 +9,7 @@ log_decay       g = -exp(A_log) softplus(z + dt_bias)     -exp(A_log) sigmoid(z 
 beta            sigmoid(z)                                beta (1 - beta) d
 ==============  ========================================  ========================================================
 
-A program holds a few rows, each a head of a token: it reads and writes everything once, and the backward pass computes
-the activations again. Arithmetic is in float32.
+A program holds a few rows, each a head of a token, in float32.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridlib.kernels.fused.launch import by_token
+from hybridlib.kernels.fused.launch import by_token, dense_like
 from hybridlib.kernels.fused.tiles import exp
-
-__all__ = ["backward", "forward"]
 
 _ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
 
@@ -30,7 +27,7 @@ _ELEMENTS, _WARPS = 2048, 4  # of q, k and v each in a program
 def forward(q, k, v, a, b, A_log, dt_bias):
     """Return q, k, v, log_decay, beta; arguments as `hybridlib.kernels.delta_rule_inputs`."""
     projections = [*map(by_token, (q, k, v, a, b))]
-    inputs = _like(projections)
+    inputs = [*map(dense_like, projections)]
     inputs[3] = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     grid, sizes = _sizes(projections, A_log)
     with torch.cuda.device_of(q):
@@ -41,16 +38,12 @@ def forward(q, k, v, a, b, A_log, dt_bias):
 def backward(q, k, v, a, b, A_log, dt_bias, *d_inputs):
     """Return gradients of q, k, v, a, b from those of `forward`'s results, and in one tensor of A_log and dt_bias."""
     projections = [*map(by_token, (q, k, v, a, b))]
-    grads, (grid, sizes) = _like(projections), _sizes(projections, A_log)
+    grads, (grid, sizes) = [*map(dense_like, projections)], _sizes(projections, A_log)
     sums = torch.empty(2, grid[1], grid[0], q.shape[2], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _backward[grid](*projections, A_log.contiguous(), dt_bias.contiguous(), *(d.contiguous() for d in d_inputs),
                         *grads, sums, *sizes, triton.next_power_of_2(q.shape[2]), num_warps=_WARPS)
     return [*grads, sums.sum(2, keepdim=True) if A_log.dim() > 1 else sums.sum((1, 2))]
-
-
-def _like(tensors):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
 
 
 def _sizes(projections, A_log):
@@ -105,8 +98,7 @@ def _backward(q, k, v, a, b, A_log, dt_bias, d_q_out, d_k_out, d_v_out, d_log_de
 
 @triton.jit
 def _rows(time, H: tl.constexpr, ROWS: tl.constexpr):
-    """Of a program's rows: where they lie in dense tensors, their token in all sequences and their head, and which are
-    there."""
+    """Return rows in dense tensors, their token in all sequences, their head, and which of them exist."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.program_id(1).to(tl.int64) * time * H + i
     return row, row // H, i % H, i < time * H

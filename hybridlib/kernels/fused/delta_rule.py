@@ -1,20 +1,9 @@
-"""The gated delta rule in five kernels, in the symbols of `hybridlib.kernels.chunked`.
+"""The gated delta rule in five kernels, in the symbols of `hybridlib.kernels.chunked`; see the book's page on kernels.
 
-=================  =======================  ============================================================
-kernel             one program for each     result
-=================  =======================  ============================================================
-inverse.invert     chunk and head           T = (I + A)^-1
-_scan              segment and head         O or, for gradients, S and N: chunk after chunk, S on chip
-_outputs           chunk and head           O from S and N
-_scan_back         segment and head         the states' gradients dS and dR, last chunk first
-_gradients         chunk and head           all other gradients
-=================  =======================  ============================================================
-
-With R = beta (v - in k S), the tokens' writes are N = T R; then O = scale (in q) S + P N and S' = in_C S + (out k)^T N.
-The backward pass takes T, the states and N (`written`) from the forward pass, in the dtype of the inputs, with the part
-of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat; it computes R and P again. Sums of
-log_decay from the chunk's start (`sums`) and beta (`strengths`) lie by chunk, in float32. A segment is a sequence or,
-where these are few, a part of one (`segments`). `_outputs` and `_gradients` start while a scan runs (`follow`).
+With R = beta (v - in k S), the tokens' writes are N = T R, T = (I + A)^-1; then O = scale (in q) S + P N and
+S' = in_C S + (out k)^T N. The backward pass takes T, the states and N (`written`) from the forward pass, in the dtype
+of the inputs, with the part of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat. Sums of
+log_decay from the chunk's start (`sums`) and beta (`strengths`) lie by chunk, in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +15,7 @@ import triton.language as tl
 from hybridlib.kernels.fused import segments
 from hybridlib.kernels.fused.follow import finish, in_turn, open_counts, publish, wait_for
 from hybridlib.kernels.fused.inverse import invert
-from hybridlib.kernels.fused.launch import Place, SIZE, precision, stride
+from hybridlib.kernels.fused.launch import Place, SIZE, dense_like, precision
 from hybridlib.kernels.fused.tiles import (block, exp, fine_product, kernel, load_rows, load_square, pairwise_decay,
                                            product, segment, store_rows, tokens_of)
 
@@ -40,9 +29,8 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
           LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
 
-    S (KEY_DIM, WIDTH) stays in registers, in float32; a program has WIDTH of the VALUE_DIM columns. Without `o`, and
-    then without q, `states` and `written` get the state before each chunk and N, for `_outputs`, and `ready`, if not
-    None, counts finished chunks. LOWER: of T the lower blocks alone are read.
+    A program has WIDTH of the VALUE_DIM columns of S, in float32. Without `o`, `states` and `written` get the state
+    before each chunk and N, and `ready`, if not None, counts finished chunks. LOWER: see `load_square`.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -104,9 +92,8 @@ def _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE: tl.con
 
 
 @kernel
-def _outputs(q, k, sums, states, written, o, ready, cu_seqlens, time, sequences, heads, segments, scale,
-             q_stride, k_stride,
-             KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+def _outputs(q, k, sums, states, written, o, ready, cu_seqlens, time, sequences, heads, segments, scale, q_stride,
+             k_stride, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
              MANY: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr):
     """O = scale (in q) S + P N of one chunk, beside the scan that makes S and N if `ready` is not None."""
     head = tl.program_id(0)
@@ -139,8 +126,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
 
-    dS (KEY_DIM, WIDTH) stays in registers, in float32. `d_states` gets dS' of each chunk, `d_right` dR; `ready`, if not
-    None, counts finished chunks.
+    `d_states` gets dS' of each chunk, `d_right` dR; `ready`, if not None, counts finished chunks.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -203,9 +189,8 @@ def _gradients(q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk,
         dk    = out N dS'^T - beta in dR S^T + scale (dP D)^T q + (M + M^T) k,     M = beta dA D
         dbeta = sum_v dR e + sum_j dA_ij (k_i . k_j) D_ij,    sum_v dR e = sum_v dR v - in sum_k k (dR S^T)
 
-    One after another: dP, dq, dA, dk, each with its own pass over the columns of v. The first two need nothing of the
-    scan backwards, and come before a wait for it, if `ready` is not None. The gradient of log_decay of token t is a sum
-    over all that it decays: pairs with j < t <= i (of P and A), in_i for t <= i, out_j for j < t, and in_C.
+    dP and dq need nothing of the scan backwards, and come before a wait for it. The gradient of log_decay of token t is
+    a sum over all that it decays: pairs with j < t <= i (of P and A), in_i for t <= i, out_j for j < t, and in_C.
     """
     head = tl.program_id(0)
     at, start, end = _own_chunk(ready, cu_seqlens, time, sequences, heads, segments, SIZE, MANY, True)
@@ -296,22 +281,22 @@ def saved_tensors(q, v, count, keep, sequences):
     rest = torch.empty_like(inverse) if keep and q.dtype != torch.float32 else None
     sums, strengths = (q.new_empty(count, SIZE, dtype=torch.float32) for _ in range(2))
     states = q.new_empty(count, q.shape[-1], v.shape[-1]) if keep else None
-    written = torch.empty(v.shape, dtype=v.dtype, device=v.device) if keep else None
+    written = dense_like(v) if keep else None
     return inverse, rest, sums, strengths, states, written, segments.room(q, v, sequences, q.shape[-1], q.shape[-1])
 
 
 def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     """Return o, the final state, and `saved_tensors` for `backward`, of which states and N only if `keep`."""
     at = Place((q, k, v, log_decay, beta), (initial,), cu_seqlens, keep)
-    strides = stride(q), stride(k), stride(v)
+    strides = q.stride(1), k.stride(1), v.stride(1)
     inverse, rest, sums, strengths, states, written, maps = saved = saved_tensors(
         q, v, at.chunks * at.heads, keep, at.sequences)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    o = dense_like(v)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
-    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    many, dots = at.many, precision(q.dtype)
     at.launch(invert, at.how("delta_rule.invert"), (at.heads, at.chunks, 1),
-              k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *shape,
-              strides[1], stride(log_decay), stride(beta), at.key_dim, many, keep or not at.by_lower, dots, dots)
+              k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, *at.sizes[:3],
+              strides[1], log_decay.stride(1), beta.stride(1), at.key_dim, many, keep or not at.by_lower, dots, dots)
     starts, ends = initial, final
     if maps is not None:
         starts, ends = segments.map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens), None
@@ -321,12 +306,12 @@ def forward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, keep):
     ready = at.counts(tiles) if keep else None
     at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
               None if keep else q, k, v, inverse, sums, strengths, starts, None if keep else o, ends, states, written,
-              ready, ALL, cu_seqlens, *shape, at.segments, scale, *strides,
+              ready, ALL, cu_seqlens, *at.sizes, scale, *strides,
               at.key_dim, at.value_dim, use.width, SIZE, many, at.by_lower, dots, part=ready is not None)
     if keep:
         use = at.how("delta_rule.outputs")._replace(follows=ready is not None)
         at.launch(_outputs, use, (at.heads, at.turns(ready), 1),
-                  q, k, sums, states, written, o, ready, cu_seqlens, *shape, at.segments, scale, *strides[:2],
+                  q, k, sums, states, written, o, ready, cu_seqlens, *at.sizes, scale, *strides[:2],
                   at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
     return o, final, saved
 
@@ -335,19 +320,17 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     """Return gradients of q, k, v, log_decay, beta and, None if there was none, the initial state."""
     at = Place((q, k, v, log_decay, beta, d_o), (initial, d_final), cu_seqlens)
     inverse, rest, sums, strengths, states, written, maps = saved
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_decay, d_beta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (log_decay, beta))
-    d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
-    d_states = torch.empty_like(states)
-    shape, many, dots = (at.time, at.sequences, at.heads), at.many, precision(q.dtype)
+    dq, dk, dv, d_decay, d_beta = map(dense_like, (q, k, v, log_decay, beta))
+    d_initial = None if initial is None else dense_like(initial)
+    d_states, many, dots = torch.empty_like(states), at.many, precision(q.dtype)
     use = at.how("delta_rule.scan_back")
     tiles, warps = at.value_dim // use.width, use.warps
     ready = at.counts(tiles)
 
     def scan_back(*ends_and_results, part=0):
         at.launch(_scan_back, use, (tiles, at.heads, at.sequences * at.segments),
-                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_results, cu_seqlens, *shape, at.segments, scale,
-                  stride(q), stride(k), stride(d_o), at.key_dim, at.value_dim, use.width, SIZE, many, dots,
+                  q, k, inverse, rest, sums, strengths, d_o, *ends_and_results, cu_seqlens, *at.sizes, scale,
+                  q.stride(1), k.stride(1), d_o.stride(1), at.key_dim, at.value_dim, use.width, SIZE, many, dots,
                   part=(part, ready is not None))
 
     if maps is None:
@@ -360,6 +343,6 @@ def backward(q, k, v, log_decay, beta, scale, initial, cu_seqlens, saved, d_o, d
     use = at.how("delta_rule.gradients")._replace(follows=ready is not None)
     at.launch(_gradients, use, (at.heads, at.turns(ready), 1),
               q, k, v, sums, strengths, states, written, d_o, d_states, dq, dk, dv, d_decay, d_beta, ready,
-              cu_seqlens, *shape, at.segments, scale, stride(q), stride(k), stride(v), stride(d_o),
+              cu_seqlens, *at.sizes, scale, q.stride(1), k.stride(1), v.stride(1), d_o.stride(1),
               at.key_dim, at.value_dim, use.width, SIZE, many, tiles, warps, dots, part=(tiles, warps))
     return dq, dk, dv, d_decay, d_beta, d_initial

@@ -1,12 +1,9 @@
 """A kernel that starts while the scan before it runs, and takes each chunk once the scan has finished it.
 
-The kernel after a scan, with a program for each chunk, starts as soon as every program of the scan has (CUDA's
-programmatic dependent launch; compute capability 9.0). Each program of the scan has a count for each of its chunks in
-`ready`: it sets them to 0 before others may start (`open_counts`), and each of its warps counts a chunk up after its
-stores (`publish`). A program that needs the chunk waits for all warps of all its tiles (`wait_for`), never in vain, for
-all programs of the scan already run. One program waits for the whole scan (`finish`), so that later kernels find both
-done. The book's page on kernels says why and when. Elsewhere the two run one after the other, by the same code without
-counts, with the same results.
+It starts as soon as every program of the scan has (CUDA's programmatic dependent launch; compute capability 9.0). Each
+program of the scan sets a count in `ready` to 0 for each of its chunks before others may start (`open_counts`), and
+each of its warps counts a chunk up after its stores (`publish`). A program that needs the chunk waits for all warps of
+all its tiles (`wait_for`); one waits for the whole scan (`finish`), so that later kernels find both done.
 """
 
 from __future__ import annotations
@@ -14,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-__all__ = ["finish", "in_turn", "open_counts", "publish", "wait_for"]
 
 
 @triton.jit
@@ -60,11 +55,7 @@ def finish():
 
 @triton.jit
 def in_turn(program, time, sequences, heads, segments, SIZE: tl.constexpr, BACK: tl.constexpr):
-    """Return the index of the program-th chunk and head, in the order of scans, its first token and its sequence's end.
-
-    Sequences, of equal length, and all their segments stand side by side. Where a segment is shorter than others some
-    programs have no chunk, and no tokens.
-    """
+    """Return the program-th chunk and head in the order of scans, its first token and its sequence's end."""
     count = tl.cdiv(time, SIZE)
     each = tl.cdiv(count, segments)
     turn, head = program // heads, program % heads

@@ -7,8 +7,6 @@ import triton.language as tl
 
 from hybridlib.kernels.fused.tiles import block, kernel, load_rows, pairwise_decay, product, tokens_of
 
-__all__ = ["invert"]
-
 
 @triton.jit
 def _inverse_of_16(a, PRECISION: tl.constexpr):
@@ -66,13 +64,12 @@ def _store_inverse(x, at, t00, t10, t11, t20, t21, t22, t30, t31, t32, t33, ZERO
 
 
 @kernel
-def invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads,
-            k_stride, gate_stride, beta_stride,
-            KEY_DIM: tl.constexpr, MANY: tl.constexpr, ZEROS: tl.constexpr, PRECISION: tl.constexpr,
-            FINE: tl.constexpr):
+def invert(k, log_decay, beta, inverse, rest, sums, strengths, cu_seqlens, time, sequences, heads, k_stride,
+           gate_stride, beta_stride, KEY_DIM: tl.constexpr, MANY: tl.constexpr, ZEROS: tl.constexpr,
+           PRECISION: tl.constexpr, FINE: tl.constexpr):
     """T = (I + A)^-1 of a chunk of 64 tokens, A_ij = beta_i (k_i . k_j) D_ij for j < i.
 
-    By blocks of 16 tokens, all in registers: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
+    By blocks of 16 tokens: T_mm = (I + A_mm)^-1, and below the diagonal, block after block,
     T_mn = -T_mm (A_mn T_nn + .. + A_m(m-1) T_(m-1)n). Above it, zeros are stored only if ZEROS.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)

@@ -1,8 +1,6 @@
 """Sizes of a call, and how each kernel is launched: warps, pipeline stages and the width of a program's tiles.
 
-`override` goes before the table, by the kernel's name ("delta_rule.scan"); `override_segments` and `override_follows`
-go before `segments_of` and `follows`. A launch that is not in the table may compute wrong results: the book's page on
-kernels says which do, and how the table was chosen. `hybridlib.bench.exactness` compares the table's with float64.
+A launch that is not in the table may compute wrong results: the book's page on kernels says which do.
 """
 
 from __future__ import annotations
@@ -12,9 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-__all__ = ["Launch", "Place", "SIZE", "by_token", "follows", "how", "override", "override_follows", "override_segments",
-           "precision", "run", "segments_of", "stride", "watch"]
 
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
@@ -31,9 +26,9 @@ class Launch(NamedTuple):
     follows: bool = False
 
 
-override: dict[str, Launch] = {}
-override_segments: int | None = None  # the same in a forward pass and its backward pass
-override_follows: bool | None = None  # the same in a forward pass and its backward pass
+override: dict[str, Launch] = {}  # before the table; all the same in a forward pass and its backward pass
+override_segments: int | None = None  # before `segments_of`
+override_follows: bool | None = None  # before `follows`
 watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF: dict[str, Launch | tuple[Launch, Launch]] = {  # kernel: up to 64 dims, 128 dims
@@ -96,6 +91,7 @@ class Place:
             self.chunks = self.time // SIZE + self.sequences  # at least as many as there are
             self.many = max(16, 1 << (self.sequences - 1).bit_length())
         self.segments = segments_of(q, v, self.sequences)
+        self.sizes = self.time, self.sequences, self.heads, self.segments
         self.packed, self.device = cu_seqlens is not None, q.device
         self.by_lower = max(self.key_dim, self.value_dim) <= 64  # scans forward read T by its lower half
         key, aligned = [q.device, keep, self.key_dim, self.value_dim, self.many, self.segments > 1], 0
@@ -111,10 +107,7 @@ class Place:
         return how(kernel, self.dtype, self.key_dim, self.value_dim)
 
     def counts(self, tiles):
-        """Allocate the counts of a scan of so many tiles (see `follow`), or None if no kernel is to start beside it.
-
-        Beside packed sequences none does, for their chunks have no order that all scans keep to.
-        """
+        """Allocate the counts of a scan of so many tiles (see `follow`), or None if no kernel is to start beside it."""
         if self.packed or not follows(self.device, tiles * self.heads * self.sequences * self.segments):
             return None
         return torch.empty(self.chunks * self.heads * tiles, dtype=torch.int32, device=self.device)
@@ -134,10 +127,7 @@ class Place:
 
 
 def run(kernel, use, grid, arguments, key):
-    """Run a kernel, compiled once for each launch and each `key`, and return it.
-
-    Arguments of equal keys may differ in size, not in kind. With None Triton inspects them, which takes longer.
-    """
+    """Run a kernel, compiled once for each launch and `key` (None: Triton inspects the arguments), and return it."""
     key = None if key is None else (id(kernel), use, key)
     _, compiled = _compiled.get(key, (kernel, None))
     if compiled is not None:
@@ -154,9 +144,8 @@ def run(kernel, use, grid, arguments, key):
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
     """Return into how many segments the scans cut each of `sequences` sequences; 1: they run it from end to end.
 
-    One for each time that the programs of an uncut scan (sequences x heads x tiles of 64 x 64 of the state) fit among
-    the GPU's multiprocessors, MOST of them at most, of LEAST chunks at least by the mean length, and twice as many up
-    to 64 dims where each still has twice LEAST chunks. Fewer than 3 do not pay, as a cut scan reads its tokens twice.
+    One for each time that the programs of an uncut scan fit among the GPU's multiprocessors, at most MOST, of LEAST
+    chunks at least by the mean length, and twice as many up to 64 dims where each still has twice LEAST chunks.
     """
     if override_segments is not None:
         return override_segments
@@ -171,12 +160,10 @@ def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
 
 
 def follows(device: torch.device, programs: int) -> bool:
-    """Tell whether a kernel is to start while a scan of so many programs runs: on GPUs of compute capability 9.0 or
-    later, if the programs leave it room."""
+    """Tell whether a kernel is to start while a scan of so many programs runs, which must leave it room."""
     if override_follows is not None:
         return override_follows
-    return (device.type == "cuda" and _capability(device) >= (9, 0)
-            and programs <= 1.5 * _multiprocessors(device))
+    return device.type == "cuda" and _capability(device) >= (9, 0) and programs <= 1.5 * _multiprocessors(device)
 
 
 @functools.cache
@@ -189,14 +176,13 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def stride(x: torch.Tensor) -> int:
-    """Return the number of elements from one token to the next."""
-    return x.stride(1)
-
-
 def precision(dtype: torch.dtype) -> str:
     """Return Triton's name for products of this dtype: float32 in three TF32 products, half precision as it is."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def dense_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def by_token(x: torch.Tensor) -> torch.Tensor:

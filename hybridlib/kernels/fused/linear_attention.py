@@ -1,21 +1,7 @@
 """Gated linear attention in four kernels, in the symbols of `hybridlib.kernels.chunked`.
 
-=================  ==================================  =======================================================
-kernel             one program for each                result
-=================  ==================================  =======================================================
-_scan              segment, head, tile of the state    states before chunks, or their gradients, last chunk first
-_outputs           chunk and head                      O
-_gradients         chunk, head and 64 key dims         gradients of q, k and log_decay; where no dim is 128, dv too
-_value_gradients   chunk and head                      dv, where a dim is 128
-=================  ==================================  =======================================================
-
-The backward pass takes the states from the forward pass, in the dtype of the inputs, and computes sums of log_decay
-from the chunk's start (C in what follows, `sums`), decays and P again. A segment is a sequence or, where these are few,
-a part of one (`segments`). `_outputs` starts while the scan before it runs, and so does `_gradients` where no dim is
-128 (`follow`).
-
-Decays of a pair of tokens factor over i and j about half of the chunk's whole decay, H_d (the book's page on kernels
-has the bounds): D_ijd = exp(C_id - C_jd) = exp(C_id - H_d) exp(H_d - C_jd). A chunk with a decay below exp(`LOWEST`) is
+With C the sums of log_decay from the chunk's start (`sums`), decays of a pair of tokens factor over i and j about half
+of the chunk's whole decay, H_d: D_ijd = exp(C_id - H_d) exp(H_d - C_jd). A chunk with a decay below exp(`LOWEST`) is
 taken level by level: at level l it falls into blocks of 2^l tokens, and a token i in an odd block meets each token j of
 the even block before it at the border b, that block's last token,
 
@@ -33,7 +19,7 @@ import triton.language as tl
 
 from hybridlib.kernels.fused import segments
 from hybridlib.kernels.fused.follow import finish, in_turn, open_counts, publish, wait_for
-from hybridlib.kernels.fused.launch import Place, SIZE, how, precision, stride
+from hybridlib.kernels.fused.launch import Place, SIZE, dense_like, how, precision
 from hybridlib.kernels.fused.tiles import (block, exp, kernel, load_columns, load_rows, product, segment, store_rows,
                                            sums_of_gradients, sums_over_columns, sums_over_rows, tokens_of)
 
@@ -66,14 +52,13 @@ def _is_strong(lowest, at, BOUND: tl.constexpr, TILES: tl.constexpr):
 
 @kernel
 def _scan(x, y, log_decay, initial, final, states, lowest, totals, ready, cu_seqlens, time, sequences, heads, segments,
-          scale, x_stride, y_stride, decay_stride,
-          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-          SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
+          scale, x_stride, y_stride, decay_stride, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr,
+          WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
 
-    (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in registers, in float32. `states`
-    gets the state before each chunk, or the gradient of the state after it; `final` the last one, `totals` the decay
-    from the start to the end, `lowest` the least sum of log_decay over a chunk in any of these dims.
+    (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in float32. `states` gets the state
+    before each chunk, or the gradient of the state after it; `final` the last one, `totals` the decay from the start to
+    the end, `lowest` the least sum of log_decay over a chunk in any of these dims.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
@@ -120,10 +105,9 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, ready, cu_seq
 
 
 @triton.jit
-def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale,
-                q_stride, k_stride, v_stride, decay_stride, BY_LEVELS: tl.constexpr,
-                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-                MANY: tl.constexpr, PRECISION: tl.constexpr):
+def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, heads, scale, q_stride, k_stride,
+                v_stride, decay_stride, BY_LEVELS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                HEIGHT: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr):
     """O = scale ((in q) S + P v) of one chunk and head, HEIGHT of the key dims at a time."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     chunk, head = at // heads, at % heads
@@ -155,10 +139,9 @@ def _outputs_of(at, q, k, v, log_decay, states, o, cu_seqlens, time, sequences, 
 
 @kernel
 def _outputs(q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, time, sequences, heads, segments, scale,
-             q_stride, k_stride, v_stride, decay_stride,
-             KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-             MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
-             OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
+             q_stride, k_stride, v_stride, decay_stride, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+             HEIGHT: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr,
+             PRECISION: tl.constexpr, OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
     """Outputs of one chunk and head, by levels where its decays are strong."""
     at = tl.program_id(0)
     if ready is not None:
@@ -190,8 +173,7 @@ def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, 
 
     and through P, pairs i > j, dx = dP x (keys' x for queries) or dP^T x (queries' for keys), with x's decay once more.
     log_decay's gradient at t is the sum of C's over i >= t, which is q dq from in_i and x dx of queries, less that of
-    keys; of k dk from out_j over j < t; and of in_C S dS'. Over pairs of which both tokens are at t or later x dx adds
-    up to 0, from the same rounded numbers. OF_KEYS: dq, dk and log_decay's; OF_VALUES: dv, which needs all key dims.
+    keys; of k dk from out_j over j < t; and of in_C S dS'. OF_KEYS: dq, dk and log_decay's; OF_VALUES: dv.
     """
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     chunk, head = at // heads, at % heads
@@ -266,12 +248,11 @@ def _gradients_of(at, first, q, k, v, log_decay, states, d_o, d_states, dq, dk, 
 
 
 @kernel
-def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay, ready,
-               cu_seqlens, time, sequences, heads, segments, scale,
-               q_stride, k_stride, v_stride, decay_stride, o_stride, ROWS: tl.constexpr,
-               KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr, SIZE: tl.constexpr,
-               MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
-               OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
+def _gradients(q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, dv, d_decay, ready, cu_seqlens, time,
+               sequences, heads, segments, scale, q_stride, k_stride, v_stride, decay_stride, o_stride,
+               ROWS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEIGHT: tl.constexpr,
+               SIZE: tl.constexpr, MANY: tl.constexpr, TILES: tl.constexpr, BOUND: tl.constexpr,
+               PRECISION: tl.constexpr, OF_SCAN: tl.constexpr, WARPS: tl.constexpr):
     """Gradients of one chunk, head and ROWS key dims, by levels where decays are strong; of v if `dv` is not None."""
     at, first = tl.program_id(0) // (KEY_DIM // ROWS), tl.program_id(0) % (KEY_DIM // ROWS) * ROWS
     if ready is not None:
@@ -321,12 +302,12 @@ def forward(q, k, v, log_decay, scale, initial, cu_seqlens, keep):
     at = Place((q, k, v, log_decay), (initial,), cu_seqlens, keep)
     states, lowest, maps = saved_tensors(q, v, at.chunks * at.heads, keep, at.sequences)
     final = q.new_empty(at.sequences, at.heads, at.key_dim, at.value_dim, dtype=torch.float32)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    o = dense_like(v)
     ready, of_scan = _launch_scan(at, k, v, log_decay, initial, final, states, lowest, maps, cu_seqlens, 1.0, False)
     use = at.how("linear_attention.outputs")._replace(follows=ready is not None)
     at.launch(_outputs, use, (at.heads * at.turns(ready), 1, 1),
-              q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, at.time, at.sequences, at.heads, at.segments,
-              scale, stride(q), stride(k), stride(v), stride(log_decay),
+              q, k, v, log_decay, states, lowest, o, ready, cu_seqlens, *at.sizes, scale,
+              q.stride(1), k.stride(1), v.stride(1), log_decay.stride(1),
               *_constants(at, use, lowest), *of_scan, part=of_scan)
     return o, final, (states, lowest, maps)
 
@@ -335,8 +316,8 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     """Return gradients of q, k, v, log_decay and, None if there was none, the initial state."""
     apart = max(q.shape[-1], v.shape[-1]) > 64  # dv by itself: one program cannot hold it all in registers
     at, (states, lowest, maps) = Place((q, k, v, log_decay, d_o), (initial, d_final), cu_seqlens), saved
-    dq, dk, dv, d_decay = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay))
-    d_initial = None if initial is None else torch.empty(initial.shape, dtype=initial.dtype, device=initial.device)
+    dq, dk, dv, d_decay = map(dense_like, (q, k, v, log_decay))
+    d_initial = None if initial is None else dense_like(initial)
     d_states = torch.empty_like(states)
     ready, of_scan = _launch_scan(at, q, d_o, log_decay, d_final, d_initial, d_states, None, maps, cu_seqlens, scale,
                                   True)
@@ -344,15 +325,13 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
     rows = use.width if apart else at.key_dim
     at.launch(_gradients, use, (at.heads * at.turns(ready) * (at.key_dim // rows), 1, 1),
               q, k, v, log_decay, states, lowest, d_o, d_states, dq, dk, None if apart else dv, d_decay, ready,
-              cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
-              stride(q), stride(k), stride(v), stride(log_decay), stride(d_o), rows,
-              *_constants(at, use, lowest), *of_scan, part=of_scan)
+              cu_seqlens, *at.sizes, scale, q.stride(1), k.stride(1), v.stride(1), log_decay.stride(1), d_o.stride(1),
+              rows, *_constants(at, use, lowest), *of_scan, part=of_scan)
     if apart:
         use = at.how("linear_attention.value_gradients")
         at.launch(_value_gradients, use, (at.heads * at.chunks, 1, 1),
-                  q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, at.time, at.sequences, at.heads, scale,
-                  stride(q), stride(k), stride(log_decay), stride(d_o),
-                  *_constants(at, use, lowest))
+                  q, k, log_decay, lowest, d_o, d_states, dv, cu_seqlens, *at.sizes[:3], scale,
+                  q.stride(1), k.stride(1), log_decay.stride(1), d_o.stride(1), *_constants(at, use, lowest))
     return dq, dk, dv, d_decay, d_initial
 
 
@@ -371,9 +350,8 @@ def _launch_scan(at, x, y, log_decay, initial, final, states, lowest, maps, cu_s
 
     def scan(*ends_and_results, part=0):
         at.launch(_scan, use, (tiles, at.heads, at.sequences * at.segments),
-                  x, y, log_decay, *ends_and_results,
-                  cu_seqlens, at.time, at.sequences, at.heads, at.segments, scale,
-                  stride(x), stride(y), stride(log_decay),
+                  x, y, log_decay, *ends_and_results, cu_seqlens, *at.sizes, scale,
+                  x.stride(1), y.stride(1), log_decay.stride(1),
                   at.key_dim, at.value_dim, height, width, SIZE, at.many, back, precision(at.dtype),
                   part=(part, ready is not None))
 

@@ -8,9 +8,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from hybridlib.kernels.fused.launch import SIZE, by_token
-
-__all__ = ["OPERATORS", "delta_rule_inputs", "module"]
+from hybridlib.kernels.fused.launch import SIZE, by_token, dense_like
 
 _OPERATORS = {"gated_delta_rule": "delta_rule", "gated_linear_attention": "linear_attention"}
 _MODULES = {**_OPERATORS, "delta_rule_inputs": "delta_inputs", "step": "step"}
@@ -40,7 +38,7 @@ def _define(name):
         chunks = batch * -(-time // SIZE) if cu_seqlens is None else time // SIZE + sequences
         state = q.new_empty(sequences, heads, key_dim, value_dim, dtype=torch.float32)
         saved = _filled(module(name).saved_tensors(q, v, chunks * heads, True, sequences), v) if keep else []
-        return [_empty_like(v), state, *saved]
+        return [dense_like(v), state, *saved]
 
     @torch.library.custom_op(f"hybridlib::{name}_backward", mutates_args=())
     def backward(inputs: list[Tensor], scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
@@ -53,7 +51,7 @@ def _define(name):
 
     @backward.register_fake
     def _(inputs, scale, initial_state, cu_seqlens, saved, d_o, d_state):
-        return [*map(_empty_like, inputs), d_o.new_empty(0) if initial_state is None else _empty_like(initial_state)]
+        return [*map(dense_like, inputs), d_o.new_empty(0) if initial_state is None else dense_like(initial_state)]
 
     def setup(ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -77,10 +75,6 @@ def _filled(tensors, like):
     return [like.new_empty(0) if x is None else x for x in tensors]
 
 
-def _empty_like(x):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 OPERATORS = {name: _define(name) for name in _OPERATORS}
 
 
@@ -93,7 +87,7 @@ def delta_rule_inputs(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_l
 
 @delta_rule_inputs.register_fake
 def _(q, k, v, a, b, A_log, dt_bias):
-    return [*map(_empty_like, (q, k, v)), a.new_empty(a.shape, dtype=torch.float32), _empty_like(b)]
+    return [*map(dense_like, (q, k, v)), a.new_empty(a.shape, dtype=torch.float32), dense_like(b)]
 
 
 @torch.library.custom_op("hybridlib::delta_rule_inputs_backward", mutates_args=())
@@ -104,11 +98,7 @@ def _inputs_backward(projections: list[Tensor], grads: list[Tensor]) -> list[Ten
 @_inputs_backward.register_fake
 def _(projections, grads):
     A_log = projections[5]
-    return [*map(_empty_like, projections[:5]), A_log.new_empty(2, *A_log.shape, dtype=torch.float32)]
-
-
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    return [*map(dense_like, projections[:5]), A_log.new_empty(2, *A_log.shape, dtype=torch.float32)]
 
 
 def _inputs_gradients(ctx, grads):
@@ -116,4 +106,5 @@ def _inputs_gradients(ctx, grads):
     return *d_projections, *d_gates.to(ctx.saved_tensors[5].dtype).unbind(0)
 
 
-delta_rule_inputs.register_autograd(_inputs_gradients, setup_context=_save_inputs)
+delta_rule_inputs.register_autograd(
+    _inputs_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

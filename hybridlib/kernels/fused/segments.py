@@ -1,21 +1,9 @@
 """Scans cut along time, for calls with fewer sequences and heads than the GPU has multiprocessors.
 
-Whole chunks make up a segment, so that chunks keep their numbers. Whatever the state before it, a segment leaves an
-affine map of it, and its gradient goes back through the same map:
-
-    S_(g+1) = M_g S_g + B_g,        dS_g = M_g^T dS_(g+1) + dB_g
-
-=================  =====================================  ==============================================================
-kernel             one program for each                   result
-=================  =====================================  ==============================================================
-_maps              segment, head, tile of [B | M]         the gated delta rule's B, a scan from 0 without outputs, and
-                                                          M, the same for v = 0 from the identity
-_join              sequence, head, tile of the state      the states at the segments' borders, one after another
-=================  =====================================  ==============================================================
-
-For gated linear attention M is diagonal, the segment's decay, and its scan leaves it beside B. A backward scan from a
-gradient of 0 behind the segment leaves dB; M comes from the forward pass. Then the ordinary scans run from the states
-at the borders, all segments at once. All of this is in float32, but for factors of products.
+Whatever the state before it, a segment of whole chunks leaves an affine map of it, and its gradient goes back through
+the same map: S_(g+1) = M_g S_g + B_g, dS_g = M_g^T dS_(g+1) + dB_g. `_maps` makes the gated delta rule's B and M; for
+gated linear attention M is diagonal, and its scan leaves it beside B. `_join` makes the states at the borders, from
+which the ordinary scans run, all segments at once. All of this is in float32, but for factors of products.
 """
 
 from __future__ import annotations
@@ -23,15 +11,14 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from hybridlib.kernels.fused.launch import SIZE, precision, segments_of, stride
+from hybridlib.kernels.fused.launch import SIZE, precision, segments_of
 from hybridlib.kernels.fused.tiles import block, fine_product, kernel, load_rows, load_square, product, segment
 
 
 @kernel
-def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments,
-          k_stride, v_stride,
-          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr,
-          LOWER: tl.constexpr, PRECISION: tl.constexpr):
+def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, sequences, heads, segments, k_stride,
+          v_stride, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+          MANY: tl.constexpr, LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + k^T (out T (beta v - (beta in) k S)) over a segment: `ends` from 0, `maps` from 1 with v = 0."""
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -61,13 +48,9 @@ def _maps(k, v, inverse, rest, sums, strengths, maps, ends, cu_seqlens, time, se
 
 
 @kernel
-def _join(maps, ends, initial, final, heads, segments,
-          KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, DIAGONAL: tl.constexpr,
-          BACK: tl.constexpr):
-    """S' = M S + ends, segment after segment from `initial` (0 if None) to `final`; BACK: M^T, the last one first.
-
-    S takes the place of `ends`, which then has the state that each segment starts from.
-    """
+def _join(maps, ends, initial, final, heads, segments, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+          WIDTH: tl.constexpr, DIAGONAL: tl.constexpr, BACK: tl.constexpr):
+    """S' = M S + ends from segment to segment, from `initial` (0 if None), each S in `ends`; BACK: M^T, last first."""
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     if initial is None:
         state = tl.zeros((KEY_DIM, WIDTH), tl.float32)
@@ -107,8 +90,8 @@ def map_delta_rule(at, k, v, inverse, rest, sums, strengths, maps, cu_seqlens):
     width = min(use.width, at.key_dim)
     at.launch(_maps, use, ((at.key_dim + at.value_dim) // width, at.heads, at.sequences * at.segments),
               k, v, inverse, rest, sums, strengths, maps, states, cu_seqlens,
-              at.time, at.sequences, at.heads, at.segments, stride(k), stride(v),
-              at.key_dim, at.value_dim, width, SIZE, at.many, at.by_lower, precision(at.dtype))
+              *at.sizes, k.stride(1), v.stride(1), at.key_dim, at.value_dim, width,
+              SIZE, at.many, at.by_lower, precision(at.dtype))
     return states
 
 

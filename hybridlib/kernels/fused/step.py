@@ -1,14 +1,6 @@
-"""One token of both operators, and the norm and gate after it, each in one launch.
+"""One token of both operators, and the norm and gate after it, each in one launch, in float32, without gradients.
 
-===================  =====================================  ==============================================
-kernel               one program for each                   result
-===================  =====================================  ==============================================
-_token               head and WIDTH columns of its state    the state after this token, and of o its part
-_gated_norm          head                                   RMSNorm of o, times silu(g)
-===================  =====================================  ==============================================
-
-Columns of a state do not meet: a program reads its part of the state once, into registers, and writes it once, to
-another place. Everything is computed in float32, without products of tensor cores. There are no gradients.
+A program of `_token` has one head and WIDTH columns of its state, one of `_gated_norm` a head.
 """
 
 from __future__ import annotations
@@ -19,8 +11,6 @@ import triton.language as tl
 
 from hybridlib.kernels.fused.launch import Launch, run
 from hybridlib.kernels.fused.tiles import exp
-
-__all__ = ["gated_norm", "token"]
 
 _WIDTH, _ELEMENTS = 16, 1024  # columns of a program, and numbers of a state that a warp holds
 
@@ -65,9 +55,7 @@ def _launch(kernel, use, grid, tensors, numbers, sizes):
 
 def _dense(x):
     """Return x (batch, heads, ..), or a copy, with all but batch dense."""
-    if x.is_contiguous() or x[0].is_contiguous():
-        return x
-    return x.contiguous()
+    return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Parts of all kernels: where a chunk's tokens lie, tiles in and out of memory, decays and products.
 
 Tensors of tokens are (batch, time, heads, dim) with heads and dim dense, so that token t of head h starts at
-``t * stride + h * dim`` (sequences follow one another, packed or not). A chunk's own tensors lie at
-``chunk * heads + head``, chunks of one sequence after another. A chunk is SIZE tokens; rows past the end of the
-sequence are loaded as zeros and never stored, and zeros neither write nor decay.
+``t * stride + h * dim``. A chunk's own tensors lie at ``chunk * heads + head``. A chunk is SIZE tokens; rows past the
+end of the sequence are loaded as zeros and never stored, and zeros neither write nor decay.
 """
 
 from __future__ import annotations
@@ -63,10 +62,7 @@ def sequence(cu_seqlens, n, time, sequences, SIZE: tl.constexpr, MANY: tl.conste
 
 @triton.jit
 def segment(cu_seqlens, n, time, sequences, segments, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """Return the same of segment n % segments of sequence n // segments, each of equally many chunks, the last fewer.
-
-    Segments past the sequence's last chunk are empty.
-    """
+    """Return the same of segment n % segments of sequence n // segments; the last may have fewer chunks or none."""
     start, end, chunk = sequence(cu_seqlens, n // segments, time, sequences, SIZE, MANY)
     each = tl.cdiv(tl.cdiv(end - start, SIZE), segments)  # chunks
     first = n % segments * each
