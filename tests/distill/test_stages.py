@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(teacher, tiny_tokens, tmp_path,
 
     monkeypatch.setattr("hybridlib.distill.loop.os.replace", full)
     with pytest.raises(OSError, match="the one before it, if any, is unchanged"):
-        save_checkpoint(path, {}, [], torch.optim.AdamW([torch.zeros(1)]), hl.History("match"), 1)
+        save_checkpoint(path, {}, [], {}, hl.History("match"), 1)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
