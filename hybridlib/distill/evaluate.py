@@ -49,11 +49,11 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
     Raises ValueError if there are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
     Perplexity is over all next tokens of a row.
     """
-    if recall is not None and tokens.tokenizer is None:
-        raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
     answers = None
     with evaluation_mode(model):
         if recall is not None:
+            if tokens.tokenizer is None:
+                raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
             score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
             answers = score.exact_match, score.stderr
         return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens, [answers],
@@ -140,7 +140,7 @@ def _nats(logits, ids):
     return nats.view(len(ids), -1).mean(-1).sum().item()
 
 
-def _mean_stderr(values):
+def _mean_stderr(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error, which is nan for a single value."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor.mean().item(), tensor.std().item() / len(tensor) ** 0.5 if len(tensor) > 1 else math.nan

@@ -248,7 +248,7 @@ AB = dict(kind="alpha_beta")
     (dict(chunk=0), "chunk=0 is not a whole number of at least 1"),
     (dict(backend="cuda"), "backend='cuda' is unknown; choose one of 'auto', 'torch', 'triton'"),
     (dict(backend="triton"), "backend='triton' cannot run here: the kernel needs tensors on a CUDA GPU"),
-    (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); .* of the student's tokens, \\(4,\\)"),
+    (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); .* tokens, \\(4,\\)"),
     (dict(student_hidden=torch.zeros(0, 2)), "hidden has shape .* it must be \\(..., width\\), with a token"),
     (dict(student_head=torch.zeros(6, 3)), "student_head has shape \\(6, 3\\); it must be \\(6, 2\\)"),
     (dict(teacher_head=torch.zeros(7, 3)), "teacher_head has shape \\(7, 3\\); it must be \\(6, 3\\)")])

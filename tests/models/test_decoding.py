@@ -12,7 +12,6 @@ from transformers import DynamicCache, StaticCache
 
 import hybridlib as hl
 from hybridlib.bench.decoding import token_step
-from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
 from hybridlib.models.mixers import MixerState
 from hybridlib.models.passes import last_hidden
 
@@ -335,21 +334,3 @@ def test_a_mask_without_the_cached_tokens_is_refused(hybrid):
     cache = model(input_ids=text, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\); with 11 tokens cached .* \(2, 12\)"):
         model(input_ids=text[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
-
-
-def test_recall_writes_its_answers_with_the_cache(hybrid):
-    class Letters:
-        bos_token_id = eos_token_id = pad_token_id = 0
-
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [ord(c) % 61 + 3 for c in text]}
-
-    model = hybrid()
-    model.config.max_position_embeddings = 512
-    examples, seen, scores = generate_recall(RecallTask("key_value", pairs=4, filler=1), 6), [], []
-    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    for use_cache in (None, False):
-        model.generation_config.use_cache = use_cache
-        scores.append(score_recall(model, Letters(), examples, mode="greedy"))
-    assert scores[0] == scores[1]
-    assert seen[0] > 100 and seen[1:4] == [1, 1, 1] and seen[4:] == [seen[0] + i for i in range(4)]
