@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_record_as_it_was(ledger, monkeypatch, caplog, wh
 
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "replace" if where == "replace" else "fsync", full)
-        with pytest.raises(OSError, match="disk is full; what was there before is as it was") as caught:
+        with pytest.raises(OSError, match="No space left on device; what was there before is as it was") as caught:
             ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.123456}, recompute=True)
     assert caught.value.errno == errno.ENOSPC
     assert "0.123456" in caplog.text
@@ -174,7 +174,7 @@ def test_a_harmed_record_is_refused_by_name(ledger, harm):
 def test_a_record_under_another_name_is_refused(ledger):
     ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.125})
     ledger.path("hybrid", PARAMETERS).rename(ledger.folder / "other.json")
-    with pytest.raises(ValueError, match="other.json.*its name does not fit its key"):
+    with pytest.raises(ValueError, match="other.json.*does not fit its parameters or its name"):
         list(ledger)
 
 
