@@ -47,11 +47,7 @@ _LOCAL = "a folder or file of .parquet or .jsonl text"
 class Tokens:
     """Packed token ids of a corpus: documents, each with an end-of-text token behind it, cut into rows.
 
-    Attributes
-    ----------
-    context : tokens in a row.
-    tokenizer, source, seed : arguments of `load_tokens`.
-    train, heldout : int32 token ids (rows, context), in the order of the source.
+    `train` and `heldout` are int32 token ids (rows, context), in the order of the source; the rest as in `load_tokens`.
     """
 
     def __init__(self, train: torch.Tensor, heldout: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -100,7 +96,6 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     Parameters
     ----------
     source : ``"lab"``, a local folder or file, or a data set of the hub (see the module).
-    tokenizer : a teacher's tokenizer.
     context : tokens in a row.
     seed : of the order of training rows.
     max_tokens : the most training tokens; all if None (20,000,000 from the hub). It does not change the held-out rows.

@@ -232,7 +232,7 @@ def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings:
 
 @contextlib.contextmanager
 def _trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it, `model` is in training mode and of its parameters only `weights` take gradients."""
+    """Put `model` in training mode, gradients for `weights` alone, and both back."""
     chosen, modules = {id(p) for p in weights}, [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -310,7 +310,7 @@ def load_checkpoint(path, run, named, state):
 
 
 def steps_done(checkpoint: Path | None) -> int:
-    """How many steps of a run a checkpoint has; 0 if there is none. Raises ValueError for a damaged one."""
+    """Return how many steps of a run a checkpoint has, 0 if there is none; ValueError for a damaged one."""
     return 0 if checkpoint is None or not checkpoint.exists() else _read_checkpoint(checkpoint)[0]["step"]
 
 

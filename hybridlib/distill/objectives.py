@@ -33,12 +33,13 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: b
     return error / teacher.float().square().mean() if normalize else error
 
 
-def mixer_loss(mixer: nn.Module, attention_input: torch.Tensor, attention_output: torch.Tensor,
-               normalize: bool) -> torch.Tensor:
+def mixer_loss(mixer: nn.Module, attention_input: torch.Tensor, attention_output: torch.Tensor, normalize: bool
+               ) -> torch.Tensor:
     """Return the `alignment_loss` of a mixer on a layer's `attention_io`."""
     return alignment_loss(mixer(attention_input)[0], attention_output, normalize=normalize)
 
 
+@torch.no_grad()
 def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "forward",
                alpha: float | None = None, beta: float | None = None, temperature: float = 1.0) -> torch.Tensor:
     """Return the divergence of next-token distributions at each position, in nats, times temperature squared.
@@ -57,7 +58,7 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
 
     Parameters
     ----------
-    teacher_logits, student_logits : (..., vocab). Gradients go to both.
+    teacher_logits, student_logits : (..., vocab). No gradient goes to either.
     alpha, beta : both for ``"alpha_beta"``: they and their sum are 0 or at least 0.01 in size, and a negative one
         overflows where a probability is near 0. `beta` alone, above 0 and below 1, for ``"jensen_shannon"``.
     temperature : divides both logits; its square keeps gradients on one scale (arXiv 1503.02531, section 2).
@@ -69,19 +70,7 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
     """
     alpha, beta = check_divergence(kind, alpha, beta)
     check_number("temperature", temperature, 0, open_low=True)
-    wide = torch.promote_types(teacher_logits.dtype, torch.float32)
-    log_p = (teacher_logits.to(wide) / temperature).log_softmax(-1)
-    log_q = (student_logits.to(wide) / temperature).log_softmax(-1)
-    if kind == "forward":
-        terms = log_p.exp() * (log_p - log_q)
-    elif kind == "reverse":
-        terms = log_q.exp() * (log_q - log_p)
-    elif kind == "jensen_shannon":
-        log_m = _log_mean(log_p, log_q, beta)
-        terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
-    else:
-        terms, _ = _alpha_beta(log_p, log_q, alpha, beta)
-    return temperature**2 * terms.sum(-1)
+    return temperature**2 * _loss_and_gradient(teacher_logits, student_logits.clone(), kind, alpha, beta, temperature)
 
 
 def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, student_hidden: torch.Tensor,
@@ -175,14 +164,11 @@ def _why_not_triton(compute, hidden):
         return "triton is not installed"
     if torch.version.cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return "triton needs a GPU of compute capability 8.0 or above"
-    if compute == torch.float64:
-        return "the kernel has no float64"
-    return None
+    return "the kernel has no float64" if compute == torch.float64 else None
 
 
 class _Chunked(torch.autograd.Function):
-    """`in_place(p, q)` takes two matrices of logits, returns a loss per row and leaves in q the gradient of the loss
-    without its factor temperature."""
+    """`in_place(p, q)` takes two matrices of logits, returns a loss a row, and leaves its gradient / temperature in q."""
 
     @staticmethod
     def forward(ctx, teacher_hidden, teacher_head, student_hidden, student_head, in_place, temperature, chunk,
@@ -193,9 +179,8 @@ class _Chunked(torch.autograd.Function):
         # two buffers for all chunks: a name rebound in the loop would keep a third alive; GPUs want aligned rows
         width = -(-vocab // 64) * 64 if student_hidden.is_cuda else vocab
         p_logits, q_logits = (student_hidden.new_empty(chunk, width, dtype=compute)[:, :vocab] for _ in range(2))
-        of_hidden, of_head = (gradients and ctx.needs_input_grad[i] for i in (2, 3))
-        grad_hidden = torch.empty_like(student_hidden) if of_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=wide) if of_head else None
+        grad_hidden = torch.empty_like(student_hidden) if gradients and ctx.needs_input_grad[2] else None
+        grad_head = torch.zeros_like(student_head, dtype=wide) if gradients and ctx.needs_input_grad[3] else None
         total = student_hidden.new_zeros((), dtype=wide)
         scale = temperature / tokens
         for i in range(0, tokens, chunk):
@@ -231,7 +216,7 @@ def _add_product(total, a, b, scale):
 def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temperature):
     """Return the divergence of each row, without temperature squared; student_logits become its gradient.
 
-    The gradient by logits / temperature is g - q sum g, with g the derivative by log q up to a multiple of q.
+    By logits / temperature, that is g - q sum g, with g the derivative by log q up to a multiple of q.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
@@ -246,7 +231,7 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
         q = log_q.exp_()
         loss = total = slope.mul_(q).sum(-1)
     elif kind == "jensen_shannon":  # g = (1 - beta) q log(q / m)
-        log_m = _log_mean(log_p, log_q, beta)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         p, q = log_p.exp(), log_q.exp()
         slope = log_q.sub_(log_m).mul_(q).mul_(1 - beta)
         total = slope.sum(-1)
@@ -254,12 +239,8 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
     else:
         terms, slope = _alpha_beta(log_p, log_q, alpha, beta)
         loss, total, q = terms.sum(-1), slope.sum(-1), log_q.exp_()
-    torch.addcmul(slope, q, total[:, None], value=-1, out=student_logits)
+    torch.addcmul(slope, q, total[..., None], value=-1, out=student_logits)
     return loss
-
-
-def _log_mean(log_p, log_q, beta):
-    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
 def _alpha_beta(log_p, log_q, alpha, beta):

@@ -229,22 +229,18 @@ def _filler(rng, task):
     return "".join(s + "\n" for s in sentences)
 
 
-def _facts(rng, task):
-    taken: set[str] = set()
-    return [(name, _number(rng, name, task, taken)) for name in _names(rng, task.pairs)]
-
-
 def _key_value(task, rng):
-    facts = _facts(rng, task)
-    prompt = "Phone book:\n" + "".join(f"{_filler(rng, task)}{k}: {v}\n" for k, v in facts) + "\nLook up:"
-    return RecallExample(prompt, tuple((f"\n{k}:", f" {v}") for k, v in rng.sample(facts, task.queries)))
+    facts = _chains(rng, task)
+    prompt = "Phone book:\n" + "".join(f"{_filler(rng, task)}{k}: {v}\n" for (k,), v in facts) + "\nLook up:"
+    return RecallExample(prompt, tuple((f"\n{k}:", f" {v}") for (k,), v in rng.sample(facts, task.queries)))
 
 
 def _needle(task, rng):
-    facts = _facts(rng, task)
-    prompt = "".join(f"{_filler(rng, task)}The code of {k} is {v}.\n" for k, v in facts)
+    facts = _chains(rng, task)
+    prompt = "".join(f"{_filler(rng, task)}The code of {k} is {v}.\n" for (k,), v in facts)
     prompt += _filler(rng, task) + "\nLook up:"
-    return RecallExample(prompt, tuple((f"\nThe code of {k} is", f" {v}") for k, v in rng.sample(facts, task.queries)))
+    turns = ((f"\nThe code of {k} is", f" {v}") for (k,), v in rng.sample(facts, task.queries))
+    return RecallExample(prompt, tuple(turns))
 
 
 def _chains(rng, task):
