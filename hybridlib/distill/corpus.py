@@ -136,7 +136,7 @@ def _end(tokenizer):
 def _tokenize(documents, tokenizer, most, apart):
     """Return token arrays and their sizes by kind (held out or not), read until both kinds have their `most`.
 
-    If `apart`, held-out documents come before all others, and training tokens alone decide where to stop.
+    If `apart`, held-out documents come first, and training tokens alone decide where to stop.
     """
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes, end, dtype = {False: 0, True: 0}, _end(tokenizer), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32

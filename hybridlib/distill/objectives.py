@@ -91,8 +91,7 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
     backend : ``"torch"``, ``"triton"`` (our kernel, on CUDA GPUs, not in float64) or ``"auto"``: the kernel where it
         can run. Products are in autocast's dtype or the student's hidden states', the rest in float32 or wider.
 
-    Returns a scalar in nats, float32 or wider. Raises ValueError for arguments outside these, shapes that do not fit
-    or a backend that cannot run here.
+    Returns a scalar in nats, float32 or wider. Raises ValueError for arguments or a backend that do not fit.
     """
     alpha, beta = check_divergence(kind, alpha, beta)
     check_number("temperature", temperature, 0, open_low=True)
@@ -168,7 +167,7 @@ def _why_not_triton(compute, hidden):
 
 
 class _Chunked(torch.autograd.Function):
-    """`in_place(p, q)` takes two matrices of logits, returns a loss a row, and leaves its gradient / temperature in q."""
+    """`in_place(p, q)` takes logits, returns a loss for each row and leaves its gradient / temperature in q."""
 
     @staticmethod
     def forward(ctx, teacher_hidden, teacher_head, student_hidden, student_head, in_place, temperature, chunk,

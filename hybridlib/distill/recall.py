@@ -52,17 +52,16 @@ _ENDS = ("in the morning", "before the rain", "without a word", "for many years"
 
 @dataclass(frozen=True)
 class RecallTask:
-    """A family of examples and its difficulty.
+    """A family of examples, by its `name` in the module's table, and its difficulty.
 
     Parameters
     ----------
-    name : a family of the module's table.
     pairs : facts with a number in the prompt (chains, for the last two families); 2 to 512.
     queries : questions after the prompt, each on another fact; 1 to `pairs`.
     hops : links from a question's name to its number, 1 to 8; 1 for ``key_value`` and ``needle``.
     digits : digits of a number, 1 to 12.
     filler : filler sentences before each fact, 0 to 64.
-    split : ``"heldout"`` or ``"train"``; no (name, number) pair is in both.
+    split : ``"heldout"`` or ``"train"``.
     """
 
     name: str = "key_value"

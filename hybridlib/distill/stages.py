@@ -25,8 +25,7 @@ def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, nu
 
     Parameters
     ----------
-    student : from `hybrid.linearize`. Only its mixers are trained.
-    teacher : the model it was made from, on the same device.
+    student, teacher : from `hybrid.linearize`, and the model it was made from, on one device.
     num_tokens : tokens to train on, at least one row; rows are taken in the order of `tokens`.
     checkpoint : a file to save to along the way and, if it exists, to resume from, to the same numbers.
 

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -143,13 +144,10 @@ def test_bad_arguments_are_refused(folder):
     endless = character_tokenizer()
     endless.bos_token = endless.eos_token = None
     refuses("neither an end-of-text nor", folder, endless)
+    for source in ("nowhere", "/no/such/folder", "corpus.parquet", "folder/corpus.jsonl", "a/b/c", ""):
+        refuses("is no corpus; choose 'lab'", source, TOKENIZER)
     with pytest.raises(ValueError, match="position=-1"):
         load_tokens(folder, TOKENIZER, context=16).rows(-1, 2)
-
-
-@pytest.mark.parametrize("source", ["nowhere", "/no/such/folder", "corpus.parquet", "folder/corpus.jsonl", "a/b/c", ""])
-def test_unknown_sources_are_refused(source):
-    refuses("is no corpus; choose 'lab'", source, TOKENIZER)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -226,17 +224,12 @@ def teacher(tmp_path_factory):
     return folder
 
 
-class NoBar:
-    def update(self, tokens):
-        pass
-
-
 def test_sampled_tokens_are_among_the_likeliest_of_a_full_forward(teacher):
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
     with torch.no_grad():  # so that documents end at very different lengths, and rows are dropped from the cache
         model.lm_head.weight[END] = 2.0 * model.lm_head.weight[CHARACTERS.index("e")]
     rows = generator().sample(model, [3, 5], END, 24, 40, torch.Generator().manual_seed(0), top_p=1.0, top_k=5,
-                              temperature=1.0, bar=NoBar())
+                              temperature=1.0, bar=Mock())
     assert len({len(row) for row in rows}) > 4
     assert {row[0] for row in rows} == {3, 5}
     for row in rows:
@@ -250,7 +243,7 @@ def test_sampled_tokens_are_among_the_likeliest_of_a_full_forward(teacher):
 def test_a_narrow_nucleus_is_greedy(teacher):
     model = LlamaForCausalLM.from_pretrained(teacher).eval()
     rows = generator().sample(model, [7], END, 2, 30, torch.Generator().manual_seed(0), top_p=1e-6, top_k=9,
-                              temperature=1.0, bar=NoBar())
+                              temperature=1.0, bar=Mock())
     greedy = model.generate(torch.tensor([[7]]), max_new_tokens=29, do_sample=False)[0].tolist()
     greedy = greedy[:greedy.index(END)] if END in greedy else greedy
     assert rows == [greedy, greedy]
@@ -275,13 +268,13 @@ def test_the_shipped_corpus_is_made_again_from_its_seed_and_resumed(teacher, tmp
 
     monkeypatch.setattr(module, "sample_text", keep_progress)
     table = run(module, monkeypatch, teacher, tmp_path / "data" / "corpus")
-    made = tmp_path / "data" / "corpus"
-    manifest = json.loads((made / "manifest.json").read_text())
-    assert manifest["files"]["lab.parquet"]["sha256"] == folders.sha256_of(made / "lab.parquet")
+    corpus, again = tmp_path / "data" / "corpus", tmp_path / "again"
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    assert manifest["files"]["lab.parquet"]["sha256"] == folders.sha256_of(corpus / "lab.parquet")
     assert sum(c["documents"] for c in manifest["counts"]) == len(table)
     assert set(table["kind"]) == {"text", "key_value", "needle", "multi_hop", "variable_tracking"}
     assert sum(manifest["tokens"].values()) == table["text"].str.len().sum() + len(table)
-    assert sorted(p.name for p in (tmp_path / "data" / "corpus").iterdir()) == ["lab.parquet", "manifest.json"]
+    assert sorted(p.name for p in corpus.iterdir()) == ["lab.parquet", "manifest.json"]
 
     texts = {split: set(part["text"]) for split, part in table.groupby("split")}
     assert not texts["train"] & texts["heldout"]
@@ -290,22 +283,21 @@ def test_the_shipped_corpus_is_made_again_from_its_seed_and_resumed(teacher, tmp
     assert pairs["train"] and pairs["heldout"] and not pairs["train"] & pairs["heldout"]
 
     # A killed run: some batches are there, the last line is cut.
-    (tmp_path / "again").mkdir()
+    again.mkdir()
     lines = noted[0].splitlines()
     assert len(lines) > 3
-    (tmp_path / "again" / ".generate.jsonl").write_text("\n".join([*lines[:3], lines[3][:50]]))
-    assert run(module, monkeypatch, teacher, tmp_path / "again").equals(table) and noted[1] == noted[0]
-    (tmp_path / "again" / ".generate.jsonl").write_text("{}\n")
+    (again / ".generate.jsonl").write_text("\n".join([*lines[:3], lines[3][:50]]))
+    assert run(module, monkeypatch, teacher, again).equals(table) and noted[1] == noted[0]
+    (again / ".generate.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit, match="left from a run with other settings"):
-        run(module, monkeypatch, teacher, tmp_path / "again")
+        run(module, monkeypatch, teacher, again)
 
     # It is what load_tokens("lab") reads, as it says itself what is held out.
     monkeypatch.setattr(folders, "PACKAGE", tmp_path / "hybridlib")
     tokens = load_tokens("lab", TOKENIZER, context=32)
     assert tokens.source == "lab" and set(documents_of(tokens.heldout)) <= texts["heldout"]
     assert not set(documents_of(tokens.train)) & texts["heldout"]
-    with open(tmp_path / "data" / "corpus" / "lab.parquet", "ab") as stream:
-        stream.write(b"x")
+    (corpus / "lab.parquet").write_bytes((corpus / "lab.parquet").read_bytes() + b"x")
     refuses("lab.parquet with the sha256 of its manifest", "lab", TOKENIZER)
-    (tmp_path / "data" / "corpus" / "manifest.json").unlink()
+    (corpus / "manifest.json").unlink()
     refuses("manifest.json, which is missing", "lab", TOKENIZER)

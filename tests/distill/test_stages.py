@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -87,37 +88,24 @@ def test_attention_io_is_what_the_layer_computes(teacher, tiny_tokens):
         teacher.model.layers[1].post_attention_layernorm(before + y)))
 
 
-class _Stops:
-    """Tokens that raise KeyboardInterrupt when a row after `at` is asked for, as a killed run would stop."""
-
-    def __init__(self, tokens, at):
-        self.tokens, self.at = tokens, at
-
-    def __getattr__(self, name):
-        return getattr(self.tokens, name)
-
-    def rows(self, position, count):
-        if position >= self.at:
-            raise KeyboardInterrupt
-        return self.tokens.rows(position, count)
-
-
 @pytest.mark.parametrize("stage", ["align", "match"])
-def test_a_stopped_run_resumes_to_the_same_numbers(teacher, tiny_tokens, tmp_path, stage):
+def test_a_stopped_run_resumes_to_the_same_numbers(teacher, hybrid, tiny_tokens, tmp_path, stage):
     run = getattr(hl, stage)
     settings = {"align": hl.AlignSettings, "match": hl.MatchSettings}[stage](batch_tokens=128, checkpoint_every=384)
 
-    def fresh():
-        return hl.restore(hl.linearize(teacher), teacher, [1])
+    class Killed(hl.Tokens):
+        def rows(self, position, count):
+            if position >= 8 * 7:
+                raise KeyboardInterrupt
+            return super().rows(position, count)
 
-    whole, path = fresh(), tmp_path / "c.safetensors"
-    expected = run(whole, teacher, tiny_tokens, 1280, settings=settings)
+    (broken, resumed), path = (copy.deepcopy(hybrid) for _ in range(2)), tmp_path / "c.safetensors"
+    expected = run(hybrid, teacher, tiny_tokens, 1280, settings=settings)
     with pytest.raises(KeyboardInterrupt):
-        run(fresh(), teacher, _Stops(tiny_tokens, 8 * 7), 1280, settings=settings, checkpoint=path)
-    resumed = fresh()
+        run(broken, teacher, Killed(tiny_tokens.train, tiny_tokens.heldout), 1280, settings=settings, checkpoint=path)
     history = run(resumed, teacher, tiny_tokens, 1280, settings=settings, checkpoint=path)
     assert history.losses == expected.losses and history.tokens == expected.tokens
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(hybrid.parameters(), resumed.parameters(), strict=True))
     assert [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
 
 
@@ -138,10 +126,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(teacher, tiny_tokens, tmp_path,
     hl.match(hl.linearize(teacher), teacher, tiny_tokens, 256, settings=MATCH, checkpoint=path)
     before = path.read_bytes()
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hybridlib.distill.loop.os.replace", full)
+    monkeypatch.setattr("hybridlib.distill.loop.os.replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="the one before it, if any, is unchanged"):
         save_checkpoint(path, {}, [], {}, hl.History("match"), 1)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
