@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_choice", "check_device", "check_executor", "check_int", "check_number"]
+__all__ = ["check_choice", "check_device", "check_executor", "check_int", "check_number", "is_number"]
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
@@ -27,11 +27,15 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 def check_number(name: str, value: Any, low: float, high: float | None = None, *, open_low: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number from `low` (excluded if `open_low`) to `high`."""
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not finite or value < low or (open_low and value == low) or (high is not None and value > high):
+    if not is_number(value) or value < low or (open_low and value == low) or (high is not None and value > high):
         lower = f"above {low}" if open_low else f"of at least {low}"
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name}={value!r} is not a number {lower}{upper}")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether `value` is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_device(device: str | torch.device) -> torch.device:

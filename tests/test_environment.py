@@ -23,9 +23,9 @@ PIP = next(entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(e
 
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"==[^,]+", str(pin.specifier)) and pin.url is None for pin in found)
-    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^,]+", str(pin.specifier)) and pin.url is None for pin in requirements)
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in requirements}
 
 
 def test_conda_gives_python_and_pip_alone_and_pip_the_project():
@@ -57,9 +57,9 @@ def test_tests_and_book_ask_for_the_same_range_of_what_they_share():
 def test_pins_install_on_the_python_of_debian_12():
     for name, version in pins().items():
         try:
-            found = metadata.metadata(name)
+            installed = metadata.metadata(name)
         except metadata.PackageNotFoundError:
             continue
-        if found["Version"].split("+")[0] == version:
-            needed = SpecifierSet(found.get("Requires-Python") or "")
+        if installed["Version"].split("+")[0] == version:
+            needed = SpecifierSet(installed.get("Requires-Python") or "")
             assert "3.11.2" in needed, f"{name} {version} needs a newer Python"

@@ -123,10 +123,10 @@ def sample_text(teacher, settings: dict, tokens: int, progress: Path) -> list[st
                           bar=bar, **{k: settings[k] for k in ("top_p", "top_k", "temperature")})
             rows = [row for row in rows if len(row) >= SHORTEST]
             texts = [text.strip() for text in tokenizer.batch_decode(rows)]
-            kept = [i for i, text in enumerate(texts)
+            whole = [i for i, text in enumerate(texts)
                     if text and "\ufffd" not in text and not RECALL_MARKS.search(text)]
-            batches.append({"tokens": sum(len(rows[i]) for i in kept), "texts": [texts[i] for i in kept]})
-            if not kept:
+            batches.append({"tokens": sum(len(rows[i]) for i in whole), "texts": [texts[i] for i in whole]})
+            if not whole:
                 raise SystemExit(f"none of {settings['batch']} sampled documents can be kept; is --teacher trained?")
             with open(progress, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(batches[-1]) + "\n")
@@ -190,8 +190,8 @@ def main():
     rows = [(t, "heldout" if zlib.crc32(t.encode()) % HELDOUT_SHARE == 0 else "train", "text") for t in texts]
     for split, share in (("heldout", 1 / HELDOUT_SHARE), ("train", 1 - 1 / HELDOUT_SHARE)):
         if recall:
-            found = recall_texts(teacher.tokenizer, int(recall * share), a.seed, split)
-            rows += [(text, split, family) for text, family in found]
+            documents = recall_texts(teacher.tokenizer, int(recall * share), a.seed, split)
+            rows += [(text, split, family) for text, family in documents]
     random.Random(a.seed).shuffle(rows)
     table = pd.DataFrame(rows, columns=["text", "split", "kind"])
     part = a.out / ".lab.parquet.part"

@@ -276,7 +276,7 @@ held to; what training made of the other layers is not."""
 CONTROL = """
 Started at random instead, `random_start.json` (rope base {settings[rope_theta]:,.0f}, {settings[recall_share]:.0%}
 recall, rates {settings[muon_lr]} and {settings[lr]}, the rest as above), the circuit was not found in {tokens:,}
-tokens: exact match {found:.3f} on key_value_16, and {figures[heldout_loss_nats]:.3f} nats a token of text."""
+tokens: exact match {exact_match:.3f} on key_value_16, and {figures[heldout_loss_nats]:.3f} nats a token of text."""
 UNPLANTED = "All weights started at random."
 
 
@@ -292,7 +292,7 @@ def publish(out: Path) -> None:
     start = PLANTED if record["settings"]["plant"] else UNPLANTED
     if (out / "random_start.json").exists():
         control = json.loads((out / "random_start.json").read_text())
-        start += CONTROL.format(**control, found=control["figures"]["key_value_16"]["exact_match"])
+        start += CONTROL.format(**control, exact_match=control["figures"]["key_value_16"]["exact_match"])
     (out / "README.md").write_text(CARD.format(**record, rows="\n".join(rows), head_dim=config["head_dim"],
                                                context=config["max_position_embeddings"], command=" ".join(command),
                                                start=start))

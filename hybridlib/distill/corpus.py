@@ -1,32 +1,32 @@
-"""Corpora: where tokens come from, packed to a context, in a seeded order that can be resumed anywhere.
+"""Corpora: where tokens come from, packed to a context, in a seeded order.
 
 ==========================  ==========================================================================================
 source                      meaning
 ==========================  ==========================================================================================
-``"lab"``                   the corpus that ships with the project (``data/corpus``): text that the lab teacher wrote,
-                            and recall documents
+``"lab"``                   the corpus that ships with the project, ``data/corpus``
 a folder or a file          ``.parquet`` or ``.jsonl`` with a column ``text``; in a folder, files whose name starts with
                             ``heldout`` are held out
 ``"owner/name"``            a data set of the Hugging Face hub, split ``train``, streamed; ``"hub:owner/name:config"``
                             where it needs a configuration
 ==========================  ==========================================================================================
 
-Where no file is named ``heldout``, one document in 50 is held out, by a checksum of its text. Either way no held-out
-text is ever a training document.
+Where no file is named ``heldout``, one document in 50 is held out, by a checksum of its text. No held-out text is ever
+a training document.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-import logging
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -36,28 +36,18 @@ from hybridlib.records.folders import data_folder, sha256_of
 
 __all__ = ["Tokens", "is_heldout_text", "load_tokens"]
 
-logger = logging.getLogger(__name__)
-
 HELDOUT_SHARE = 50  # one document in so many is held out, where the source does not say which
 HELDOUT_TOKENS = 131_072
 HUB_TOKENS = 20_000_000
 KINDS = (".parquet", ".jsonl")
-
-_BATCH_CHARACTERS = 500_000  # of text that is tokenized at a time
+BATCH_CHARACTERS = 500_000  # of text that is tokenized at a time
 _LOCAL = "a folder or file of .parquet or .jsonl text"
 
 
 class Tokens:
-    """Packed token ids of a corpus.
+    """Packed token ids of a corpus: documents, each with an end-of-text token behind it, cut into rows.
 
-    Documents follow one another, each with an end-of-text token behind it, and are cut into rows of `context` tokens;
-    the rest at the end is dropped.
-
-    Attributes
-    ----------
-    context : tokens in a row.
-    tokenizer, source, seed : arguments of `load_tokens`.
-    train, heldout : int32 token ids (rows, context), in the order of the source.
+    `train` and `heldout` are int32 token ids (rows, context), in the order of the source; the rest as in `load_tokens`.
     """
 
     def __init__(self, train: torch.Tensor, heldout: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -73,18 +63,16 @@ class Tokens:
     def rows(self, position: int, count: int) -> torch.Tensor:
         """Return rows `position` to `position + count` of the endless training order, as int64 (count, context).
 
-        Each epoch is a permutation of all training rows, drawn from (seed, epoch), so that a position is enough to
-        resume a run.
+        Each epoch is a permutation of all training rows, drawn from (seed, epoch).
         """
         check_int("position", position, 0)
         check_int("count", count, 1)
-        picked, rows = [], len(self.train)
+        parts = []
         while count:
-            epoch, start = divmod(position, rows)
-            part = self._order(epoch)[start:start + count]
-            picked.append(part)
-            position, count = position + len(part), count - len(part)
-        return self.train[torch.from_numpy(np.concatenate(picked))].long()
+            epoch, start = divmod(position, len(self.train))
+            parts.append(self._order(epoch)[start:start + count])
+            position, count = position + len(parts[-1]), count - len(parts[-1])
+        return self.train[torch.from_numpy(np.concatenate(parts))].long()
 
     def _order(self, epoch):
         if epoch not in self._orders:
@@ -94,7 +82,7 @@ class Tokens:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256, in hex, over every row, the context and the seed, which name the tokens that a run reads."""
+        """The sha256, in hex, over every row, the context and the seed."""
         digest = hashlib.sha256(json.dumps([self.context, self.seed, len(self.train), len(self.heldout)]).encode())
         for part in (self.train, self.heldout):
             digest.update(part.contiguous().numpy().astype("<i4", copy=False).data)
@@ -108,17 +96,13 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     Parameters
     ----------
     source : ``"lab"``, a local folder or file, or a data set of the hub (see the module).
-    tokenizer : a teacher's tokenizer.
     context : tokens in a row.
     seed : of the order of training rows.
-    max_tokens : the most training tokens; all if None (20,000,000 from the hub). Files are read in the order of their
-        names, and no further than both kinds need, so that `max_tokens` does not change the held-out rows.
+    max_tokens : the most training tokens; all if None (20,000,000 from the hub). It does not change the held-out rows.
     heldout_tokens : the most held-out tokens; 131,072 if None.
 
-    Raises
-    ------
-    ValueError : unknown source, no column ``text``, a file that cannot be read, or too little text for one row of
-        either kind.
+    Raises ValueError for an unknown source, no column ``text``, a file that cannot be read, or too little text for one
+    row of either kind.
     """
     check_int("context", context, 2)
     check_int("seed", seed, 0)
@@ -132,17 +116,16 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     name, documents, limit, apart = _open(str(source))
     most = {False: max_tokens or limit, True: max(heldout_tokens or HELDOUT_TOKENS, context)}
     parts, sizes = _tokenize(documents, tokenizer, most, apart)
-    for kind, size, remedy in (("training", sizes[False], " or a shorter context"),
-                               ("held-out", sizes[True], ", or a file whose name starts with heldout")):
+    for kind, size in (("training", sizes[False]), ("held-out", sizes[True])):
         if size < context:
             raise ValueError(f"source={name!r} has {size} {kind} tokens, fewer than one context of {context}; "
-                             f"bring more text{remedy}")
+                             "bring more text, a shorter context or a file whose name starts with heldout")
     train, heldout = (_pack(parts[h], context, most[h]) for h in (False, True))
     return Tokens(train, heldout, tokenizer, name, seed)
 
 
 def is_heldout_text(text: str) -> bool:
-    """Tell whether a document is held out where its source does not say: one in 50 is, by a checksum of the text."""
+    """Tell whether a document is held out where its source does not say."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % HELDOUT_SHARE == 0
 
 
@@ -153,13 +136,13 @@ def _end(tokenizer):
 def _tokenize(documents, tokenizer, most, apart):
     """Return token arrays and their sizes by kind (held out or not), read until both kinds have their `most`.
 
-    If `apart`, held-out documents come before all others, and training tokens alone decide where to stop.
+    If `apart`, held-out documents come first, and training tokens alone decide where to stop.
     """
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes, end, dtype = {False: 0, True: 0}, _end(tokenizer), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     heldout_keys = set()  # checksums of held-out texts, which may not come again as training text
     with tqdm(total=most[False], unit="tok", unit_scale=True, delay=5, desc="tokenizing") as bar:
-        for batch in _batches(documents, min(_BATCH_CHARACTERS, 4 * (most[False] or _BATCH_CHARACTERS))):
+        for batch in _batches(documents, min(BATCH_CHARACTERS, 4 * (most[False] or BATCH_CHARACTERS))):
             texts = []
             for text, heldout in batch:
                 key = hashlib.sha1(text.encode("utf-8", "surrogatepass")).digest()
@@ -223,11 +206,11 @@ def _open(source):
 def _lab():
     """Return the documents of the shipped corpus, held-out ones first, after a check of its sha256."""
     file = data_folder("corpus") / "lab.parquet"
+    manifest = file.with_name("manifest.json")
     try:
-        expected = json.loads(file.with_name("manifest.json").read_text(encoding="utf-8"))["files"][file.name]["sha256"]
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["files"][file.name]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"source='lab' needs {file.with_name('manifest.json')}, which is missing or "
-                         "unreadable") from None
+        raise ValueError(f"source='lab' needs {manifest}, which is missing or unreadable") from None
     if not file.is_file() or sha256_of(file) != expected:
         raise ValueError(f"source='lab' needs {file} with the sha256 of its manifest; put it back or make it again")
     rows = [(text, split == "heldout") for text, split in _columns(file, "text", "split")]
@@ -236,14 +219,10 @@ def _lab():
 
 def _read(files, marked) -> Iterator[tuple[str, bool]]:
     """Return the (text, heldout) documents of `files`, those of `marked` (held out) first; columns are checked now."""
-    import pyarrow.parquet as parquet
-
     for file in files:
         if file.suffix == ".parquet":
-            try:
+            with _readable(file, "parquet"):
                 names = parquet.read_schema(file).names
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{file} is not a readable parquet file ({_first_line(error)})") from None
             if "text" not in names:
                 raise ValueError(f"{file} has no column 'text', only {', '.join(map(repr, names)) or 'none at all'}")
     return _documents(sorted(files, key=lambda file: file not in marked), marked)
@@ -260,49 +239,41 @@ def _documents(files, marked):
 
 
 def _columns(file, *names):
-    import pyarrow.parquet as parquet
-
-    try:
+    with _readable(file, "parquet"):
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=256, columns=list(names)):
             yield from zip(*(batch.column(n).to_pylist() for n in names))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a readable parquet file ({_first_line(error)})") from None
 
 
 def _lines(file):
+    with _readable(file, "JSON lines of UTF-8 text"), open(file, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict) or "text" not in row:
+                    raise ValueError(f"no field 'text' in line {number}")
+                yield (row["text"],)
+
+
+@contextlib.contextmanager
+def _readable(file, kind):
     try:
-        with open(file, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict) or "text" not in row:
-                        raise KeyError(number)
-                    yield (row["text"],)
-    except KeyError:
-        raise ValueError(f"{file} has no field 'text' in line {number}; each line is a JSON object with one") from None
+        yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not readable as JSON lines of UTF-8 text ({_first_line(error)})") from None
+        raise ValueError(f"{file} is not readable as {kind} ({_first_line(error)})") from None
 
 
 def _hub(source, name, config=None):
     """Stream (text, heldout) from a data set of the hub; ValueError at once if it cannot be reached."""
+    from datasets import load_dataset
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    where = f"source={source!r} is no local file or folder"
     try:
         revision = HfApi().dataset_info(name, timeout=10).sha
-    except RepositoryNotFoundError:
-        raise ValueError(f"{where}, and the hub has no data set of that name that you may read") from None
-    except Exception as error:  # no network, in one of many guises
-        raise ValueError(f"{where}, and the hub cannot be reached ({_first_line(error)})") from None
-    from datasets import load_dataset
-
-    try:
         stream = load_dataset(name, config, split="train", streaming=True, revision=revision)
         first: dict = next(iter(stream), {})
-    except Exception as error:  # its script, configuration, split or files
-        raise ValueError(f"source={source!r} cannot be streamed from the hub: {_first_line(error)}") from None
+    except Exception as error:  # no network or data set of that name; its script, configuration, split or files
+        raise ValueError(f"source={source!r} is no local file or folder, and cannot be streamed from the hub: "
+                         f"{type(error).__name__}, {_first_line(error)}") from None
     if not isinstance(first.get("text"), str):
         columns = ", ".join(map(repr, first)) or "no rows"
         raise ValueError(f"source={source!r} has no text column 'text', only {columns}")

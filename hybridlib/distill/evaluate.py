@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.objectives import divergence_from_hidden, kl_divergence
+from hybridlib.distill.objectives import divergence, divergence_from_hidden
 from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 
-__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "mean_stderr", "row_kl"]
+__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "row_kl"]
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,22 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
 
     Parameters
     ----------
-    recall : a task to score by teacher-forced exact match, None to leave recall out.
-    recall_examples : examples of it.
+    recall, recall_examples : a task to score by teacher-forced exact match, and on how many examples; None for none.
     heldout_tokens : held-out tokens to measure on, None for all.
     batch_tokens : tokens a forward pass.
 
     Raises ValueError if there are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
     Perplexity is over all next tokens of a row.
     """
-    if recall is not None and tokens.tokenizer is None:
-        raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
-    score = None
+    answers = None
     with evaluation_mode(model):
         if recall is not None:
+            if tokens.tokenizer is None:
+                raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
             score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
-        return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens,
-                                [score and (score.exact_match, score.stderr)], heldout_tokens=heldout_tokens,
-                                batch_tokens=batch_tokens)[0]
+            answers = score.exact_match, score.stderr
+        return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens, [answers],
+                                heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)[0]
 
 
 @torch.no_grad()
@@ -74,49 +73,42 @@ def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], t
     sums = torch.zeros(len(recall), 3, dtype=torch.float64)
     for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
         with _autocast(ids.device):
-            teacher_logits = teacher.lm_head(hidden).float()
-            teacher_nats = _nats(teacher_logits, ids).sum().item()
+            expected = teacher.lm_head(hidden).float()
+            teacher_nats = _nats(expected, ids)
             for c, own in enumerate(logits(ids)):
-                rows, nats, agreement = _compare(teacher_logits, own.float(), ids)
-                kl[c] += rows
-                sums[c] += torch.tensor([nats, teacher_nats, agreement], dtype=torch.float64)
+                own = own.float()
+                kl[c] += divergence(expected, own).mean(-1).tolist()
+                agreement = (expected.argmax(-1) == own.argmax(-1)).float().mean(-1).sum().item()
+                sums[c] += torch.tensor([_nats(own, ids), teacher_nats, agreement], dtype=torch.float64)
     figures = []
     for rows, total, score in zip(kl, sums, recall, strict=True):
         nats, teacher_nats, agreement = (total / len(rows)).tolist()
-        figures.append(Evaluation(*mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
+        figures.append(Evaluation(*_mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
                                   len(rows) * tokens.context, *(score or (None, None))))
     return figures
 
 
 @torch.no_grad()
 def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *, heldout_tokens: int | None = None,
-               batch_tokens: int = 8192, states: TeacherStates | None = None, measure: Callable | None = None
-               ) -> tuple[float, float]:
+               states: TeacherStates | None = None, measure: Callable | None = None) -> tuple[float, float]:
     """Return mean and standard error over rows of KL(teacher || model) in nats a token on held-out rows.
 
-    Parameters
-    ----------
-    heldout_tokens, batch_tokens : as for `evaluate`.
-    states : of this teacher; they spare its pass where another model was measured on the same rows.
-    measure : a faster form of `row_kl` of both models, called with ids and the teacher's last hidden states.
+    `states`, of this teacher, spare its pass. `measure` is a faster `row_kl` of both models, called with ids and the
+    teacher's last hidden states.
     """
     values = []
     with evaluation_mode(model):
-        for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
+        for ids, hidden in _batches(teacher, tokens, heldout_tokens, 8192, states):
             kl = measure(ids, hidden) if measure else row_kl(model, teacher, ids, hidden)
             values.append(kl.clone())  # the next call may write to the same place
-    return mean_stderr(torch.cat(values).tolist())
+    return _mean_stderr(torch.cat(values).tolist())
 
 
 def row_kl(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, teacher_states: torch.Tensor, *,
            compiled: bool = False) -> torch.Tensor:
     """Return KL(teacher || model) in nats a token of each row, (rows,), with logits of a row at a time.
 
-    Parameters
-    ----------
-    ids : (rows, time).
-    teacher_states : the teacher's last hidden states, (rows, time, width).
-    compiled : run the model's layers through ``torch.compile``.
+    `ids` (rows, time); `teacher_states`, the teacher's last hidden states, (rows, time, width).
     """
     with _autocast(ids.device):
         states = last_hidden(model, ids, compiled=compiled)
@@ -142,23 +134,13 @@ def _autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _compare(teacher_logits: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], float, float]:
-    """Return KL of each row, and sums over rows of the nats of the next token and of the agreement on the likeliest.
-
-    `teacher_logits`, `logits` : (rows, time, vocab); `ids` : (rows, time).
-    """
-    kl = kl_divergence(teacher_logits, logits).mean(-1)  # (rows,)
-    agreement = (teacher_logits.argmax(-1) == logits.argmax(-1)).float().mean(-1)
-    return kl.tolist(), _nats(logits, ids).sum().item(), agreement.sum().item()
-
-
 def _nats(logits, ids):
-    """Return the mean cross-entropy of the next token, a row each: (rows,)."""
+    """Return the sum over rows of the mean cross-entropy of a row's next tokens."""
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return nats.view(len(ids), -1).mean(-1)
+    return nats.view(len(ids), -1).mean(-1).sum().item()
 
 
-def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
+def _mean_stderr(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error, which is nan for a single value."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor.mean().item(), tensor.std().item() / len(tensor) ** 0.5 if len(tensor) > 1 else math.nan

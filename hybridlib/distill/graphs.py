@@ -12,14 +12,9 @@ __all__ = ["Graphed", "Update"]
 class Graphed:
     """`compute(*batch)`, recorded on a GPU at its third call and replayed from then on.
 
-    Parameters
-    ----------
-    compute : takes one or more tensors and returns tensors, in any nesting. It must do the same work in the same
-        shapes at every call and never wait for the GPU. What it returns, and the gradients it leaves, lie in the
-        graph's own memory and are overwritten by the next call.
-
-    The first two calls run as they are: kernels are compiled and memory is found. The tensors of a call must have
-    the shapes and dtypes of the first call's; ValueError otherwise.
+    `compute` takes tensors and returns tensors, in any nesting. It must do the same work at every call and never wait
+    for the GPU; what it returns, and the gradients it leaves, are overwritten by the next call. ValueError if a
+    tensor's shape or dtype is not that of the first call.
     """
 
     def __init__(self, compute: Callable):
@@ -30,11 +25,11 @@ class Graphed:
         self.calls += 1
         if self.calls == 1:
             self.batch = [tensor.clone() for tensor in batch]
-        for given, first in zip(batch, self.batch, strict=True):
-            if given.shape != first.shape or given.dtype != first.dtype:
-                raise ValueError(f"batch has shape {tuple(given.shape)} and dtype {given.dtype}; it must be that of "
+        for tensor, first in zip(batch, self.batch, strict=True):
+            if tensor.shape != first.shape or tensor.dtype != first.dtype:
+                raise ValueError(f"batch has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it must be that of "
                                  f"the first call, {tuple(first.shape)} and {first.dtype}")
-        if self.calls <= 2:
+        if self.calls <= 2:  # kernels are compiled and memory is found
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = self.compute(*batch)
@@ -44,8 +39,8 @@ class Graphed:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.compute(*self.batch)
-        for held, given in zip(self.batch, batch, strict=True):
-            held.copy_(given)
+        for place, tensor in zip(self.batch, batch, strict=True):
+            place.copy_(tensor)
         self.graph.replay()
         return self.result
 
@@ -59,11 +54,8 @@ class Graphed:
 class Update:
     """`optimizer.step()` at a share of each group's ``"peak"`` rate, recorded once its gradients are and then replayed.
 
-    Parameters
-    ----------
-    optimizer : of torch; if `gradients` is given, of a kind that can be ``capturable``. Its state, once there, must be
-        written in place only.
-    gradients : what computes the gradients, if that is recorded; None, and every step runs as it is.
+    If `gradients` is given, the optimizer must be of a kind that can be ``capturable``, and its state, once there, be
+    written in place only.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, gradients: Graphed | None = None):

@@ -9,8 +9,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from hybridlib.checks import check_int
 from hybridlib.distill.graphs import Graphed, Update
 from hybridlib.distill.settings import DistillationDiverged, History, _Settings
 
-__all__ = ["Run", "load_checkpoint", "rate_at", "save_checkpoint", "steps_done", "train_steps", "trainable"]
+__all__ = ["Run", "load_checkpoint", "save_checkpoint", "steps_done", "train_steps"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ ADVICE = "try a lower learning rate, a longer warmup or a smaller clip"
 class Run:
     """Training over the rows of `tokens`: its steps, its optimizer, and how far each of its members has come.
 
-    A run has one member, a model, unless a subclass trains several in one step (`selection.engine.cohort`). Each member
-    has a loss, a gradient norm to clip and an end of its own, if it meets a number that is not finite.
+    A run has one member, a model, unless a subclass trains several in one step. Each member has its own loss, gradient
+    norm to clip, history and, where it diverged, error.
 
     Parameters
     ----------
@@ -44,8 +44,6 @@ class Run:
     step_loss : takes the share of a step that some of its rows are, these rows (rows, context), and what `targets` gave
         for them. It sends the gradients of that share back and returns {layer or None: loss, () or (members,)}.
     targets : takes rows, on the CPU, and gives what a step reads beside them; None for nothing.
-
-    `step` steps are done. `histories` are the members', and `errors` has, by member, why it stopped.
     """
 
     def __init__(self, stage: str, tokens, num_tokens: int, settings: _Settings, groups, step_loss: Callable, *,
@@ -68,16 +66,13 @@ class Run:
         self._update = Update(self.optimizer, self._graphed)
 
     def steps_until(self, tokens: int) -> int:
-        """Steps that `tokens` of the run are: all at its end, else whole ones, at least one; none for 0."""
+        """The whole steps in `tokens` of the run: at least one, none for 0."""
         if tokens >= self.num_tokens or tokens == 0:
             return self.steps if tokens else 0
         return min(self.steps, max(1, tokens // self.step_tokens))
 
     def train(self, end: int, *, checkpoints: Mapping[int, Path] | None = None, bar=None) -> None:
-        """Go on to step `end`, or until no member is left.
-
-        `checkpoints` says, by member, where its state goes at the end and every `checkpoint_every` tokens.
-        """
+        """Go on to step `end`, or until no member is left; `checkpoints` are the members' files."""
         count, every = len(self.histories), max(1, self.settings.checkpoint_every // self.step_tokens)
         compute = self._graphed or self._gradients
         for step in range(self.step, end):
@@ -96,7 +91,7 @@ class Run:
             if len(self.errors) == count:
                 break
             self.silence()
-            self._update(rate_at(step, self.steps, self.settings))
+            self._update(_rate_at(step, self.steps, self.settings))
             self.step = step + 1
             seconds = (time.perf_counter() - begun) / count
             means = [sum(value.values()) / len(value) for value in values]
@@ -116,21 +111,14 @@ class Run:
                     save_checkpoint(checkpoints[c], self._identity(named), named, state, self.histories[c], self.step)
 
     def resume(self, checkpoints: Mapping[int, Path]) -> None:
-        """Take up members where `checkpoints`, one for each, of one step, left them; before any training here.
-
-        Raises ValueError for a damaged or foreign one.
-        """
+        """Take up all members where their `checkpoints`, of one step, left them; ValueError for a foreign one."""
         self.start_moments()
         for c, path in checkpoints.items():
             named, state = self.member(c)
-            places = {id(p): state.state[p] for _, p in named}
             self.histories[c], self.step = load_checkpoint(path, self._identity(named), named, state)
-            for _, p in named:  # they were read into tensors of their own
-                for name, value in state.state[p].items():
-                    places[id(p)][name].copy_(value)
 
     def release(self) -> None:
-        """Give back what training needs, gradients and recorded graphs; what is left can still be measured."""
+        """Give back gradients and recorded graphs; what is left can still be measured."""
         self.optimizer.zero_grad(set_to_none=True)
         self._update.release()
         if self._graphed is not None:
@@ -139,7 +127,7 @@ class Run:
     # What a run of several members does otherwise.
 
     def clip(self) -> torch.Tensor:
-        """Scale each member's gradient to a norm of at most ``settings.clip``; returns the norms before, (members,)."""
+        """Scale each member's gradient to a norm of at most ``settings.clip``; return the norms before, (members,)."""
         return nn.utils.clip_grad_norm_([p for _, p in self.named], self.settings.clip)[None]
 
     def own_weights(self, c: int) -> Iterable[tuple[str, nn.Parameter, tuple]]:
@@ -151,20 +139,19 @@ class Run:
         return self.named
 
     def silence(self) -> None:
-        """Put 0 in the place of the gradients of members that have stopped."""
+        """Set the gradients of members that have stopped to 0."""
 
-    def member(self, c: int):
-        """Weights of member `c` by their names in its model, and the optimizer's state of them: views of both."""
+    def member(self, c: int) -> tuple[list[tuple[str, torch.Tensor]], dict]:
+        """(name in its model, weight) of member `c`, and the optimizer's state of each weight: views of both."""
         named, state = [], {}
         for name, p, index in self.own_weights(c):
             view, moments = p.detach()[index], self.optimizer.state.get(p, {})
             named.append((name, view))
             state[view] = {key: value[index] if key in MOMENTS else value for key, value in moments.items()}
-        return named, SimpleNamespace(state=state, param_groups=self.optimizer.param_groups)
+        return named, state
 
     def start_moments(self) -> None:
-        """Give the optimizer its state before a first step, in place where there is one: a recorded update writes
-        there."""
+        """Set the optimizer's state to that before a first step, in place where a recorded update writes."""
         if self.optimizer.state:
             torch._foreach_zero_([x for moments in self.optimizer.state.values() for x in moments.values()])
             return
@@ -188,7 +175,7 @@ class Run:
         return list(losses), torch.stack([x.reshape(len(self.histories)) for x in (*losses.values(), self.clip())])
 
     def _check(self, c, values, norm):
-        """Raise `DistillationDiverged` where member c's losses (by layer) or norm are not finite, or have grown."""
+        """Raise `DistillationDiverged` if member c's losses (by layer) or norm are not finite, or have grown."""
         bad = [layer for layer, value in values.items() if not math.isfinite(value)]
         if bad or not math.isfinite(norm):
             layer = bad[0] if bad and bad[0] is not None else _first_bad_layer(self.trained(c))
@@ -204,7 +191,6 @@ class Run:
                                        f"{start:.3g} over the first ten steps{where}; {ADVICE}")
 
     def _identity(self, named):
-        """What a checkpoint must agree with."""
         return {"stage": self.stage, "num_tokens": self.num_tokens, "settings": self.settings.numbers(),
                 "tokens": self.tokens.fingerprint, "weights": {name: list(p.shape) for name, p in named}}
 
@@ -212,10 +198,9 @@ class Run:
 def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings: _Settings, groups,
                 step_loss: Callable, *, checkpoint: str | Path | None = None, until: int | None = None,
                 targets: Callable | None = None) -> History:
-    """Train the weights in `groups` of one `model`; arguments as those of `Run`, `checkpoint` and `until` of `match`.
+    """Train the weights in `groups` of one `model`: arguments and errors of `Run` and of `stages.match`.
 
-    The model's mode and its weights' `requires_grad` are afterwards as they were, also if the run breaks off. Raises
-    ValueError for arguments that do not fit, `DistillationDiverged` if the run diverges.
+    The model's mode and its weights' `requires_grad` are put back.
     """
     check_int("num_tokens", num_tokens, tokens.context)
     if until is not None:
@@ -226,7 +211,7 @@ def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings:
     weights = [p for pairs, _ in groups for _, p in pairs]
     if not weights:
         raise ValueError(f"the model has no linear layer, so there is nothing to {stage}; restore fewer layers")
-    with trainable(model, weights):
+    with _trainable(model, weights):
         run = Run(stage, tokens, num_tokens, settings, groups, step_loss, targets=targets)
         try:
             end = run.steps_until(num_tokens if until is None else until)
@@ -246,8 +231,8 @@ def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings:
 
 
 @contextlib.contextmanager
-def trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it, `model` is in training mode and of its parameters only `weights` take gradients."""
+def _trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put `model` in training mode, gradients for `weights` alone, and both back."""
     chosen, modules = {id(p) for p in weights}, [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -262,7 +247,7 @@ def trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[Non
             module.training = training
 
 
-def rate_at(step: int, steps: int, settings: _Settings) -> float:
+def _rate_at(step: int, steps: int, settings: _Settings) -> float:
     """The share of its peak that a learning rate has at a step."""
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
@@ -282,21 +267,19 @@ def _first_bad_layer(named):
     return None
 
 
-def save_checkpoint(path, run, named, optimizer, history, step):
+def save_checkpoint(path, run, named, state, history, step):
     """Write a run's state, in one step, so that a file that stands is whole. Raises OSError where it cannot."""
     tensors = {f"weight/{n}": p.detach() for n, p in named}
     for n, p in named:
-        tensors |= {f"{key}/{n}": value for key, value in optimizer.state.get(p, {}).items()}
+        tensors |= {f"{key}/{n}": value for key, value in state.get(p, {}).items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    state = {"run": run, "step": step, "history": {
-        "tokens": history.tokens, "losses": history.losses, "elapsed": history.elapsed,
-        "layer_losses": list(history.layer_losses.items()), "seconds": history.seconds}}
+    metadata = {"state": json.dumps({"run": run, "step": step, "history": asdict(history)})}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, written, metadata={"state": json.dumps(state)})
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, written, metadata=metadata)
         os.replace(written, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save checkpoint {path}: {error}; the one before it, if any, is unchanged") from error
@@ -305,34 +288,29 @@ def save_checkpoint(path, run, named, optimizer, history, step):
 
 
 @torch.no_grad()
-def load_checkpoint(path, run, named, optimizer):
-    """Read a run's state into `named` weights and `optimizer`; returns its history and its step.
-
-    Raises ValueError for a damaged file, or one that differs from `run`.
-    """
-    state, tensors = _read_checkpoint(path, True)
+def load_checkpoint(path, run, named, state):
+    """Read a run into `named` weights and their optimizer's `state`, in place; return its history and its step."""
+    entries, tensors = _read_checkpoint(path, True)
     for key, mine in run.items():
-        if state["run"].get(key) != mine:
+        if entries["run"].get(key) != mine:
             raise ValueError(f"checkpoint={str(path)!r} belongs to another run ({key} differs); "
                              "delete it to start anew or give another file")
     for name, p in named:
         p.copy_(tensors[f"weight/{name}"])
-        optimizer.state[p] = {key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
-                              for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-        if next(iter(optimizer.param_groups))["fused"]:
-            optimizer.state[p]["step"] = optimizer.state[p]["step"].to(p.device)
+        for key, value in state[p].items():
+            if f"{key}/{name}" in tensors:
+                value.copy_(tensors[f"{key}/{name}"])
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    done = state["history"]
-    history = History(run["stage"], done["tokens"], done["losses"], done["elapsed"],
-                      {int(k): v for k, v in done["layer_losses"]}, done["seconds"])
-    logger.info("resumed %s at step %d from %s", run["stage"], state["step"], path)
-    return history, state["step"]
+    history = History(**entries["history"])
+    history.layer_losses = {int(layer): loss for layer, loss in history.layer_losses.items()}
+    logger.info("resumed %s at step %d from %s", run["stage"], entries["step"], path)
+    return history, entries["step"]
 
 
 def steps_done(checkpoint: Path | None) -> int:
-    """How many steps of a run a checkpoint has; 0 if there is none. Raises ValueError for a damaged one."""
+    """Return how many steps of a run a checkpoint has, 0 if there is none; ValueError for a damaged one."""
     return 0 if checkpoint is None or not checkpoint.exists() else _read_checkpoint(checkpoint)[0]["step"]
 
 

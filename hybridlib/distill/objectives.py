@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.checks import check_choice, check_int, check_number, is_number
 
-__all__ = ["alignment_loss", "divergence", "divergence_from_hidden", "kl_divergence", "mixer_loss"]
+__all__ = ["alignment_loss", "divergence", "divergence_from_hidden", "mixer_loss"]
 
 _KINDS = ("forward", "reverse", "jensen_shannon", "alpha_beta")
 _TAKES = {"jensen_shannon": ("beta",), "alpha_beta": ("alpha", "beta")}
@@ -25,8 +25,7 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: b
     Parameters
     ----------
     student, teacher : (batch, time, width), outputs of the mixer and of the teacher's attention for the same input.
-    normalize : divide by the mean square of `teacher`, so that 0 is exact and 1 as bad as silence at every depth;
-        without it, layers with large outputs dominate.
+    normalize : divide by the mean square of `teacher`, so that 1 is as bad as silence at every depth.
 
     Returns a scalar, float32. Source: paper section 3, stage 1; RADLADS (arXiv 2505.03005), step 1.
     """
@@ -34,6 +33,13 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: b
     return error / teacher.float().square().mean() if normalize else error
 
 
+def mixer_loss(mixer: nn.Module, attention_input: torch.Tensor, attention_output: torch.Tensor, normalize: bool
+               ) -> torch.Tensor:
+    """Return the `alignment_loss` of a mixer on a layer's `attention_io`."""
+    return alignment_loss(mixer(attention_input)[0], attention_output, normalize=normalize)
+
+
+@torch.no_grad()
 def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "forward",
                alpha: float | None = None, beta: float | None = None, temperature: float = 1.0) -> torch.Tensor:
     """Return the divergence of next-token distributions at each position, in nats, times temperature squared.
@@ -50,16 +56,12 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
                           s = alpha + beta; where alpha, beta or s is 0, the limit
     ====================  ==============================================================================
 
-    Alpha-beta (1, 0) is the forward KL, (0, 1) the reverse, (1, 1) half the squared distance.
-
     Parameters
     ----------
-    teacher_logits, student_logits : (..., vocab). Gradients go to both.
-    alpha, beta : both for ``"alpha_beta"``: any numbers, but they and their sum are 0 or at least 0.01 in size, since
-        the formula divides by them; with a negative one the divergence overflows where a probability is near 0.
-        `beta` alone, above 0 and below 1, for ``"jensen_shannon"``. Neither for the others.
-    temperature : both logits are divided by it before the softmax; the square keeps gradients on one scale (Hinton et
-        al., arXiv 1503.02531, section 2).
+    teacher_logits, student_logits : (..., vocab). No gradient goes to either.
+    alpha, beta : both for ``"alpha_beta"``: they and their sum are 0 or at least 0.01 in size, and a negative one
+        overflows where a probability is near 0. `beta` alone, above 0 and below 1, for ``"jensen_shannon"``.
+    temperature : divides both logits; its square keeps gradients on one scale (arXiv 1503.02531, section 2).
 
     Returns (...), float32 or wider. Raises ValueError for arguments outside these.
 
@@ -68,25 +70,7 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
     """
     alpha, beta = check_divergence(kind, alpha, beta)
     check_number("temperature", temperature, 0, open_low=True)
-    wide = torch.promote_types(teacher_logits.dtype, torch.float32)
-    log_p = (teacher_logits.to(wide) / temperature).log_softmax(-1)
-    log_q = (student_logits.to(wide) / temperature).log_softmax(-1)
-    if kind == "forward":
-        terms = log_p.exp() * (log_p - log_q)
-    elif kind == "reverse":
-        terms = log_q.exp() * (log_q - log_p)
-    elif kind == "jensen_shannon":
-        log_m = _log_mean(log_p, log_q, beta)
-        terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
-    else:
-        terms, _ = _alpha_beta(log_p, log_q, alpha, beta)
-    return temperature**2 * terms.sum(-1)
-
-
-def kl_divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *,
-                  temperature: float = 1.0) -> torch.Tensor:
-    """Return KL(teacher || student), the `divergence` of kind ``"forward"``."""
-    return divergence(teacher_logits, student_logits, temperature=temperature)
+    return temperature**2 * _loss_and_gradient(teacher_logits, student_logits.clone(), kind, alpha, beta, temperature)
 
 
 def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Tensor, student_hidden: torch.Tensor,
@@ -95,21 +79,19 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
                            backend: str = "auto") -> torch.Tensor:
     """Return the mean of `divergence` over tokens, from hidden states and heads, by `chunk` tokens of logits at a time.
 
-    The gradient is computed along with the loss, so no logits outlive their chunk: with g the derivative of a token's
-    divergence by log q, that by the student's logits is temperature (g - q sum g).
+    The gradient is computed along with the loss, so no logits outlive their chunk.
 
     Parameters
     ----------
     teacher_hidden, student_hidden : (..., width), after the final norm; widths may differ.
     teacher_head, student_head : (vocab, width), output weights. Gradients go to the student's two tensors only.
     kind, alpha, beta, temperature : as in `divergence`.
-    chunk : tokens at a time. Two matrices (chunk, vocab) are held, with ``"torch"`` two to six more in float32, by
-        kind; each chunk also reads and writes the gradient of the head, so `chunk` should be well above the width.
+    chunk : tokens at a time, well above the width: each chunk reads and writes the gradient of the head. Two matrices
+        (chunk, vocab) are held, with ``"torch"`` two to six more in float32.
     backend : ``"torch"``, ``"triton"`` (our kernel, on CUDA GPUs, not in float64) or ``"auto"``: the kernel where it
         can run. Products are in autocast's dtype or the student's hidden states', the rest in float32 or wider.
 
-    Returns a scalar in nats, float32 or wider. Raises ValueError for arguments outside these, shapes that do not fit
-    or a backend that cannot run here. Sources as for `divergence`.
+    Returns a scalar in nats, float32 or wider. Raises ValueError for arguments or a backend that do not fit.
     """
     alpha, beta = check_divergence(kind, alpha, beta)
     check_number("temperature", temperature, 0, open_low=True)
@@ -135,7 +117,7 @@ def check_divergence(kind: str, alpha: Any, beta: Any, name: str = "kind") -> tu
             raise ValueError(f"{parameter}={value!r} is not taken by {name}={kind!r}; leave it out")
     if kind == "jensen_shannon":
         beta = 0.5 if beta is None else beta
-        if not _is_number(beta) or not 0 < beta < 1:
+        if not is_number(beta) or not 0 < beta < 1:
             raise ValueError(f"beta={beta!r} is not a number above 0 and below 1, as {name}='jensen_shannon' needs")
     if kind == "alpha_beta":
         _check_exponent("alpha", alpha), _check_exponent("beta", beta)
@@ -145,28 +127,21 @@ def check_divergence(kind: str, alpha: Any, beta: Any, name: str = "kind") -> tu
     return alpha, beta
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_exponent(name, value):
-    if not _is_number(value) or 0 < abs(value) < _SMALLEST_EXPONENT:
+    if not is_number(value) or 0 < abs(value) < _SMALLEST_EXPONENT:
         raise ValueError(f"{name}={value!r} is not a number that is 0 or at least {_SMALLEST_EXPONENT} in size, "
                          "as 'alpha_beta' needs")
 
 
 def _check_shapes(teacher_hidden, teacher_head, student_hidden, student_head):
     for whose, states, head in (("teacher", teacher_hidden, teacher_head), ("student", student_hidden, student_head)):
-        if states.dim() < 2 or states.numel() == 0:
-            raise ValueError(f"{whose}_hidden has shape {tuple(states.shape)}; it must be (..., width), with a token")
-        if head.dim() != 2 or head.shape[1] != states.shape[-1]:
-            raise ValueError(f"{whose}_head has shape {tuple(head.shape)}; it must be (vocab, {states.shape[-1]})")
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(f"teacher_hidden has shape {tuple(teacher_hidden.shape)}; it must be "
-                         f"{(*student_hidden.shape[:-1], teacher_hidden.shape[-1])}, the student's tokens")
-    if len(teacher_head) != len(student_head):
-        raise ValueError(f"teacher_head has a vocabulary of {len(teacher_head)}; it must be the student's, "
-                         f"{len(student_head)}")
+        expected = (*student_hidden.shape[:-1], states.shape[-1])
+        if states.dim() < 2 or states.numel() == 0 or states.shape != expected:
+            raise ValueError(f"{whose}_hidden has shape {tuple(states.shape)}; it must be (..., width), with a token, "
+                             f"and of the student's tokens, {tuple(student_hidden.shape[:-1])}")
+        if head.shape != (len(student_head), states.shape[-1]):
+            raise ValueError(f"{whose}_head has shape {tuple(head.shape)}; it must be "
+                             f"({len(student_head)}, {states.shape[-1]}), the student's vocabulary and the width")
 
 
 def _choose_backend(backend, compute, hidden):
@@ -188,14 +163,11 @@ def _why_not_triton(compute, hidden):
         return "triton is not installed"
     if torch.version.cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return "triton needs a GPU of compute capability 8.0 or above"
-    if compute == torch.float64:
-        return "the kernel has no float64"
-    return None
+    return "the kernel has no float64" if compute == torch.float64 else None
 
 
 class _Chunked(torch.autograd.Function):
-    """`in_place(p, q)` takes two matrices of logits, returns a loss per row and leaves in q the gradient of the loss
-    without its factor temperature."""
+    """`in_place(p, q)` takes logits, returns a loss for each row and leaves its gradient / temperature in q."""
 
     @staticmethod
     def forward(ctx, teacher_hidden, teacher_head, student_hidden, student_head, in_place, temperature, chunk,
@@ -206,9 +178,8 @@ class _Chunked(torch.autograd.Function):
         # two buffers for all chunks: a name rebound in the loop would keep a third alive; GPUs want aligned rows
         width = -(-vocab // 64) * 64 if student_hidden.is_cuda else vocab
         p_logits, q_logits = (student_hidden.new_empty(chunk, width, dtype=compute)[:, :vocab] for _ in range(2))
-        of_hidden, of_head = (gradients and ctx.needs_input_grad[i] for i in (2, 3))
-        grad_hidden = torch.empty_like(student_hidden) if of_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=wide) if of_head else None
+        grad_hidden = torch.empty_like(student_hidden) if gradients and ctx.needs_input_grad[2] else None
+        grad_head = torch.zeros_like(student_head, dtype=wide) if gradients and ctx.needs_input_grad[3] else None
         total = student_hidden.new_zeros((), dtype=wide)
         scale = temperature / tokens
         for i in range(0, tokens, chunk):
@@ -244,7 +215,7 @@ def _add_product(total, a, b, scale):
 def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temperature):
     """Return the divergence of each row, without temperature squared; student_logits become its gradient.
 
-    The gradient by logits / temperature is g - q sum g, with g the derivative by log q up to a multiple of q.
+    By logits / temperature, that is g - q sum g, with g the derivative by log q up to a multiple of q.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
@@ -259,7 +230,7 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
         q = log_q.exp_()
         loss = total = slope.mul_(q).sum(-1)
     elif kind == "jensen_shannon":  # g = (1 - beta) q log(q / m)
-        log_m = _log_mean(log_p, log_q, beta)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         p, q = log_p.exp(), log_q.exp()
         slope = log_q.sub_(log_m).mul_(q).mul_(1 - beta)
         total = slope.sum(-1)
@@ -267,12 +238,8 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
     else:
         terms, slope = _alpha_beta(log_p, log_q, alpha, beta)
         loss, total, q = terms.sum(-1), slope.sum(-1), log_q.exp_()
-    torch.addcmul(slope, q, total[:, None], value=-1, out=student_logits)
+    torch.addcmul(slope, q, total[..., None], value=-1, out=student_logits)
     return loss
-
-
-def _log_mean(log_p, log_q, beta):
-    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
 def _alpha_beta(log_p, log_q, alpha, beta):
@@ -296,9 +263,3 @@ def _alpha_beta(log_p, log_q, alpha, beta):
     else:
         terms = (log_p - log_q).square() / 2
     return terms, -at_alpha
-
-
-def mixer_loss(mixer: nn.Module, attention_input: torch.Tensor, attention_output: torch.Tensor,
-               normalize: bool) -> torch.Tensor:
-    """Return the `alignment_loss` of a mixer on a layer's `attention_io`."""
-    return alignment_loss(mixer(attention_input)[0], attention_output, normalize=normalize)

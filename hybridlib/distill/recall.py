@@ -1,6 +1,4 @@
-"""In-context recall: tasks generated from a seed, or loaded, and how a causal LM scores on them.
-
-Four families, each a few lines of plain text that any tokenizer can read, with knobs for difficulty:
+"""In-context recall: tasks generated from a seed, and how a causal LM scores on them.
 
 =================  ==========================================================  =====================
 name               the prompt                                                  the question
@@ -11,9 +9,8 @@ multi_hop          aliases ``name is other.`` that end in a number             t
 variable_tracking  assignments ``set name = number`` and ``set name = other``  every name with a value
 =================  ==========================================================  =====================
 
-Names are two common words ("quiet river"), so that most tokenizers give them few tokens. The families follow
-associative recall (MQAR, arXiv 2312.04927) and RULER (arXiv 2404.06654: multi-key needle, variable tracking); the
-texts are our own. Names and numbers are drawn at random. Each (name, number) pair belongs to the ``train`` or to the
+The families follow associative recall (MQAR, arXiv 2312.04927) and RULER (arXiv 2404.06654: multi-key needle, variable
+tracking). Names are two common words ("quiet river"). Each (name, number) pair belongs to the ``train`` or to the
 ``heldout`` split by a checksum, so a model trained on one has never seen a pair of the other.
 """
 
@@ -21,9 +18,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -32,10 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybridlib.checks import check_choice, check_int
 from hybridlib.models.passes import evaluation_mode
 
-__all__ = ["RECALL_TASKS", "RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "exact_match",
-           "generate_recall", "judge", "load_recall", "pad_left", "recall_logits", "score_recall"]
+__all__ = ["RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "generate_recall",
+           "recall_of_members", "score_recall"]
 
-RECALL_TASKS = ("key_value", "needle", "multi_hop", "variable_tracking")
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
 
 _FIRST = ("amber big black blue bold brave bright brown calm clean clear cold cool dark deep dry early empty "
@@ -58,17 +52,16 @@ _ENDS = ("in the morning", "before the rain", "without a word", "for many years"
 
 @dataclass(frozen=True)
 class RecallTask:
-    """A family of examples and its difficulty.
+    """A family of examples, by its `name` in the module's table, and its difficulty.
 
     Parameters
     ----------
-    name : one of `RECALL_TASKS`.
     pairs : facts with a number in the prompt (chains, for the last two families); 2 to 512.
     queries : questions after the prompt, each on another fact; 1 to `pairs`.
     hops : links from a question's name to its number, 1 to 8; 1 for ``key_value`` and ``needle``.
     digits : digits of a number, 1 to 12.
     filler : filler sentences before each fact, 0 to 64.
-    split : ``"heldout"`` or ``"train"``; no (name, number) pair is in both.
+    split : ``"heldout"`` or ``"train"``.
     """
 
     name: str = "key_value"
@@ -80,7 +73,7 @@ class RecallTask:
     split: str = "heldout"
 
     def __post_init__(self):
-        check_choice("name", self.name, RECALL_TASKS)
+        check_choice("name", self.name, _GENERATORS)
         check_choice("split", self.split, ("train", "heldout"))
         check_int("pairs", self.pairs, 2, 512)
         check_int("queries", self.queries, 1, self.pairs)
@@ -91,14 +84,10 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class RecallExample:
-    """One prompt and its turns, each a (question, answer) of which the model must write the answer.
-
-    Greedy generation must match the whole answer if `exact`, else hold it in its first line, whatever its case.
-    """
+    """One prompt and its turns, each a (question, answer) of which the model must write the answer."""
 
     prompt: str
     turns: tuple[tuple[str, str], ...]
-    exact: bool = True
 
     @property
     def text(self) -> str:
@@ -107,11 +96,10 @@ class RecallExample:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Share of answers right, with its binomial standard error, and the share of answer tokens right."""
+    """Share of answers right, with its binomial standard error, and their number."""
 
     exact_match: float
     stderr: float
-    token_accuracy: float
     answers: int
 
 
@@ -122,31 +110,11 @@ def generate_recall(task: RecallTask, num_examples: int, seed: int = 0) -> list[
     return [_GENERATORS[task.name](task, rng) for _ in range(num_examples)]
 
 
-def load_recall(path: str | Path, limit: int | None = None) -> list[RecallExample]:
-    """Load a recall set: a parquet or jsonl file with text columns ``text`` (the prompt) and ``value``.
-
-    A model continues the text and is right if `value` is in its first line, whatever its case (the scoring of SWDE,
-    FDA and SQuAD in arXiv 2402.18668). Raises ValueError if the file or a column is missing.
-    """
-    import pandas as pd
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"path={str(path)!r} is no file; name a .parquet or .jsonl file with columns text and value")
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True)
-    missing = {"text", "value"} - set(table.columns)
-    if missing:
-        raise ValueError(f"{path.name} has no column {sorted(missing)[0]!r}; it needs columns text and value")
-    rows = table if limit is None else table.head(limit)
-    return [RecallExample(p, (("", " " + v.strip()),), exact=False) for p, v in zip(rows["text"], rows["value"])]
-
-
 def encode_recall(example: RecallExample, tokenizer: PreTrainedTokenizerBase
                   ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the token ids of an example and, for each answer, its (start, end) in them.
 
     Prompt, questions and answers are tokenized apart, so that an answer's tokens never merge with its question's.
-    A beginning-of-text token comes first if the tokenizer has one.
     """
     ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     spans = []
@@ -159,37 +127,24 @@ def encode_recall(example: RecallExample, tokenizer: PreTrainedTokenizerBase
     return ids, spans
 
 
-@torch.no_grad()
 def score_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[RecallExample], *,
-                 mode: str = "teacher_forced", batch_size: int = 16) -> RecallScore:
-    """Score a causal LM of transformers on recall.
+                 batch_size: int = 16) -> RecallScore:
+    """Score a causal LM of transformers on recall, `batch_size` examples at a time, teacher-forced.
 
-    Parameters
-    ----------
-    model : maps ``input_ids`` (batch, time) and ``attention_mask`` to ``.logits`` (batch, time, vocab).
-    mode : ``"teacher_forced"``, an answer counts if every one of its tokens is the arg max after the true text before
-        it; or ``"greedy"``, the model writes the first answer itself, token by token.
-    batch_size : examples at a time; shorter ones are padded on the left.
-
-    Raises
-    ------
-    ValueError : unknown mode, no examples, or an example longer than the model's context.
+    An answer is right if each of its tokens is the arg max after the true text before it. Raises ValueError if there
+    are no examples, or one is longer than the model's context.
     """
-    check_choice("mode", mode, ("teacher_forced", "greedy"))
     encoded = encode_all(examples, tokenizer, model.config)
-    score, answers = _teacher_forced if mode == "teacher_forced" else _greedy, []
     with evaluation_mode(model):
-        for i in range(0, len(encoded), batch_size):
-            answers += score(model, tokenizer, examples[i:i + batch_size], encoded[i:i + batch_size])
-    right, hits, counts = zip(*answers)
-    return RecallScore(*exact_match(right), sum(hits) / sum(counts), len(right))
+        exact_match, stderr = recall_of_members(model, tokenizer, encoded, batch_size)[0]
+    return RecallScore(exact_match, stderr, sum(len(spans) for _, spans in encoded))
 
 
 def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase, config
                ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Apply `encode_recall` to each example; ValueError if there is none or one is beyond the context of `config`."""
     if not examples:
-        raise ValueError("examples is empty; generate_recall or load_recall makes some")
+        raise ValueError("examples is empty; generate_recall makes some")
     encoded = [encode_recall(e, tokenizer) for e in examples]
     longest, limit = max(len(ids) for ids, _ in encoded), getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
@@ -198,67 +153,44 @@ def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase
     return encoded
 
 
-def exact_match(right: Sequence[bool]) -> tuple[float, float]:
-    """Return the share of answers that are right, and its binomial standard error."""
-    p = sum(right) / len(right)
-    return p, (p * (1 - p) / len(right)) ** 0.5
+@torch.no_grad()
+def recall_of_members(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, encoded, batch_size: int,
+                      members: int = 1) -> list[tuple[float, float]]:
+    """Return each member's share of right answers and its binomial standard error.
 
-
-def _teacher_forced(model, tokenizer, examples, encoded):
-    input_ids, mask, shift = pad_left([ids for ids, _ in encoded], tokenizer, next(model.parameters()).device)
-    return judge(recall_logits(model, input_ids, mask).argmax(-1), input_ids, shift, encoded)
-
-
-def judge(predicted: torch.Tensor, input_ids: torch.Tensor, shift: list[int], encoded
-          ) -> Iterator[tuple[bool, int, int]]:
-    """Yield for each answer of padded examples whether it is right, its right tokens, and all its tokens.
-
-    `predicted`, `input_ids` : (batch, time), the likeliest next token and the true one; `shift` : padding of each row.
+    `encoded` is of `encode_all`. A `model` of several members gets each batch once for each, one after the other.
     """
-    for row, (_, spans) in enumerate(encoded):
-        for start, end in spans:
-            start, end = start + shift[row], end + shift[row]
-            hits = int((predicted[row, start - 1:end - 1] == input_ids[row, start:end]).sum())
-            yield hits == end - start, hits, end - start
-
-
-def _greedy(model, tokenizer, examples, encoded):
     device = next(model.parameters()).device
-    starts = [spans[0][0] for _, spans in encoded]
-    gold = [ids[spans[0][0]:spans[0][1]] for ids, spans in encoded]
-    input_ids, mask, _ = pad_left([ids[:s] for (ids, _), s in zip(encoded, starts)], tokenizer, device)
-    room = max(map(len, gold)) + (0 if examples[0].exact else 16)
-    out = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=room, do_sample=False,
-                         pad_token_id=_pad_id(tokenizer))[:, input_ids.shape[1]:].tolist()
-    for example, answer, written in zip(examples, gold, out):
-        hits = sum(a == b for a, b in zip(answer, written))
-        if example.exact:
-            exact = written[:len(answer)] == answer
-        else:
-            lines = tokenizer.decode(written, skip_special_tokens=True).strip().splitlines()
-            exact = bool(lines) and example.turns[0][1].strip().lower() in lines[0].lower()
-        yield exact, hits, len(answer)
+    right: list[list[bool]] = [[] for _ in range(members)]
+    for i in range(0, len(encoded), batch_size):
+        part = encoded[i:i + batch_size]
+        ids, mask = _pad_left([ids for ids, _ in part], tokenizer, device)
+        predicted = _logits(model, ids.repeat(members, 1), mask.repeat(members, 1)).argmax(-1).cpu()
+        ids = ids.cpu()  # at once: a number at a time would wait for the GPU as often
+        for answers, own in zip(right, predicted.unflatten(0, (members, -1)), strict=True):
+            for true, likeliest, (row, spans) in zip(ids, own, part, strict=True):
+                shift = len(true) - len(row)
+                answers += [torch.equal(likeliest[start + shift - 1:end + shift - 1], true[start + shift:end + shift])
+                            for start, end in spans]
+    shares = [sum(answers) / len(answers) for answers in right]
+    return [(p, (p * (1 - p) / len(answers)) ** 0.5) for p, answers in zip(shares, right, strict=True)]
 
 
-def recall_logits(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the logits (batch, time, vocab) of rows padded on the left, where `mask` is 0."""
+def _pad_left(rows, tokenizer, device):
+    """Return rows as ids (rows, width) and mask (rows, width), of the longest's width."""
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
+    pad = next(i for i in ends if i is not None)
+    return (pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=value,
+                         padding_side="left").to(device)
+            for parts, value in ((rows, pad), ([[1] * len(row) for row in rows], 0)))
+
+
+def _logits(model, ids, mask):
+    """The logits (batch, time, vocab) of rows padded on the left, where `mask` is 0."""
     if bool(mask.all()):
-        return model(input_ids=input_ids).logits
+        return model(input_ids=ids).logits
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return model(input_ids=input_ids, attention_mask=mask, position_ids=positions).logits
-
-
-def _pad_id(tokenizer):
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if i is not None)
-
-
-def pad_left(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
-             ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return rows as ids (rows, width) and mask (rows, width) of the longest's width, and the padding of each."""
-    ids, mask = (pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=value,
-                              padding_side="left").to(device)
-                 for parts, value in ((rows, _pad_id(tokenizer)), ([[1] * len(r) for r in rows], 0)))
-    return ids, mask, [ids.shape[1] - len(r) for r in rows]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
 
 
 def _ids(tokenizer, text):
@@ -296,22 +228,18 @@ def _filler(rng, task):
     return "".join(s + "\n" for s in sentences)
 
 
-def _facts(rng, task):
-    taken: set[str] = set()
-    return [(name, _number(rng, name, task, taken)) for name in _names(rng, task.pairs)]
-
-
 def _key_value(task, rng):
-    facts = _facts(rng, task)
-    prompt = "Phone book:\n" + "".join(f"{_filler(rng, task)}{k}: {v}\n" for k, v in facts) + "\nLook up:"
-    return RecallExample(prompt, tuple((f"\n{k}:", f" {v}") for k, v in rng.sample(facts, task.queries)))
+    facts = _chains(rng, task)
+    prompt = "Phone book:\n" + "".join(f"{_filler(rng, task)}{k}: {v}\n" for (k,), v in facts) + "\nLook up:"
+    return RecallExample(prompt, tuple((f"\n{k}:", f" {v}") for (k,), v in rng.sample(facts, task.queries)))
 
 
 def _needle(task, rng):
-    facts = _facts(rng, task)
-    prompt = "".join(f"{_filler(rng, task)}The code of {k} is {v}.\n" for k, v in facts)
+    facts = _chains(rng, task)
+    prompt = "".join(f"{_filler(rng, task)}The code of {k} is {v}.\n" for (k,), v in facts)
     prompt += _filler(rng, task) + "\nLook up:"
-    return RecallExample(prompt, tuple((f"\nThe code of {k} is", f" {v}") for k, v in rng.sample(facts, task.queries)))
+    turns = ((f"\nThe code of {k} is", f" {v}") for (k,), v in rng.sample(facts, task.queries))
+    return RecallExample(prompt, tuple(turns))
 
 
 def _chains(rng, task):

@@ -17,7 +17,7 @@ class DistillationDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings that both stages share; see `AlignSettings` and `MatchSettings` for their defaults.
+    """Settings that both stages share.
 
     Parameters
     ----------
@@ -27,12 +27,9 @@ class _Settings:
     warmup : share of the steps over which the rates rise from 0.
     clip : largest norm of the gradient over all trained weights.
     checkpoint_every : tokens between two checkpoints.
-    compile : on a GPU, run the layers through ``torch.compile``, which costs a minute once; elsewhere it changes
-        nothing.
-    cuda_graph : on a GPU, record a step (its passes, and the optimizer's update) once and replay it, which saves the
-        time to launch it. Needs the memory of a step for itself; elsewhere it changes nothing.
-    divergence_factor : stop if a step's loss is this many times the mean of the first ten steps (or of
-        `loss_floor`, where those are smaller).
+    compile : on a GPU, run the layers through ``torch.compile``, which costs a minute once.
+    cuda_graph : on a GPU, record a step once and replay it, which saves the time to launch it and takes its memory.
+    divergence_factor : stop if a step's loss is this many times the mean of the first ten steps, or `loss_floor`.
     """
 
     batch_tokens: int = 16_384
@@ -89,8 +86,8 @@ class MatchSettings(_Settings):
     """Stage 2 (paper: 600M tokens at context 4096, constant rates, 7e-6 and 1e-4).
 
     `mixer_learning_rate` is the rate of the linear mixers, `learning_rate` that of all other weights, the softmax
-    layers' attention among them. `divergence` is the kind that `objectives.divergence` speaks of, and `alpha`, `beta`
-    and `temperature` are as there.
+    layers' attention among them. `divergence` is a kind of `objectives.divergence`; `temperature`, `alpha` and `beta`
+    are as there.
     """
 
     learning_rate: float = 7e-6
@@ -112,8 +109,7 @@ class MatchSettings(_Settings):
 class History:
     """What a stage did: after `tokens[i]` tokens the step's loss was `losses[i]`.
 
-    `layer_losses` (stage 1) is the last step's loss of each linear layer, by layer index. `elapsed[i]` is the wall time
-    in seconds after step i, `seconds` that of all.
+    `layer_losses` (stage 1) is the last step's loss of each linear layer. `elapsed[i]` is the time after step i, in s.
     """
 
     stage: str
@@ -122,9 +118,3 @@ class History:
     elapsed: list[float] = field(default_factory=list)
     layer_losses: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
-
-    @property
-    def final_loss(self) -> float:
-        """Mean loss of the last tenth of the steps."""
-        last = self.losses[-max(1, len(self.losses) // 10):]
-        return sum(last) / len(last)

@@ -1,9 +1,4 @@
-"""The two stages of distillation.
-
-`align` (stage 1) trains each mixer to give the teacher's attention output for the teacher's own layer input. `match`
-(stage 2) trains all weights on the divergence of next-token distributions. Both stop with a sentence at the first
-number that is not finite, and both can be killed and resumed to the same numbers.
-"""
+"""The two stages of distillation: mixers are aligned layer by layer, then all weights match the teacher's output."""
 
 from __future__ import annotations
 
@@ -24,21 +19,18 @@ from hybridlib.models.passes import TeacherStates, attention_io, compiled_if, la
 __all__ = ["align", "match", "matching_loss", "weight_groups"]
 
 
-
 def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num_tokens: int, *,
           settings: AlignSettings | None = None, checkpoint: str | Path | None = None) -> History:
     """Stage 1: train every linear mixer of `student`, in place, to give the teacher's attention output.
 
     Parameters
     ----------
-    student : from `hybrid.linearize`. Only its mixers are trained.
-    teacher : the model it was made from, on the same device.
-    tokens : from `corpus.load_tokens`; rows are taken in its order, from the first.
-    num_tokens : tokens to train on, at least one row.
-    checkpoint : a file to save to along the way and, if it exists, to go on from. Its run must be the same one.
+    student, teacher : from `hybrid.linearize`, and the model it was made from, on one device.
+    num_tokens : tokens to train on, at least one row; rows are taken in the order of `tokens`.
+    checkpoint : a file to save to along the way and, if it exists, to resume from, to the same numbers.
 
-    Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if the loss does. Source: paper
-    section 3, stage 1.
+    Raises ValueError for arguments that do not fit or a foreign checkpoint, `DistillationDiverged` if a number is not
+    finite or the loss grows. Source: paper section 3, stage 1.
     """
     settings = settings or AlignSettings()
     layers = linear_layers(student.config)
@@ -57,8 +49,7 @@ def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, nu
             (losses[l] * (share / len(layers))).backward()
         return {l: loss.detach() for l, loss in losses.items()}
 
-    groups = [(named, settings.learning_rate)]
-    return train_steps("align", student, tokens, num_tokens, settings, groups, step_loss,
+    return train_steps("align", student, tokens, num_tokens, settings, [(named, settings.learning_rate)], step_loss,
                        checkpoint=checkpoint)
 
 
@@ -70,12 +61,10 @@ def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num
     Parameters
     ----------
     hybrid, teacher, tokens, num_tokens, settings, checkpoint : as for `align`.
-    until : stop after so many tokens of the run, as if it were killed right after a checkpoint; the same call with a
-        later `until` goes on from `checkpoint`.
+    until : stop after so many tokens of the run; the same call with a later `until` goes on from `checkpoint`.
     states : the teacher's hidden states, shared with other runs over the same rows; None computes them here.
 
-    Raises ValueError for bad settings or a foreign checkpoint, `DistillationDiverged` if the loss does. Source: paper
-    section 3, stage 2.
+    Raises as `align` does. Source: paper section 3, stage 2.
     """
     settings = settings or MatchSettings()
     if states is not None and states.teacher is not teacher:
@@ -98,14 +87,10 @@ def weight_groups(named, is_mixer: Callable[[str], bool], settings: MatchSetting
 
 def matching_loss(outputs: Callable, teacher: PreTrainedModel, settings: MatchSettings, compiled: bool = False, *,
                   skip: int = 0) -> Callable:
-    """The `step_loss` of stage 2, see `Run`; without the teacher's hidden states among its rows it computes them.
+    """The `step_loss` of stage 2, see `Run`; where the run has no `targets`, it computes the teacher's hidden states.
 
-    Parameters
-    ----------
-    outputs : takes ids (rows, time) and gives, for each member of the run, its last hidden states (rows, time, width)
-        and the weight of its output head.
-    compiled : run the teacher's layers through ``torch.compile``.
-    skip : positions at the start of each row whose divergence does not count.
+    `outputs` takes ids (rows, time) and gives, for each member of the run, its last hidden states (rows, time, width)
+    and the weight of its output head. The divergence of the first `skip` positions of a row does not count.
     """
     def step_loss(share, ids, target=None):
         if target is None:

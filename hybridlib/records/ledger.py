@@ -1,20 +1,17 @@
 """The ledger: one JSON file for each thing that was measured, found again by its parameters.
 
-A record is named after its kind and its parameters, so that a second run of the same reads the file instead of
-computing. A record file is standard JSON with sorted keys:
+A record file is standard JSON with sorted keys:
 
 - tuples are stored, and come back, as lists; a numpy scalar as the Python number it holds;
 - a metric that is not finite is stored as ``{"$float": "nan"}``, ``"inf"`` or ``"-inf"`` and comes back as that float;
-  a parameter must be finite, since nan does not equal itself and no second run could name it;
+  a parameter must be finite;
 - anything else (arrays, sets, paths, objects) is refused by the name of its key.
 
-A file is written beside its place and moved there in one step: a reader sees the old record or the new one, never
-half of one. Of two processes that run the same thing at once, the last to finish wins, and both get a valid record.
+Files are replaced in one step. Of two processes that run the same thing at once, the last to finish wins.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -45,21 +42,10 @@ _COLUMNS = ("kind", "seconds", "device", "commit", "started", "key")  # of a rec
 
 @dataclass(frozen=True)
 class Record:
-    """One measured thing.
+    """One measured thing: the `metrics` of what `kind` and `parameters` name, all that the result depends on.
 
-    Parameters
-    ----------
-    kind : the name of the measurement, e.g. ``"score"``; lower-case letters, digits and underscores.
-    parameters : everything the result depends on; with `kind` it makes the key.
-    metrics : the numbers that the measurement gave.
-    seed : ``parameters["seed"]`` if it is a whole number, else None.
-    versions : software: python, torch, transformers, numpy, hybridlib.
-    device : GPU name with its memory, or CPU model with its cores.
-    commit : git commit of the code, with ``+dirty`` if files differed from it; None outside a checkout.
-    started : the time of the start, ISO 8601 in UTC.
-    seconds : wall time.
-    tokens : ``metrics["tokens"]`` if it is a whole number, else None.
-    key : the first 16 hex digits of the sha256 of (kind, parameters) as canonical JSON.
+    `seed` and `tokens` are ``parameters["seed"]`` and ``metrics["tokens"]`` if they are whole numbers. `versions`,
+    `device` and `commit` are of `provenance`, `key` is of `record_key`; `started` is ISO 8601 in UTC.
     """
 
     kind: str
@@ -76,17 +62,10 @@ class Record:
 
 
 class Ledger:
-    """A folder of records.
+    """A folder of records, without subfolders; the first run makes it.
 
-    Parameters
-    ----------
-    folder : the folder of the record files, without subfolders; the first run makes it.
-    device : the device that records name: ``"auto"`` (a GPU if there is one) or ``"cpu"``.
-    commit : the commit that records name; None asks git. For a copy of the code that has no ``.git``.
-
-    Raises
-    ------
-    ValueError : `folder` is a file; or, when records are read, a file there is no whole record (it is named).
+    Records name the `device`, ``"auto"`` (a GPU if there is one) or ``"cpu"``, and the `commit`; None asks git. Raises
+    ValueError if `folder` is a file or, when records are read, if a file there is no whole record.
     """
 
     def __init__(self, folder: str | Path, *, device: str = "auto", commit: str | None = None):
@@ -104,55 +83,40 @@ class Ledger:
         return self.folder / f"{kind}-{record_key(kind, parameters)}.json"
 
     def run(self, kind: str, parameters: dict, compute: Callable[[], dict], *, recompute: bool = False) -> Record:
-        """Return the record of (kind, parameters), computing it if there is none.
+        """Return the record of (kind, parameters), computing its metrics if there is none, or if `recompute`.
 
-        Parameters
-        ----------
-        kind, parameters : the name of the record; parameters hold JSON values only.
-        compute : called without arguments if there is no record; returns the metrics, a dict of JSON values.
-        recompute : compute even if there is a record, and replace it, readable or not.
-
-        Raises
-        ------
-        ValueError : a value that JSON cannot hold, by its key; or a record file that is truncated or not ours.
-        OSError : the record could not be written, e.g. on a full disk. The old record stays as it was, and the text
-            of the new one is logged as an error so that the work is not lost.
+        Raises ValueError for a value that JSON cannot hold or a record file that is not whole, OSError if the record
+        could not be written: the old one stays, and the text of the new one is logged.
         """
-        path, parameters = self.path(kind, parameters), _plain(parameters, "parameters", finite=True)
+        path = self.path(kind, parameters)
         if path.exists() and not recompute:
             logger.info("found %s", path.name)
             return _read(path)
-        self.folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be made fails at once
-        commit, started, clock = self._commit(), datetime.now(timezone.utc), time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made fails before the work
+        commit, clock = self._commit(), time.perf_counter()
         metrics = compute()
         seconds = time.perf_counter() - clock
         if not isinstance(metrics, dict):
             raise ValueError(f"compute returned a {type(metrics).__name__} for {kind!r}; it must return a dict")
-        return self._write(kind, parameters, metrics, started, seconds, describe_device(self.device), commit)
+        return self._write(kind, parameters, metrics, seconds, describe_device(self.device), commit)
 
     def add(self, kind: str, parameters: dict, metrics: dict, *, seconds: float, device: str | None = None) -> Record:
-        """Write the record of a computation that has just ended elsewhere, in place of one that exists.
-
-        Parameters
-        ----------
-        kind, parameters, metrics : as for `run`, which also says what is raised.
-        seconds : wall time of the computation.
-        device : its device, as `describe_device` names it there; the ledger's if None.
-        """
+        """Write, or replace, the record of a computation of `seconds` that has just ended elsewhere, on `device`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        started = datetime.now(timezone.utc) - timedelta(seconds=seconds)
         device = device or describe_device(self.device)
-        return self._write(kind, parameters, metrics, started, seconds, device, self._commit())
+        return self._write(kind, parameters, metrics, seconds, device, self._commit())
 
     def _commit(self) -> str | None:
         return code_commit(self.folder) if self.commit is None else self.commit
 
-    def _write(self, kind, parameters, metrics, started, seconds, device, commit) -> Record:
+    def _write(self, kind, parameters, metrics, seconds, device, commit) -> Record:
         parameters, metrics = _plain(parameters, "parameters", finite=True), _plain(metrics, "metrics")
-        record = Record(kind=kind, parameters=parameters, metrics=metrics, seed=_whole(parameters.get("seed")),
-                        versions=software_versions(), device=device, commit=commit,
-                        started=started.isoformat(timespec="milliseconds"), seconds=round(seconds, 3),
-                        tokens=_whole(metrics.get("tokens")), key=record_key(kind, parameters))
+        started = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+        seed, tokens = (value if type(value) is int else None
+                        for value in (parameters.get("seed"), metrics.get("tokens")))
+        record = Record(kind, parameters, metrics, seed, software_versions(), device, commit,
+                        started.isoformat(timespec="milliseconds"), round(seconds, 3), tokens,
+                        record_key(kind, parameters))
         path = self.path(kind, parameters)
         _replace(path, json.dumps(_tagged(asdict(record)), sort_keys=True, indent=1, allow_nan=False) + "\n")
         logger.info("wrote %s", path.name)
@@ -168,9 +132,8 @@ class Ledger:
     def table(self, kind: str | None = None) -> pd.DataFrame:
         """Return one row a record: parameters, scalar metrics, then kind, seconds, device, commit, started and key.
 
-        Dicts are flattened (``outer.inner``), lists among the parameters become tuples, lists among the metrics are
-        left out. A metric named like a parameter or a record's field gets the column ``metrics.name``, a parameter
-        named like a field ``parameters.name``.
+        Dicts are flattened (``outer.inner``), lists among the parameters become tuples. A metric named like a parameter
+        or a record's field gets the column ``metrics.name``, a parameter named like a field ``parameters.name``.
         """
         rows = [(r, _flat(r.parameters), _flat(r.metrics)) for r in self if kind is None or r.kind == kind]
         taken = {name for _, parameters, _ in rows for name in parameters} | set(_COLUMNS)
@@ -187,8 +150,7 @@ class Ledger:
 def record_key(kind: str, parameters: dict) -> str:
     """Return the first 16 hex digits of the sha256 of ``[kind, parameters]`` as canonical JSON.
 
-    Canonical is: keys sorted, no spaces, ASCII, tuples as lists, floats as the shortest text that reads back the
-    same. 1 and 1.0 are different, as they are in JSON. Raises ValueError as `Ledger.run` does.
+    Canonical is: keys sorted, no spaces, ASCII, tuples as lists; 1 and 1.0 differ. Raises ValueError as `Ledger.run`.
     """
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise ValueError(f"kind={kind!r} is no kind; use lower-case letters, digits and underscores, a letter first")
@@ -200,7 +162,7 @@ def record_key(kind: str, parameters: dict) -> str:
 
 
 def _plain(value, where: str, finite: bool = False):
-    """Return `value` with tuples as lists, numpy scalars as numbers; ValueError at `where` if JSON cannot hold it."""
+    """Return `value` with tuples as lists and numpy scalars as numbers; ValueError if JSON cannot hold it."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
@@ -225,16 +187,12 @@ def _tagged(value):
     return {_TAG: repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _untagged(pairs: list[tuple]):
+def _untagged(pairs):
     return float(pairs[0][1]) if len(pairs) == 1 and pairs[0][0] == _TAG else dict(pairs)
 
 
-def _refuse_constant(text: str):
+def _refuse_constant(text):
     raise ValueError(f"{text} is not JSON")
-
-
-def _whole(value) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -245,21 +203,16 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def _read(path: Path) -> Record:
-    """Return the record in `path`; ValueError naming the file if it is truncated, foreign or was changed by hand."""
+    """Return the record in `path`; ValueError if it is truncated, foreign or was changed by hand."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_untagged,
                              parse_constant=_refuse_constant)
         types = get_type_hints(Record)
-        if not isinstance(entries, dict) or set(entries) != set(types):
+        if set(entries) != set(types) or not all(isinstance(entries[name], kind) for name, kind in types.items()):
             raise ValueError("its fields are not a record's")
-        wrong = [name for name, kind in types.items() if not isinstance(entries[name], kind)]
-        if wrong:
-            raise ValueError(f"its field {wrong[0]!r} has the wrong type")
         record = Record(**entries)
-        if record_key(record.kind, record.parameters) != record.key:
-            raise ValueError("its key does not fit its parameters")
-        if path.name != f"{record.kind}-{record.key}.json":
-            raise ValueError("its name does not fit its key")
+        if record_key(record.kind, record.parameters) != record.key or path.stem != f"{record.kind}-{record.key}":
+            raise ValueError("its key does not fit its parameters or its name")
         return record
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole record of this ledger ({error}); delete it, "
@@ -267,7 +220,7 @@ def _read(path: Path) -> Record:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write `text` to a temporary name in the same folder, then move it to `path`; OSError leaves `path` as it was."""
+    """Write `text` to a temporary name in the same folder, then move it to `path`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8") as file:
@@ -277,8 +230,7 @@ def _replace(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         logger.error("this record could not be saved:\n%s", text)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise OSError(error.errno, f"could not write the record, {reason}; what was there before is as it was, "
-                                   "and the new record's text is in the log", str(path)) from error
+        raise OSError(error.errno, f"could not write the record, {error.strerror or error}; what was there before is "
+                                   "as it was, and the new record's text is in the log", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -20,10 +20,9 @@ _KERNELS = ("triton", "flash-linear-attention", "flash-qla", "tilelang", "liger-
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of python, torch, transformers, numpy and hybridlib; ``"not installed"`` where there is none.
+    """Return the versions of python, torch, transformers, numpy and hybridlib, and of kernel libraries that are there.
 
-    Triton and the kernel libraries that ours are compared with are among them where they are installed. An imported
-    package gives its own version, for the files on the disk may have changed since.
+    An imported package gives its own version: the files on the disk may have changed since.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # its own text names the build
     for name in ("transformers", "numpy", "hybridlib", *_KERNELS):
@@ -46,27 +45,22 @@ def describe_device(device: str = "auto") -> str:
 
 
 def code_commit(records: str | Path | None = None) -> str | None:
-    """Return the git commit of this package's code, with ``+dirty`` if any file of the checkout differs from it.
+    """Return the git commit of this package's code, with ``+dirty`` if a file that is not below `records` differs.
 
-    Files below `records` do not count: a new record must not mark the next one. In an unpacked ``git archive`` it is
-    the commit that git wrote into ``.git_archival.txt``. None if git is missing or the package is not under version
-    control (an installed copy that happens to lie in someone's checkout is not).
+    In an unpacked ``git archive`` it is that of ``.git_archival.txt``. None if git is missing or the package is not
+    under version control.
     """
     root = _git(PACKAGE, "rev-parse", "--show-toplevel")
     if root is None or _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return _archived_commit(PACKAGE.parent / ".git_archival.txt")
-    commit = _git(PACKAGE, "rev-parse", "--verify", "--quiet", "HEAD")
+        archived = PACKAGE.parent / ".git_archival.txt"
+        text = archived.read_text().strip() if archived.is_file() else ""
+        return text if re.fullmatch("[0-9a-f]{40}", text) else None
+    commit, paths = _git(PACKAGE, "rev-parse", "--verify", "--quiet", "HEAD"), ["."]
     if commit is None:
         return None
-    paths = ["."]
     if records is not None and Path(records).resolve().is_relative_to(root):
         paths.append(f":(exclude,literal){Path(records).resolve().relative_to(root).as_posix()}")
     return commit + ("+dirty" if _git(Path(root), "status", "--porcelain", "--", *paths) else "")
-
-
-def _archived_commit(file: Path) -> str | None:
-    text = file.read_text().strip() if file.is_file() else ""
-    return text if re.fullmatch("[0-9a-f]{40}", text) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

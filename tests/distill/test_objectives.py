@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlib.distill.objectives import alignment_loss, divergence, divergence_from_hidden, kl_divergence
+from hybridlib.distill.objectives import alignment_loss, divergence, divergence_from_hidden
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 KINDS = {
@@ -62,24 +62,6 @@ def tensors(*shapes, dtype=torch.float32, seed=0):
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl_of_two_coins_is_the_closed_form(temperature):
-    p, q = 0.8, 0.3  # probabilities of heads after the temperature
-    teacher = torch.tensor([[math.log(p / (1 - p)), 0.0]]) * temperature
-    student = torch.tensor([[math.log(q / (1 - q)), 0.0]]) * temperature
-    forward = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    reverse = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
-    assert kl_divergence(teacher, student, temperature=temperature).item() == pytest.approx(
-        temperature**2 * forward, rel=1e-5)
-    assert divergence(teacher, student, kind="reverse", temperature=temperature).item() == pytest.approx(
-        temperature**2 * reverse, rel=1e-5)
-
-
-def test_kl_is_zero_for_equal_logits_up_to_a_constant():
-    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
-    assert kl_divergence(logits, logits + 3).abs().max() < 1e-6
-
-
 @every()
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_divergence_is_the_spelled_out_sum(kind, temperature):
@@ -89,28 +71,10 @@ def test_divergence_is_the_spelled_out_sum(kind, temperature):
     torch.testing.assert_close(got, temperature**2 * expected, rtol=1e-10, atol=1e-12)
 
 
-def test_alpha_beta_meets_its_limits_and_the_kls():
-    teacher, student = tensors((4, 9), (4, 9), dtype=torch.float64)
-
-    def ab(alpha, beta):
-        return divergence(teacher, student, kind="alpha_beta", alpha=alpha, beta=beta)
-
-    torch.testing.assert_close(ab(1, 0), divergence(teacher, student, kind="forward"))
-    torch.testing.assert_close(ab(0, 1), divergence(teacher, student, kind="reverse"))
-    torch.testing.assert_close(ab(1, 1), (teacher.softmax(-1) - student.softmax(-1)).square().sum(-1) / 2)
-    for limit in ((0.7, 0.0), (0.0, 0.7), (0.7, -0.7), (0.0, 0.0)):  # the mean of both sides: error of second order
-        around = [ab(limit[0] + d, limit[1] + d) for d in (-0.01, 0.01)]
-        torch.testing.assert_close(sum(around) / 2, ab(*limit), rtol=2e-3, atol=0)
-    assert torch.equal(ab(0.1 + 0.2, -0.3), ab(0.1 + 0.2, -(0.1 + 0.2)))
-
-
-def test_jensen_shannon_is_symmetric_and_at_most_ln_2():
-    teacher, student = (x * 4 for x in tensors((50, 9), (50, 9), dtype=torch.float64))
-    js = divergence(teacher, student, kind="jensen_shannon")
-    torch.testing.assert_close(js, divergence(student, teacher, kind="jensen_shannon"))
-    assert 0 < js.min() and js.max() < math.log(2)
-    apart = torch.tensor([[100.0, -100.0]])
-    assert divergence(apart, -apart, kind="jensen_shannon").item() == pytest.approx(math.log(2))
+def test_exponents_that_add_up_to_0_but_for_rounding_are_taken_as_such():
+    logits = tensors((4, 9), (4, 9), dtype=torch.float64)
+    near, exact = (divergence(*logits, kind="alpha_beta", alpha=0.1 + 0.2, beta=b) for b in (-0.3, -(0.1 + 0.2)))
+    assert torch.equal(near, exact)
 
 
 @every()
@@ -130,14 +94,6 @@ def test_from_hidden_has_the_value_and_gradients_of_the_plain_formula(kind, temp
         assert loss.dtype == dtype and loss.item() == pytest.approx(plain.item(), rel=tolerance)
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == dtype and (a - b).norm() / b.norm() < tolerance
-
-
-@every()
-def test_gradcheck(kind):
-    teacher_hidden, teacher_head, hidden, head = tensors((5, 3), (7, 3), (5, 2), (7, 2), dtype=torch.float64)
-    inputs = [hidden.requires_grad_(), head.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda x, w: divergence_from_hidden(
-        teacher_hidden, teacher_head, x, w, **kind, temperature=1.5, chunk=2), inputs)
 
 
 @every()
@@ -226,12 +182,6 @@ def test_alignment_loss_is_error_over_power():
     assert alignment_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), "hot"])
-def test_bad_temperatures_are_refused(temperature):
-    with pytest.raises(ValueError, match="temperature=.* is not a number above 0"):
-        kl_divergence(torch.zeros(2), torch.zeros(2), temperature=temperature)
-
-
 AB = dict(kind="alpha_beta")
 
 
@@ -245,13 +195,14 @@ AB = dict(kind="alpha_beta")
     (dict(AB, alpha=0.5, beta=1e-3), "beta=0.001 is not a number that is 0 or"),
     (dict(AB, alpha=float("inf"), beta=1), "alpha=inf is not"),
     (dict(AB, alpha=0.5, beta=-0.501), "alpha \\+ beta=-0.001.* is not"),
+    *((dict(temperature=t), "temperature=.* is not a number above 0") for t in (0, -1.0, float("nan"), "hot")),
     (dict(chunk=0), "chunk=0 is not a whole number of at least 1"),
     (dict(backend="cuda"), "backend='cuda' is unknown; choose one of 'auto', 'torch', 'triton'"),
     (dict(backend="triton"), "backend='triton' cannot run here: the kernel needs tensors on a CUDA GPU"),
-    (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); it must be \\(4, 3\\)"),
-    (dict(student_hidden=torch.zeros(0, 2)), "student_hidden has shape \\(0, 2\\); it must be \\(..., width\\)"),
-    (dict(student_head=torch.zeros(6, 3)), "student_head has shape \\(6, 3\\); it must be \\(vocab, 2\\)"),
-    (dict(teacher_head=torch.zeros(7, 3)), "teacher_head has a vocabulary of 7; it must be the student's, 6")])
+    (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); .* tokens, \\(4,\\)"),
+    (dict(student_hidden=torch.zeros(0, 2)), "hidden has shape .* it must be \\(..., width\\), with a token"),
+    (dict(student_head=torch.zeros(6, 3)), "student_head has shape \\(6, 3\\); it must be \\(6, 2\\)"),
+    (dict(teacher_head=torch.zeros(7, 3)), "teacher_head has shape \\(7, 3\\); it must be \\(6, 3\\)")])
 def test_bad_arguments_are_refused(arguments, message):
     good = dict(teacher_hidden=torch.zeros(4, 3), teacher_head=torch.zeros(6, 3), student_hidden=torch.zeros(4, 2),
                 student_head=torch.zeros(6, 2))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 
-from hybridlib.distill.recall import (RECALL_TASKS, RecallTask, _is_heldout, encode_recall, generate_recall,
-                                      load_recall, score_recall)
+from hybridlib.distill.recall import RecallTask, _is_heldout, encode_recall, generate_recall, score_recall
 
 
 class Letters:
@@ -21,7 +19,7 @@ class Letters:
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [ord(c) for c in text]}
 
-    def decode(self, ids, skip_special_tokens=True):
+    def decode(self, ids):
         return "".join(chr(i) for i in ids if i > 2)
 
 
@@ -44,19 +42,12 @@ class Oracle(torch.nn.Module):
                 logits[b, t, ord("#" if any(prefix.endswith(w) for w in self.wrong) else c)] = 1.0
         return SimpleNamespace(logits=logits)
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
-        for _ in range(max_new_tokens):
-            step = self(input_ids, attention_mask).logits[:, -1].argmax(-1, keepdim=True)
-            input_ids = torch.cat((input_ids, step), 1)
-            attention_mask = torch.cat((attention_mask, torch.ones_like(step)), 1)
-        return input_ids
+
+TASKS = [RecallTask(name, pairs=5, queries=3, hops=hops, filler=1)
+         for name, hops in (("key_value", 1), ("needle", 1), ("multi_hop", 2), ("variable_tracking", 2))]
 
 
-TASKS = [RecallTask(name, pairs=5, queries=3, hops=1 if name in ("key_value", "needle") else 2, filler=1)
-         for name in RECALL_TASKS]
-
-
-@pytest.mark.parametrize("task", TASKS, ids=RECALL_TASKS)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_every_answer_follows_from_the_prompt(task):
     for example in generate_recall(task, 20, seed=3):
         text = example.prompt
@@ -89,14 +80,13 @@ def test_no_pair_is_in_both_splits():
     assert not pairs["train"] & pairs["heldout"] and len(pairs["heldout"]) > 1000
 
 
-@pytest.mark.parametrize("mode", ["teacher_forced", "greedy"])
-def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer(mode):
+def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer():
     examples = generate_recall(RecallTask("key_value", pairs=4, filler=1), 6, seed=0)
-    perfect = score_recall(Oracle([e.text for e in examples]), Letters(), examples, mode=mode, batch_size=4)
-    assert (perfect.exact_match, perfect.token_accuracy, perfect.answers, perfect.stderr) == (1.0, 1.0, 6, 0.0)
+    perfect = score_recall(Oracle([e.text for e in examples]), Letters(), examples, batch_size=4)
+    assert (perfect.exact_match, perfect.answers, perfect.stderr) == (1.0, 6, 0.0)
     wrong = [e.prompt + e.turns[0][0] + e.turns[0][1][:3] for e in examples[:2]]  # the last digit of two answers
-    score = score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, mode=mode, batch_size=4)
-    assert score.exact_match == pytest.approx(4 / 6) and score.token_accuracy == pytest.approx(22 / 24)
+    score = score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, batch_size=4)
+    assert score.exact_match == pytest.approx(4 / 6)
     assert score.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
 
 
@@ -107,31 +97,18 @@ def test_spans_are_the_answers():
     assert Letters().decode(ids) == example.text
 
 
-def test_a_loaded_set_is_scored_by_its_first_line(tmp_path):
-    table = pd.DataFrame({"text": ["Name: Ada. Name:", "City: Rome. City:"], "value": ["ada", "rome"]})
-    table.to_parquet(tmp_path / "set.parquet")
-    examples = load_recall(tmp_path / "set.parquet")
-    texts = ["Name: Ada. Name: it is ADA~~~~~~~~~~~~~~~~~~~~", "City: Rome. City: no\nrome~~~~~~~~~~~~~~~~"]
-    score = score_recall(Oracle(texts), Letters(), examples, mode="greedy")
-    assert score.exact_match == 0.5
-    assert len(load_recall(tmp_path / "set.parquet", limit=1)) == 1
-
-
-def test_a_causal_model_of_transformers_is_scored_alike_in_both_modes(tiny_teacher):
-    teacher = tiny_teacher()
-
+def test_padding_changes_no_answer_of_a_model_of_transformers(tiny_teacher):
     class Small(Letters):
         def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [3 + ord(c) % 60 for c in text]}
+            return {"input_ids": [ord(c) // 2 % 2 for c in text]}
 
-    teacher.config.max_position_embeddings = 512
-    examples = generate_recall(RecallTask("key_value", pairs=2, digits=1), 8)
-    batched = score_recall(teacher, Small(), examples, batch_size=8)
-    single = score_recall(teacher, Small(), examples, batch_size=1)
-    assert batched == single
+    teacher = tiny_teacher(max_position_embeddings=512, vocab_size=2)
+    examples = generate_recall(RecallTask("key_value", pairs=2, queries=2, digits=2), 60)
+    batched, single = (score_recall(teacher, Small(), examples, batch_size=size) for size in (8, 1))
+    assert batched == single and 0 < single.exact_match < 1
 
 
-def test_bad_tasks_and_calls_are_refused(tmp_path):
+def test_bad_tasks_and_calls_are_refused():
     for arguments, message in ((dict(name="maze"), "name='maze' is unknown"), (dict(pairs=1), "pairs=1 .* 2 to 512"),
                                (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
                                (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0")):
@@ -141,11 +118,6 @@ def test_bad_tasks_and_calls_are_refused(tmp_path):
         generate_recall(RecallTask(digits=1), 1)
     with pytest.raises(ValueError, match="examples is empty"):
         score_recall(Oracle([]), Letters(), [])
-    with pytest.raises(ValueError, match="is no file"):
-        load_recall(tmp_path / "none.parquet")
-    pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(ValueError, match="no column 'value'"):
-        load_recall(tmp_path / "set.parquet")
     model = Oracle([])
     model.config.max_position_embeddings = 8
     with pytest.raises(ValueError, match="context is 8"):

@@ -31,7 +31,6 @@ MEASURES = {
     "evaluate": lambda model, teacher, tokens: hl.evaluate(model, teacher, tokens),
     "heldout_kl": lambda model, teacher, tokens: heldout_kl(model, teacher, tokens),
     "recall": lambda model, teacher, tokens: score_recall(model, tokens.tokenizer, tokens.examples),
-    "greedy": lambda model, teacher, tokens: score_recall(model, tokens.tokenizer, tokens.examples, mode="greedy"),
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from hybridlib.distill.evaluate import evaluate_members
 from hybridlib.distill.loop import Run
-from hybridlib.distill.recall import exact_match, judge, pad_left, recall_logits
+from hybridlib.distill.recall import recall_of_members
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import matching_loss, weight_groups
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
@@ -50,7 +50,8 @@ class Cohort(Run):
         """
         count = len(self.sets)
         with evaluation_mode(self.stack):
-            recall = _recall(self.stack, tokens.tokenizer, examples, count) if examples else [None] * count
+            recall = (recall_of_members(self.stack, tokens.tokenizer, examples, max(1, 128 // count), count)
+                      if examples else [None] * count)
             return [member.metrics() for member in evaluate_members(
                 lambda ids: (F.linear(*output) for output in self.outputs(ids)), self.teacher, tokens, recall,
                 heldout_tokens=heldout_tokens, states=self.states)]
@@ -95,17 +96,3 @@ class Cohort(Run):
     def silence(self):
         for name, p in self.named if self.errors else ():
             p.grad[[i for i, c in enumerate(self.members[name].tolist()) if c in self.errors]] = 0
-
-
-@torch.no_grad()
-def _recall(stack, tokenizer, examples, count, batch_rows=128):
-    """Each candidate's exact match and its standard error, as of `recall.score_recall`, from logits of 128 rows."""
-    device, right = next(stack.parameters()).device, [[] for _ in range(count)]
-    size = max(1, batch_rows // count)
-    for part in (examples[i:i + size] for i in range(0, len(examples), size)):
-        ids, mask, shift = pad_left([ids for ids, _ in part], tokenizer, device)
-        predicted = recall_logits(stack, ids.repeat(count, 1), mask.repeat(count, 1)).argmax(-1).cpu()
-        ids = ids.cpu()  # at once: a number at a time would wait for the GPU as often
-        for c, predicted in enumerate(predicted.unflatten(0, (count, -1))):
-            right[c] += [exact for exact, _, _ in judge(predicted, ids, shift, part)]
-    return [exact_match(answers) for answers in right]

@@ -73,8 +73,8 @@ class Switched(Cohort):
 
     def _state(self):
         """The candidate's weights and their moments, once the optimizer has any."""
-        named, optimizer = self.member(0)
-        return [p for _, p in named] + [optimizer.state[p][key] for key in MOMENTS for _, p in named]
+        named, state = self.member(0)
+        return [p for _, p in named] + [state[p][key] for key in MOMENTS for _, p in named]
 
     def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
         """`evaluate.heldout_kl` of the candidate, of which each shape of a batch is recorded as well."""
