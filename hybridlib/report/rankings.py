@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from hybridlib.checks import check_int
 from hybridlib.records.ledger import Ledger
-from hybridlib.selection.agreement import bootstrap_interval, kendall, pairwise, spearman
+from hybridlib.selection.agreement import bootstrap_interval, kendall, spearman
 from hybridlib.selection.cost import Cost
 from hybridlib.study.contest import Contest
 from hybridlib.study.catalogue import SELECTORS
@@ -82,7 +82,8 @@ def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
     RAD's numbers are those of layers skipped alone, from which its search over sets starts.
     """
     table = contest.chosen.pivot(index="selector", columns="seed", values="values").reindex(contest.titles).dropna()
-    return list(table.index), np.mean([pairwise(spearman, table[seed]) for seed in table], axis=0)
+    by_seed = [np.array(table[seed].tolist()) for seed in table]  # (selectors, layers) each
+    return list(table.index), np.mean([spearman(values[:, None], values) for values in by_seed], axis=0)
 
 
 def agreement_with_ga_s2(ledger: Ledger, contests: Iterable[Contest]) -> pd.DataFrame:
