@@ -125,18 +125,15 @@ def _by_scores(name, title, source, *texts, **fields):
         values = scores[0].values if record else None
         if name == "avg":
             values = tuple(-sum(s.ranking.index(l) + 1 for s in scores) / 2 for l in range(study.num_layers))
-        return Selection(select(name, study.settings.budget, scores=scores, **options),
-                         _total(s.cost for s in scores), values)
+        layers = select(name, study.settings.budget, scores=scores, **options)
+        return Selection(layers, _total([s.cost for s in scores]), values)
 
-    def record(settings, num_layers, seed, **options):
-        return score_parameters(settings, *kinds[0], **options)
-
-    record = None if name in ("avg", "ga-s2-spaced") else record  # these order what others measured
+    record = None if name in ("avg", "ga-s2-spaced") else (  # these order what others measured
+        lambda settings, num_layers, seed, **options: score_parameters(settings, *kinds[0], **options))
     selector(name, title, source, *texts, record=record, **fields)(choose)
 
 
 def _total(costs):
-    costs = list(costs)
     return None if None in costs else Cost.total(costs)
 
 
@@ -173,19 +170,19 @@ def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=Non
 def gate_slopes(study, mixer, seed, own):
     student, teacher, tokens = study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)
     num_tokens = heldout = heldout_size(tokens, None)
-    passes, train_tokens = (own["order"], own["steps"]), own.get("train_tokens", 0)
+    train_tokens, how = own.get("train_tokens", 0), {"order": own["order"], "steps": own["steps"]}
     if "share" in own:
         flops = own["share"] * one_run_a_layer_flops(student, teacher, own["score_tokens"], heldout, tokens.context)
         flops -= train_tokens * gate_gradient_flops(student, teacher, tokens.context, frozen=False)
-        rows = int(flops / gate_gradient_flops(student, teacher, tokens.context, *passes) / tokens.context)
+        rows = int(flops / gate_gradient_flops(student, teacher, tokens.context, **how) / tokens.context)
         num_tokens = min(heldout, max(2, rows) * tokens.context)
-    return gate_gradient(student, teacher, tokens, at=own["at"], order=passes[0], steps=passes[1],
-                         num_tokens=num_tokens, train_tokens=train_tokens, settings=_stage_2(study, own))
+    return gate_gradient(student, teacher, tokens, at=own["at"], **how, num_tokens=num_tokens,
+                         train_tokens=train_tokens, settings=_stage_2(study, own))
 
 
-def _gates(name, title, source, needs, assumes, cost, **options):
+def _gates(*texts, **options):
     options = {"at": 0.0, "order": 1, "steps": 1, "share": None, "train": 0, **options}
-    scorer(name, title, source, needs, assumes, cost, options=options, record=_gate_record)(gate_slopes)
+    scorer(*texts, options=options, record=_gate_record)(gate_slopes)
 
 
 _SLOPE = "the KL's slope where the gates are stands for the whole way to the hybrid; layers add up"
@@ -325,7 +322,7 @@ def searching(study, mixer, seed, own):
                          f"layers; it takes at most {MOST_SETS:,}, so use a smaller budget or another selector")
     costs = {}
     result = search(_distilled_kl(study, mixer, seed, costs), study.num_layers, own["budget"], **own["options"])
-    return _search_metrics(result, _total(costs.values()))
+    return _search_metrics(result, _total([*costs.values()]))
 
 
 scorer("greedy-backward", "greedy backward", "classical", "stage 2",

@@ -88,8 +88,7 @@ class Study:
         whole = self._tokens[key]
         half = len(whole.heldout) // 2
         if half == 0:
-            raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of {s.context} tokens; "
-                             "use a shorter context or a larger corpus")
+            raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of context={s.context} tokens")
         rows = whole.heldout[:half] if part == "score" else whole.heldout[half:2 * half]
         return Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
 

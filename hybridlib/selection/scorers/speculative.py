@@ -135,8 +135,7 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
         return np.array([[l in s for l in range(num_layers)] for s in chosen], dtype=float)
 
     if first is not None:
-        chosen = tuple(sorted(first))
-        values[chosen] = value(chosen)
+        values[tuple(sorted(first))] = value(tuple(sorted(first)))
     drawn = max(1, len(values) + min(num_layers, evaluations // 2))
     while len(values) < min(evaluations, sets):
         if len(values) < drawn:
