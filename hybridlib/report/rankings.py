@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from hybridlib.checks import check_int
 from hybridlib.records.ledger import Ledger
-from hybridlib.selection.agreement import bootstrap_interval, kendall, pairwise, spearman
+from hybridlib.selection.agreement import bootstrap_interval, kendall, spearman
 from hybridlib.selection.cost import Cost
 from hybridlib.study.contest import Contest
 from hybridlib.study.catalogue import SELECTORS
@@ -25,20 +25,15 @@ AIM = (0.9, 1 / 20)  # of the gate gradient: Spearman's correlation with GA-S2, 
 
 
 def recorded_scores(ledger: Ledger, contest: Contest) -> dict[str, tuple[float, ...]]:
-    """Every score in `ledger` under the settings of `contest`: title, with a seed other than 0 -> a number a layer,
-    higher for keep; in the order of `SELECTORS`.
-
-    They are of any selector and seed, with or without a hybrid, but of the same teacher, alignment, corpus, budget,
-    tokens and rates, and of the selector's default options. Selectors that order what others measured (AVG, spacing),
-    or that search sets, have no scores of their own.
-    """
+    """Every score in `ledger` under the settings of `contest` and the selector's default options: title, with a seed
+    other than 0 -> a number a layer, higher for keep; in the order of `SELECTORS`."""
     return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): scores.values
             for (name, seed), scores in _scores(ledger, contest).items()}
 
 
 def _scores(ledger, contest) -> dict[tuple[str, int], Selection]:
     """The same by (name, seed), with the cost and without layers; the teacher's own, which no seed changes, once."""
-    s, aligned, found = contest.settings, contest.settings["aligned"], {}
+    s, aligned, chosen = contest.settings, contest.settings["aligned"], {}
     settings = StudySettings(**{f.name: s[f.name] for f in fields(StudySettings) if f.name in s})
     records = {_text(r.parameters): r for r in sorted(ledger.find("score"), key=lambda r: r.started)
                if "values" in r.metrics}
@@ -50,14 +45,14 @@ def _scores(ledger, contest) -> dict[tuple[str, int], Selection]:
             keys = [_text(full_parameters(own, settings, origin))
                     for own in selector.records(settings, contest.num_layers, seed)]
             record = next((records[key] for key in keys if key in records), None)
-            if record is not None and record not in found.values():
-                found[name, seed] = record
+            if record is not None and record not in chosen.values():
+                chosen[name, seed] = record
     return {key: Selection((), Cost.from_dict(cost) if (cost := record.metrics.get("cost")) else None,
-                           tuple(record.metrics["values"])) for key, record in found.items()}
+                           tuple(record.metrics["values"])) for key, record in chosen.items()}
 
 
 def _text(parameters):
-    """Parameters as text, without the fingerprint of a corpus ("data"), which cannot be had without loading it."""
+    """Parameters as text, but for the fingerprint of a corpus ("data"), for which one must load it."""
     return json.dumps({key: _text(value) if key == "aligned" else value for key, value in parameters.items()
                        if key != "data"}, sort_keys=True)
 
@@ -78,21 +73,19 @@ def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2")
 
 def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
     """(titles, mean over seeds of Spearman's correlation) of the selectors that give each layer a number of their own.
-
-    RAD's numbers are those of layers skipped alone, from which its search over sets starts.
     """
     table = contest.chosen.pivot(index="selector", columns="seed", values="values").reindex(contest.titles).dropna()
-    return list(table.index), np.mean([pairwise(spearman, table[seed]) for seed in table], axis=0)
+    by_seed = [np.array(table[seed].tolist()) for seed in table]  # (selectors, layers) each
+    return list(table.index), np.mean([spearman(values[:, None], values) for values in by_seed], axis=0)
 
 
 def agreement_with_ga_s2(ledger: Ledger, contests: Iterable[Contest]) -> pd.DataFrame:
     """How far each selector ranks layers as GA-S2 does, under the settings of each teacher's first contest: a row a
     teacher, selector and seed.
 
-    Columns: ``spearman`` and its bootstrap interval over layers, ``low`` and ``high``; ``kendall``; ``flops_share``, of
+    Columns: ``spearman`` with its bootstrap interval over layers, ``low`` to ``high``; ``kendall``; ``flops_share``, of
     GA-S2's FLOPs; ``met``, whether both numbers of `AIM` are; ``ga_s2_again``, Spearman's correlation of GA-S2 with
-    itself on other text, beyond which no agreement can be expected; ``with_both``, that of the selector with the mean
-    of the two. A number is nan where a score or a cost is not on record.
+    itself on other text; ``with_both``, that of the selector with the mean of the two. nan is not on record.
     """
     rows = {}
     for contest in contests:
@@ -115,9 +108,9 @@ def agreement_with_ga_s2(ledger: Ledger, contests: Iterable[Contest]) -> pd.Data
 def rank_gaps(ledger: Ledger, contest: Contest, count: int = 4) -> pd.DataFrame:
     """Where the gate gradient and GA-S2 disagree: for each seed the `count` layers whose ranks differ most.
 
-    Columns: the ranks of both, 1 for the layer most worth keeping; those of others that tell whether the slope errs or
-    GA-S2 does not repeat itself, nan where they were not run; and ``lost``, the layer's share of the lost agreement:
-    Spearman's correlation loses 6 d^2 / (L (L^2 - 1)) by a layer whose ranks differ by d.
+    Columns: the ranks of both and of others, 1 for the layer most worth keeping, nan where they were not run; and
+    ``lost``, the layer's share of the lost agreement: Spearman's correlation loses 6 d^2 / (L (L^2 - 1)) by a layer
+    whose ranks differ by d.
     """
     check_int("count", count, 1)
     scores, rows = _scores(ledger, contest), {}

@@ -21,20 +21,16 @@ OFFSETS = ("centre", "start", "end")
 def budget_layers(budget: float | int, num_layers: int) -> int:
     """K, the number of layers that stay softmax: round(share x layers), at least 1, or the count itself.
 
-    A float is a share, 0 < budget <= 1; an int is a count, 1 to `num_layers` (the float 1.0 keeps all, the int 1 keeps
-    one). Halves round to even. Raises ValueError for anything else.
+    A float is a share, 0 < budget <= 1; an int is a count, 1 to `num_layers`. Halves round to even. Raises ValueError
+    for anything else.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) "
-                         "or a whole count")
-    if isinstance(budget, int):
-        if not 1 <= budget <= num_layers:
-            raise ValueError(f"budget={budget} is not a count from 1 to {num_layers} layers; "
-                             "a share is written as a float")
-        return budget
-    if not 0 < budget <= 1:
+        raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) or a count")
+    if isinstance(budget, int) and not 1 <= budget <= num_layers:
+        raise ValueError(f"budget={budget} is not a count from 1 to {num_layers} layers; a share is written as a float")
+    if isinstance(budget, float) and not 0 < budget <= 1:
         raise ValueError(f"budget={budget} is not a share of layers above 0 and at most 1")
-    return max(1, round(budget * num_layers))
+    return budget if isinstance(budget, int) else max(1, round(budget * num_layers))
 
 
 def select(name: str, budget: float | int | None = None, *, scores: LayerScores | Sequence[LayerScores] | None = None,
@@ -46,35 +42,30 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
     ----------
     name : which rule.
 
-        - ``"ga-s2"``, ``"gr-s2"``, ``"ga-s1"``: the K best by `scores`, which must be of that kind (paper section 4);
-        - ``"avg"``: the K best by the mean of their ranks in two `scores`, GA-S2's and GR-S2's; ties go to GA-S2;
+        - ``"ga-s2"``, ``"gr-s2"``, ``"ga-s1"``: the K best by `scores` of that kind (paper section 4);
+        - ``"avg"``: the K best by the mean of their ranks in GA-S2's and GR-S2's `scores`; ties go to GA-S2;
         - ``"ga-s2-spaced"``: layer by layer, the best by GA-S2's `scores` less a `penalty` for a neighbour;
         - ``"smart"``: Zebra-Llama's placement on `scores` of GA-S2's kind, see below;
         - ``"uniform"``: even spacing, see `offset`;
         - ``"random"``: K of all layers, drawn with `seed`;
         - ``"first"``, ``"last"``: the first or the last K, as controls;
         - ``"manual"``: `layers`, checked.
-    budget : share or count, see `budget_layers`; not for ``"manual"``.
+    budget : see `budget_layers`; not for ``"manual"``.
     num_layers : of the teacher; needed only without `scores`.
     offset : layers of even spacing: ``"centre"`` and ``"end"``, the middle or the last ones of K equal blocks;
-        ``"start"``, every n-th from layer 0 with the largest n that fits, (L - 1) // (K - 1).
+        ``"start"``, every n-th from layer 0 with n = (L - 1) // (K - 1). The published uniform sets are ``"end"`` for
+        Llama-3.2-3B where K divides L, else ``"start"``.
     penalty : what a layer loses, once, if a layer already chosen is at most `distance` from it, in units of the
-        scores' spread, largest less smallest. 0 is GA-S2; above 1, neighbours are taken only when no other layer is
-        left. Of equals the better score wins, then the lower layer.
+        scores' spread, largest less smallest.
 
     Raises ValueError for an unknown name, a bad budget, or scores that are missing or of another kind.
 
     Notes
     -----
-    SMART (arXiv 2505.17272): the sensitivity of layer l is s(l) = KL(all linear) - KL(l softmax). The most sensitive
-    of the first L // K layers stays, and that of the last L // K. Between these two, neighbours lie the mean gap apart,
-    rounded down or up; of all such placements the one with the largest sum of s is taken, exactly, of equals the one
-    with the lower layers. KL(all linear) is the same in every s(l), so the scores decide alone. They are meant to be of
-    little or no training, as those of ``score_layers(num_tokens=0)``. The source says "near-uniform"; how near is
-    chosen here, and all SMART sets published with the paper satisfy it.
-
-    The paper's uniform sets follow no rule in L and K alone: for L = 28 and K = 7 they are 0, 4 to 24 (Qwen2.5) and
-    3, 7 to 27 (Llama-3.2). ``"end"`` gives those of Llama-3.2-3B where K divides L, ``"start"`` all others.
+    SMART (arXiv 2505.17272): of the first L // K layers the best stays, and of the last L // K. Between these two,
+    neighbours lie the mean gap apart, rounded down or up; of all such placements the one with the largest sum of scores
+    is taken, of equals the one with the lower layers. The source says "near-uniform"; how near is chosen here, and all
+    published SMART sets satisfy it.
     """
     check_choice("name", name, RULES)
     scores = [scores] if isinstance(scores, LayerScores) else list(scores or ())
@@ -93,10 +84,8 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         return _uniform(num_layers, count, offset)
     if name == "random":
         return tuple(sorted(random.Random(seed).sample(range(num_layers), count)))
-    if name == "first":
-        return tuple(range(count))
-    if name == "last":
-        return tuple(range(num_layers - count, num_layers))
+    if name in ("first", "last"):
+        return tuple(range(count) if name == "first" else range(num_layers - count, num_layers))
     first, *second = (_of_kind(name, *kind, scores) for kind in SCORES_NEEDED[name])
     if name == "smart":
         return _smart(first.values, count)

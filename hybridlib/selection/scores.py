@@ -19,11 +19,10 @@ class LayerScores:
     values : (layers,).
     measured, stderr : (layers,), the measurement behind each value, with its standard error over held-out rows: the KL
         of a candidate in nats a token (``"kl"``), the alignment error (``"mse"``), or what the scorer says.
-    tokens : of training, forward and backward.
-    seconds : of scoring.
-    cost : all that scoring cost; None in records older than it.
-    history, history_tokens : the values at every measurement along training, the last among them, and the tokens after
-        which they were; those before the last may be of fewer held-out tokens, see `EarlyStop`.
+    tokens, seconds : of training, forward and backward; of scoring.
+    cost : all that scoring cost; None in old records.
+    history, history_tokens : the values at every measurement along training, the last among them, and after how many
+        tokens; those before the last may be of fewer held-out tokens, see `EarlyStop`.
     """
 
     direction: str

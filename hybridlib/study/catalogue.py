@@ -1,8 +1,7 @@
 """Every selector, declared once beside the function that does its work.
 
 Above each function stand the selector's name, title, source, needs, assumptions and cost, then its options and the
-parameters of its record, see `hybridlib.study.selector`. All score on the same held-out rows and count their cost
-alike (`hybridlib.selection.cost`).
+parameters of its record, see `hybridlib.study.selector`.
 """
 
 from __future__ import annotations
@@ -41,10 +40,6 @@ def _rows(study, seed):
     return study.tokens(seed, study.settings.score_tokens, "score")
 
 
-def _kept(settings, num_layers):
-    return budget_layers(settings.budget, num_layers)
-
-
 def _stage_2_numbers(settings, rate, **changes):
     """Settings of stage 2 for a record, with mixers at `rate` times the rate that hybrids' have."""
     check_number("rate", rate, 0, open_low=True)
@@ -78,11 +73,11 @@ def perplexity(study, mixer, seed, own):
     return score_perplexity(study.teacher.model, _rows(study, 0))
 
 
-def _recall_records(families, settings, num_layers, seed, pairs, num_examples):
+def _recall_records(families, settings, num_layers, seed, pairs, num_examples, selector="ar"):
     """A record a task: with `pairs` pairs each of `families`, (name, hops), then with half as many, down to 2."""
     pairs, records = settings.recall_pairs if pairs is None else pairs, []
     while pairs > 1 or not records:
-        records += [{"selector": "ar", "task": asdict(RecallTask(name, pairs=pairs, hops=hops)),
+        records += [{"selector": selector, "task": asdict(RecallTask(name, pairs=pairs, hops=hops)),
                      "num_examples": num_examples} for name, hops in families]
         pairs //= 2
     return records
@@ -106,10 +101,9 @@ def recall(study, mixer, seed, own):
 @scorer("rad", "RAD", "arXiv 2505.22135", "teacher", "a linear mixer does for a layer at least what nothing does",
         "2 + L passes of the teacher over held-out rows, and one for each of 64 sets",
         options={"evaluations": 64, "gamma": 4}, record=lambda settings, num_layers, seed, **options: {
-            "selector": "rad", "budget": _kept(settings, num_layers), "seed": seed, **options},
+            "selector": "rad", "budget": budget_layers(settings.budget, num_layers), "seed": seed, **options},
         note="its scores are those of layers skipped alone, its set that of a search over sets")
 def skips(study, mixer, seed, own):
-    """By the best of `evaluations` drafts; the values are what skipping each layer alone costs in acceptance."""
     result = search_skips(study.teacher.model, _rows(study, 0), own["budget"], gamma=own["gamma"],
                           evaluations=own["evaluations"], seed=seed)
     return {"layers": list(result.layers), "acceptance": result.acceptance, "throughput": result.throughput,
@@ -122,8 +116,8 @@ def score_parameters(settings, direction: str, metric: str, normalize: bool = Tr
     return {"direction": direction, "metric": metric, **({"normalize": normalize} if metric == "mse" else numbers)}
 
 
-def _by_scores(name, title, source, *said, **fields):
-    """Declare a selector by the rule of its name on the scores of `Study.scores`, which records them."""
+def _by_scores(name, title, source, *texts, **fields):
+    """Declare a selector by the rule of its name on `Study.scores`."""
     kinds = SCORES_NEEDED[name]
 
     def choose(study, mixer, seed, normalize=True, **options):
@@ -131,18 +125,15 @@ def _by_scores(name, title, source, *said, **fields):
         values = scores[0].values if record else None
         if name == "avg":
             values = tuple(-sum(s.ranking.index(l) + 1 for s in scores) / 2 for l in range(study.num_layers))
-        return Selection(select(name, study.settings.budget, scores=scores, **options),
-                         _total(s.cost for s in scores), values)
+        layers = select(name, study.settings.budget, scores=scores, **options)
+        return Selection(layers, _total([s.cost for s in scores]), values)
 
-    def record(settings, num_layers, seed, **options):
-        return score_parameters(settings, *kinds[0], **options)
-
-    record = None if name in ("avg", "ga-s2-spaced") else record  # these order what others measured
-    selector(name, title, source, *said, record=record, **fields)(choose)
+    record = None if name in ("avg", "ga-s2-spaced") else (  # these order what others measured
+        lambda settings, num_layers, seed, **options: score_parameters(settings, *kinds[0], **options))
+    selector(name, title, source, *texts, record=record, **fields)(choose)
 
 
 def _total(costs):
-    costs = list(costs)
     return None if None in costs else Cost.total(costs)
 
 
@@ -150,25 +141,20 @@ _by_scores("ga-s1", "GA-S1", PAPER, "student", "the alignment error at a layer i
            "one pass of the teacher and of all mixers over held-out rows", options={"normalize": True})
 
 
-def _halo_record(settings, num_layers, seed, pairs, num_examples):
-    task = RecallTask("key_value", pairs=settings.recall_pairs if pairs is None else pairs)
-    return {"selector": "halo", "task": asdict(task), "num_examples": num_examples}
-
-
 @scorer("halo", "HALO", "arXiv 2601.22156", "student", "a layer serves recall or common sense; " + ALONE,
         "L + 1 passes over 200 prompts and L over held-out rows", options={"pairs": None, "num_examples": 200},
-        record=_halo_record)
+        record=lambda *a, **options: _recall_records((("key_value", 1),), *a, selector="halo", **options)[:1])
 def recall_over_sense(study, mixer, seed, own):
     return score_halo(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed), RecallTask(**own["task"]),
                       num_examples=own["num_examples"])
 
 
 def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0):
-    """Parameters of a record of `gate_slopes`.
+    """Parameters of a record of `gate_slopes`; `at`, `order` and `steps` as in `gate_gradient`.
 
     `share`: all costs at most this share of GA-S2's FLOPs, by fewer held-out rows, but at least two; None reads all.
-    `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first; 0 is none. `rate`:
-    mixers' rate in it, times the rate that hybrids' have.
+    `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first, 0 for none, with
+    mixers at `rate` times the rate that hybrids' have.
     """
     check_number("train", train, 0, 1)
     own = {"selector": "gate-gradient", "at": float(at), "order": order, "steps": steps}
@@ -182,22 +168,21 @@ def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=Non
 
 
 def gate_slopes(study, mixer, seed, own):
-    """By the slopes of KL as the gates open, after the stage 2 that all layers share, if there is one."""
     student, teacher, tokens = study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)
     num_tokens = heldout = heldout_size(tokens, None)
-    passes, train_tokens = (own["order"], own["steps"]), own.get("train_tokens", 0)
+    train_tokens, how = own.get("train_tokens", 0), {"order": own["order"], "steps": own["steps"]}
     if "share" in own:
         flops = own["share"] * one_run_a_layer_flops(student, teacher, own["score_tokens"], heldout, tokens.context)
         flops -= train_tokens * gate_gradient_flops(student, teacher, tokens.context, frozen=False)
-        rows = int(flops / gate_gradient_flops(student, teacher, tokens.context, *passes) / tokens.context)
+        rows = int(flops / gate_gradient_flops(student, teacher, tokens.context, **how) / tokens.context)
         num_tokens = min(heldout, max(2, rows) * tokens.context)
-    return gate_gradient(student, teacher, tokens, at=own["at"], order=passes[0], steps=passes[1],
-                         num_tokens=num_tokens, train_tokens=train_tokens, settings=_stage_2(study, own))
+    return gate_gradient(student, teacher, tokens, at=own["at"], **how, num_tokens=num_tokens,
+                         train_tokens=train_tokens, settings=_stage_2(study, own))
 
 
-def _gates(name, title, source, needs, assumes, cost, **options):
+def _gates(*texts, **options):
     options = {"at": 0.0, "order": 1, "steps": 1, "share": None, "train": 0, **options}
-    scorer(name, title, source, needs, assumes, cost, options=options, record=_gate_record)(gate_slopes)
+    scorer(*texts, options=options, record=_gate_record)(gate_slopes)
 
 
 _SLOPE = "the KL's slope where the gates are stands for the whole way to the hybrid; layers add up"
@@ -216,7 +201,7 @@ _gates("gate-gradient-turns-slow", "gate gradient, in turn, slow", "ours, at the
 def _long_record(name, settings, num_layers, seed, num_tokens, stage_2, **options):
     """Of a training of `num_tokens`, None for as many as GA-S2 takes for all layers."""
     num_tokens = max(settings.context, num_layers * settings.score_tokens) if num_tokens is None else num_tokens
-    return {"selector": name, "budget": _kept(settings, num_layers), "num_tokens": num_tokens,
+    return {"selector": name, "budget": budget_layers(settings.budget, num_layers), "num_tokens": num_tokens,
             "settings": stage_2(settings), **options}
 
 
@@ -238,10 +223,10 @@ def trained_gates(study, mixer, seed, own):
         record=partial(_long_record, "postnas", stage_2=lambda settings: settings.match_settings.numbers()))
 def shared_weights(study, mixer, seed, own):
     tokens = study.tokens(seed, own["num_tokens"], "score")
-    found = search_once_for_all(study.aligned(mixer, seed), study.teacher.model, tokens, own["budget"],
-                                own["num_tokens"], width=own["width"], settings=_stage_2(study, own), seed=seed)
-    return {**_search_metrics(found.search, found.cost), "loss": list(found.losses),
-            "loss_tokens": list(found.history_tokens)}
+    result = search_once_for_all(study.aligned(mixer, seed), study.teacher.model, tokens, own["budget"],
+                                 own["num_tokens"], width=own["width"], settings=_stage_2(study, own), seed=seed)
+    return {**_search_metrics(result.search, result.cost), "loss": list(result.losses),
+            "loss_tokens": list(result.history_tokens)}
 
 
 def _search_metrics(result, cost):
@@ -263,7 +248,6 @@ def _added_record(name, settings, num_layers, seed, num_tokens=None, rate=1.0):
         "a pass of each of L candidates, untrained, over held-out rows", options={"num_tokens": 0},
         record=partial(_added_record, "smart"), rule="smart")
 def adding(study, mixer, seed, own, tokens=None):
-    """By adding each layer alone, after the stage 2 of the record, which may have no tokens."""
     tokens = tokens or study.tokens(seed, max(own["num_tokens"], study.settings.score_tokens), "score")
     return score_layers(study.aligned(mixer, seed), study.teacher.model, tokens, num_tokens=own["num_tokens"],
                         settings=_stage_2(study, own))
@@ -276,7 +260,6 @@ _by_scores("ga-s2", "GA-S2", PAPER, "stage 2", f"{ALONE}; {SHORT}",
 @scorer("ga-s2-again", "GA-S2, other text", "ours: does GA-S2 repeat itself", "stage 2", f"{ALONE}; {SHORT}",
         "as GA-S2", record=partial(_added_record, "ga-s2-again"), control=True)
 def adding_on_other_text(study, mixer, seed, own):
-    """GA-S2 with the same student, settings and held-out rows, trained on the corpus's next rows."""
     s = study.settings
     rows = max(1, s.score_tokens // s.context)
     whole = study.tokens(seed, 2 * rows * s.context, "score")
@@ -300,8 +283,7 @@ _by_scores("avg", "AVG", PAPER, "stage 2", "the ranks of GA-S2 and GR-S2 err apa
 def _distilled_kl(study, mixer, seed, costs):
     """A measure for searches: held-out KL of a set after the stage 2 of a candidate of GA-S2; costs go into `costs`.
 
-    Single layers are measured as GA-S2 does and all layers but one as GR-S2 does, so their scores serve here. Costs
-    are those of all sets that the search asks for, also where another search measured some of them before.
+    The scores of GA-S2 and GR-S2 serve for single layers and for all layers but one.
     """
     s, num_layers = study.settings, study.num_layers
     inputs = cache(lambda: LoadedInputs(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)))
@@ -326,7 +308,7 @@ def _distilled_kl(study, mixer, seed, costs):
 
 
 def _search_record(search, settings, num_layers, seed, **options):
-    return {"selector": search, "budget": _kept(settings, num_layers), "options": options,
+    return {"selector": search, "budget": budget_layers(settings.budget, num_layers), "options": options,
             "num_tokens": settings.score_tokens, "settings": settings.match_settings.numbers()}
 
 
@@ -334,14 +316,13 @@ def _search_record(search, settings, num_layers, seed, **options):
         "K (2 L - K + 1) / 2 candidates, sets of 1 to K layers",
         record=partial(_search_record, "beam", width=1, direction="add"))
 def searching(study, mixer, seed, own):
-    """By a search over sets. Raises ValueError where all sets are more than `MOST_SETS`."""
     search, sets = {"beam": beam, "exhaustive": exhaustive}[own["selector"]], math.comb(study.num_layers, own["budget"])
     if search is exhaustive and sets > MOST_SETS:
         raise ValueError(f"selector='exhaustive' would distil {sets:,} sets of {own['budget']} of {study.num_layers} "
                          f"layers; it takes at most {MOST_SETS:,}, so use a smaller budget or another selector")
     costs = {}
     result = search(_distilled_kl(study, mixer, seed, costs), study.num_layers, own["budget"], **own["options"])
-    return _search_metrics(result, _total(costs.values()))
+    return _search_metrics(result, _total([*costs.values()]))
 
 
 scorer("greedy-backward", "greedy backward", "classical", "stage 2",

@@ -19,9 +19,8 @@ __all__ = ["SELECTORS", "Selection", "Selector", "find_selector", "full_paramete
 class Selection:
     """What a selector chose: `layers`, ascending, and its `cost` (None if it reads scores recorded without one).
 
-    `values` has one number a layer, higher for more worth keeping; it is None where the selector makes no numbers of
-    its own. The set need not be the best by them: SMART also spaces its layers, RAD only starts its search from them.
-    `note` says what the selector settled on along the way, if anything. `selector` is its name in `SELECTORS`.
+    `values` has one number a layer, higher for more worth keeping, or is None; the set need not be the best by them.
+    `note` says what the selector settled on along the way. `selector` is its name in `SELECTORS`.
     """
 
     layers: tuple[int, ...]
@@ -37,19 +36,17 @@ class Selector:
 
     Parameters
     ----------
-    title : its name in figures and tables.
-    source : where it comes from.
+    title, source : its name in figures and tables, and where it comes from.
     needs : ``"nothing"``, ``"teacher"``, ``"student"`` (all linear and aligned; none of its weights is trained) or
         ``"stage 2"`` (the student, and training of candidates' weights).
     assumes : what must hold for it to choose well.
     cost : what it computes, in words, for L layers of which K are kept; "held-out" are the rows that layers are scored
         on, T the study's ``score_tokens``, and a candidate is trained on T tokens and then measured.
-    choose : called as ``choose(study, mixer, seed, **options)``; gives the `Selection`.
+    choose : ``choose(study, mixer, seed, **options)`` gives the `Selection`.
     options : keywords of `choose` and `record` with their defaults.
     record : the own parameters of its ``"score"`` record, or a function ``record(settings, num_layers, seed,
-        **options)`` that gives them and runs nothing; None if it has no such record. Of a list of records the first
-        that the teacher allows is made. `full_parameters` adds what they share.
-    control : whether it is there to compare with, not to be used: no advice names it.
+        **options)`` that gives them; None if it has none. Of a list the first that the teacher allows is made.
+    control : whether it is there to compare with, not to be used.
     """
 
     title: str
@@ -63,7 +60,7 @@ class Selector:
     control: bool = False
 
     def records(self, settings, num_layers: int, seed: int, **options) -> list[Mapping]:
-        """`record` as a list under these `StudySettings`, the defaults replaced by `options`."""
+        """`record` as a list under these `StudySettings`."""
         own = self.record or []
         own = own(settings, num_layers, seed, **{**self.options, **options}) if callable(own) else own
         return own if isinstance(own, list) else [own]
@@ -74,7 +71,7 @@ SELECTORS: dict[str, Selector] = {}
 
 
 def find_selector(name: str) -> Selector:
-    """The selector of that name. Raises ValueError, with the name that was likely meant or all of them."""
+    """The selector of that name. Raises ValueError for an unknown name."""
     if not isinstance(name, str) or name not in SELECTORS:
         close = difflib.get_close_matches(str(name), SELECTORS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(SELECTORS)}"
@@ -83,7 +80,7 @@ def find_selector(name: str) -> Selector:
 
 
 def run_selector(name: str, study, mixer: str, seed: int, options: Mapping[str, object]) -> Selection:
-    """Let the selector choose, its defaults replaced by `options`. Raises ValueError for an unknown name or option."""
+    """Let the selector choose. Raises ValueError for an unknown name or option."""
     method = find_selector(name)
     for option, value in options.items():
         if option not in method.options:
@@ -93,10 +90,8 @@ def run_selector(name: str, study, mixer: str, seed: int, options: Mapping[str, 
 
 
 def full_parameters(own: Mapping, settings, origin: Mapping) -> dict:
-    """All parameters of a record that scores layers: its `own`, the held-out tokens, and where its models come from.
-
-    `origin` has the parameters of the aligned student, or those of the teacher and of the text that it reads.
-    """
+    """All parameters of a record that scores layers: its `own`, the held-out tokens, and the `origin` of its models,
+    the parameters of the aligned student or those of the teacher and its text."""
     if "mixer" in origin:
         origin = {"aligned": origin, "mixer": origin["mixer"], "seed": origin["seed"]}
     return {"heldout_tokens": settings.heldout_tokens, **origin, **own}
@@ -114,9 +109,9 @@ def scorer(name: str, title: str, source: str, needs: str, assumes: str, cost: s
            note: str = "", **fields):
     """Declare selector `name` by the decorated function ``measure(study, mixer, seed, own)``, remembered as a record.
 
-    The measurement depends on nothing but the study's models and text and the record's `own` parameters. It gives
-    `LayerScores`, or metrics with ``cost`` and with ``layers``, ``values`` or both. Where it gives no layers, `rule` of
-    `select` chooses them by the scores, or the K best are chosen. `note` is a format for the note, filled from `own`.
+    It gives `LayerScores`, or metrics with ``cost`` and with ``layers``, ``values`` or both, by nothing but the study's
+    models and text and the record's `own` parameters. Where it gives no layers, `rule` of `select` chooses them by the
+    scores, or the K best are chosen. `note` is a format for the note, filled from `own`.
     """
     def declare(measure):
         def choose(study, mixer, seed, **options):
@@ -128,18 +123,16 @@ def scorer(name: str, title: str, source: str, needs: str, assumes: str, cost: s
             for own in records:
                 try:
                     metrics = study.remember(own, compute, None if needs == "teacher" else mixer, seed).metrics
-                    return _selection(study, metrics, rule, note.format(**own))
+                    break
                 except TaskTooHard:
                     if own is records[-1]:
                         raise
+            layers, values, cost = (metrics.get(key) for key in ("layers", "values", "cost"))
+            if layers is None:
+                scores, budget = LayerScores.from_dict(metrics), study.settings.budget
+                count = budget_layers(budget, study.num_layers)
+                layers = select(rule, budget, scores=scores) if rule else scores.best(count)
+            return Selection(tuple(layers), cost and Cost.from_dict(cost), values and tuple(values), note.format(**own))
         selector(name, title, source, needs, assumes, cost, **fields)(choose)
         return measure
     return declare
-
-
-def _selection(study, metrics, rule, note):
-    layers, values, cost = metrics.get("layers"), metrics.get("values"), metrics.get("cost")
-    if layers is None:
-        scores, budget = LayerScores.from_dict(metrics), study.settings.budget
-        layers = select(rule, budget, scores=scores) if rule else scores.best(budget_layers(budget, study.num_layers))
-    return Selection(tuple(layers), cost and Cost.from_dict(cost), values and tuple(values), note)

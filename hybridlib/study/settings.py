@@ -21,7 +21,7 @@ class NotebookSettings:
     Parameters
     ----------
     teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
-    context : tokens a row. batch_tokens : tokens a step.
+    context, batch_tokens : tokens a row and a step.
     budget : share (float) or count (int) of softmax layers.
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     results : folder of records; ``""`` is ``data/results/local`` of the checkout.
@@ -57,7 +57,7 @@ class StudySettings(NotebookSettings):
 
     Parameters
     ----------
-    align_tokens, match_tokens : tokens of stage 1 and of stage 2; score_tokens : of stage 2 for each layer's candidate.
+    align_tokens, match_tokens, score_tokens : tokens of stage 1, of stage 2, and of stage 2 for a layer's candidate.
     seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
     heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
     align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
@@ -82,19 +82,17 @@ class StudySettings(NotebookSettings):
             check_int("score_tokens", self.score_tokens, self.context)
         check_int("seeds", self.seeds, 1)
         check_number("align_learning_rate", self.align_learning_rate, 0, open_low=True)
-        check_number("match_learning_rate", self.match_learning_rate, 0)
-        check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
+        for name in ("match_learning_rate", "mixer_learning_rate"):
+            check_number(name, getattr(self, name), 0)
         check_int("recall_pairs", self.recall_pairs, 2)
 
     @property
     def align_settings(self) -> AlignSettings:
-        """The settings of stage 1."""
         return AlignSettings(batch_tokens=self.batch_tokens, learning_rate=self.align_learning_rate, compile=True,
                              cuda_graph=True)
 
     @property
     def match_settings(self) -> MatchSettings:
-        """The settings of stage 2, for candidates and hybrids alike."""
         return MatchSettings(batch_tokens=self.batch_tokens, learning_rate=self.match_learning_rate,
                              mixer_learning_rate=self.mixer_learning_rate, compile=True, cuda_graph=True)
 
@@ -103,18 +101,16 @@ def notebook_settings(namespace: Mapping, form: type = StudySettings):
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
     `form` is the dataclass of settings that the notebook takes; parameters of `StudySettings` that it lacks are passed
-    over, so that one profile can serve several notebooks. Every other plain variable (number, text, list, truth value)
-    must be a parameter: papermill only warns of an unknown one, here it is refused, with the name that was likely
-    meant. Raises ValueError for that and for a value out of range.
+    over, so that one profile can serve several notebooks. Raises ValueError for a value out of range and for any other
+    plain variable (number, text, list, truth value), of which papermill only warns.
     """
-    known = {f.name for f in fields(form)}
-    passed = {f.name for f in fields(StudySettings)} - known
+    names = {f.name for f in fields(form)}
     plain = {name: value for name, value in namespace.items()
              if not name.startswith("_") and name not in ("In", "Out", "quit", "exit")
              and isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))}
-    for name in plain:
-        if name not in known | passed:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(known))}"
-            raise ValueError(f"{name}={plain[name]!r} is no parameter of this notebook; {hint}")
-    return form(**{name: value for name, value in plain.items() if name in known})
+    unknown = [name for name in plain if name not in names | {f.name for f in fields(StudySettings)}]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose among {', '.join(sorted(names))}"
+        raise ValueError(f"{unknown[0]}={plain[unknown[0]]!r} is no parameter of this notebook; {hint}")
+    return form(**{name: value for name, value in plain.items() if name in names})

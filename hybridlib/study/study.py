@@ -1,8 +1,4 @@
-"""A study: the steps of the paper under one set of parameters, each run once and remembered as a record.
-
-Notebooks call its methods, so that a cell reads like the paper's algorithm, and two notebooks that need the same
-aligned student or the same scores share them.
-"""
+"""A study: the steps of the paper under one set of parameters, each run once and remembered as a record."""
 
 from __future__ import annotations
 
@@ -41,19 +37,18 @@ __all__ = ["Study", "StudyRecords"]
 class Study:
     """The steps of the paper under one `StudySettings`, each a record in `ledger`.
 
-    A step that was run before, in this notebook or another, is read from its record. With ``recompute=True`` each step
-    is run once more in the life of this object. Aligned students lie beside the records, in ``models/``. So does the
-    checkpoint of a run of more than `checkpoint_every` tokens, from which the same call continues a killed run.
+    A step that was run before, in this notebook or another, is read from its record; with ``recompute=True`` each is
+    run once more in the life of this object. Aligned students lie beside the records, in ``models/``, as do checkpoints
+    of runs of more than `checkpoint_every` tokens, from which the same call continues a killed run.
 
     Parameters
     ----------
     settings : `StudySettings`; its defaults if None.
-    executor : scores layers by tasks, as in `score_layers`. Workers load teacher, corpus and aligned student by the
-        names in `settings`, on its device, and must see the folder of records.
-    group : layers that are scored together, as in `score_layers`. No record depends on it.
+    executor : scores layers by tasks, as in `Engine`. Workers load teacher, corpus and aligned student by the names in
+        `settings`, on its device, and must see the folder of records.
+    group : layers that are scored together, as in `Engine`. No record depends on it.
 
-    Raises ValueError if the teacher's context is shorter than ``settings.context``, or it has fewer layers than
-    ``settings.budget`` counts.
+    Raises ValueError if the teacher has a shorter context or fewer layers than `settings` ask for.
     """
 
     def __init__(self, settings: StudySettings | None = None, executor=None, group: int | None = None):
@@ -83,11 +78,8 @@ class Study:
         return range(self.settings.seeds)
 
     def tokens(self, seed: int, num_tokens: int, part: str = "test") -> Tokens:
-        """Rows of `num_tokens` training tokens in the order of `seed`, and one half of the held-out rows.
-
-        Layers are scored on `part` ``"score"`` and hybrids are measured on ``"test"``, so that no choice is judged by
-        the rows that it was made on. Raises ValueError if there are fewer than two held-out rows.
-        """
+        """Rows of `num_tokens` training tokens in the order of `seed`, and one half of the held-out rows: layers are
+        scored on `part` ``"score"`` and hybrids measured on ``"test"``. Raises ValueError if one is empty."""
         s = self.settings
         key = seed, max(num_tokens, s.context)
         if key not in self._tokens:
@@ -96,15 +88,14 @@ class Study:
         whole = self._tokens[key]
         half = len(whole.heldout) // 2
         if half == 0:
-            raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of {s.context} tokens; "
-                             "use a shorter context or a larger corpus")
+            raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of context={s.context} tokens")
         rows = whole.heldout[:half] if part == "score" else whole.heldout[half:2 * half]
         return Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
 
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
         parameters, settings = self.aligned_parameters(mixer, seed), self.settings.align_settings
-        folder = self._model_folder(parameters)
+        folder = self._folder("align", parameters)
 
         def compute():
             teacher, tokens = self.teacher.model, self.tokens(seed, self.settings.align_tokens, "score")
@@ -129,9 +120,7 @@ class Study:
                normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:
         """Scores of all layers of the aligned student, as in `score_layers`. Record kind ``"score"``.
 
-        With metric ``"kl"``, every candidate becomes a record of kind ``"candidate"`` as soon as it is measured. With
-        `early_stop` it becomes one at every measurement: those before the last say after how many tokens, ``until``,
-        and those on a part of the held-out tokens say on how many, ``measured_tokens``.
+        With metric ``"kl"``, every candidate is recorded too, see `StudyRecords`.
         """
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
@@ -148,7 +137,7 @@ class Study:
             student, tokens = self.aligned(mixer, seed), self.tokens(seed, s.score_tokens, "score")
             inputs = self.scoring_inputs(mixer, seed, tokens) if self.executor is not None and metric == "kl" else None
             engine = Engine(self.executor, self.group, records=records, inputs=inputs,
-                            checkpoints=self.ledger.folder / "models" / self.ledger.path("score", parameters).stem)
+                            checkpoints=self._folder("score", parameters))
             return score_layers(student, self.teacher.model, tokens, direction=direction, metric=metric,
                                 num_tokens=s.score_tokens, settings=settings, normalize=normalize,
                                 early_stop=early_stop, engine=engine).to_dict()
@@ -156,11 +145,8 @@ class Study:
         return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
-        """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget.
-
-        `mixer` is the student's, None for the study's; `options` are the selector's own. Raises ValueError for an
-        unknown selector or option, and what the selector raises.
-        """
+        """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget; `mixer` is the
+        student's, None for the study's, and `options` are the selector's own."""
         return self.selection(selector, mixer, seed, **options).layers
 
     def selection(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> Selection:
@@ -169,11 +155,8 @@ class Study:
 
     def remember(self, parameters: Mapping, compute: Callable[[], dict], mixer: str | None = None, seed: int = 0, *,
                  kind: str = "score") -> Record:
-        """The record of a selector's measurement, computed once.
-
-        It depends on `parameters`, on the held-out rows that layers are scored on, and on the student aligned with
-        `mixer` and `seed` or, without a mixer, on the teacher.
-        """
+        """The record of a selector's measurement with these `parameters`, of the student aligned with `mixer` and
+        `seed` or, without a mixer, of the teacher."""
         s = self.settings
         if mixer is not None:
             origin = self.aligned_parameters(mixer, seed)
@@ -209,11 +192,8 @@ class Study:
             self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
-        """Distil every selection: a table with one row a selection and seed, of ``selector``, ``seed``, ``layers`` and
-        the metrics of `hybrid`.
-
-        `selections` maps a name to {seed: layers}. Selections that keep the same layers share one run.
-        """
+        """Distil every selection, {name: {seed: layers}}: a table with one row a selection and seed, of ``selector``,
+        ``seed``, ``layers`` and the metrics of `hybrid`."""
         rows = []
         for name, by_seed in selections.items():
             for seed, layers in by_seed.items():
@@ -224,23 +204,21 @@ class Study:
 
     @property
     def recall_task(self) -> RecallTask:
-        """The recall task on which hybrids are measured beside their KL."""
         return RecallTask("key_value", pairs=self.settings.recall_pairs)
 
     def scoring_inputs(self, mixer: str, seed: int, tokens: Tokens) -> ScoringInputs:
         """Where workers find the aligned student, which `aligned` saved, and the `tokens` that layers are scored on."""
         s = self.settings
-        folder = self._model_folder(self.aligned_parameters(mixer, seed))
+        folder = self._folder("align", self.aligned_parameters(mixer, seed))
         return ScoringInputs(str(folder.resolve()), weights_sha256(folder), _absolute(s.teacher), _absolute(s.corpus),
                              s.context, seed, max(s.score_tokens, s.context), 2 * s.heldout_tokens,
                              (0, len(tokens.heldout)), tokens.fingerprint, s.device)
 
-    def _model_folder(self, parameters):
-        return self.ledger.folder / "models" / self.ledger.path("align", parameters).stem
+    def _folder(self, kind, parameters):
+        return self.ledger.folder / "models" / self.ledger.path(kind, parameters).stem
 
     @property
     def match_settings(self) -> MatchSettings:
-        """The settings of stage 2, for candidates and hybrids alike."""
         return self.settings.match_settings
 
     def aligned_parameters(self, mixer: str, seed: int) -> dict:
@@ -253,16 +231,13 @@ class Study:
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
         """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
-        folder = self.ledger.folder / "models" / f"{self.ledger.path(kind, parameters).stem}.checkpoint"
+        folder = self._folder(kind, parameters).with_suffix(".checkpoint")
         yield folder if num_tokens > settings.checkpoint_every else None
         shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
-        """The record of (kind, parameters).
-
-        It is computed if there is none, if a file that belongs to it is `missing`, or if the study recomputes and has
-        not yet computed this one.
-        """
+        """The record of (kind, parameters), computed if there is none, if a file that belongs to it is `missing`, or if
+        the study recomputes and has not yet computed this one."""
         path = str(self.ledger.path(kind, parameters))
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
@@ -270,15 +245,16 @@ class Study:
 
 
 def _absolute(name):
-    """`name` as an absolute path if it is a path, so that a worker in another folder finds it; else unchanged."""
+    """`name`, as an absolute path if it is a path."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
 class StudyRecords:
-    """The candidates of one scoring as records in a study's ledger: a `CandidateRecords` for `score_layers`.
+    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`.
 
-    `parameters` are those of the scoring's own record, ``num_tokens`` among them.
+    `parameters` are those of the scoring's own record. With an early stop there is a record a measurement: those before
+    the last have ``until``, their tokens, and those on fewer held-out tokens ``measured_tokens``.
     """
 
     def __init__(self, study: Study, parameters: Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -34,10 +33,9 @@ def logits(model, ids):
     return model.lm_head(last_hidden(model, ids))
 
 
-def with_backend(model, backend="reference"):
+def by_recurrence(model):
     for layer in model.model.layers:
-        mixer = getattr(layer.self_attn, "linear", layer.self_attn)
-        mixer.backend = backend
+        layer.self_attn.backend = "reference"  # has no product of matrices
     return model
 
 
@@ -56,7 +54,7 @@ def test_a_teachers_forward_and_backward_pass_are_what_the_counter_counts(tiny_t
 
 @pytest.mark.parametrize(("mixer", "a_state_entry"), [("gdn", 7), ("gla", 5)])
 def test_a_students_products_are_counted_and_its_states_are_those_of_the_recurrence(tiny_teacher, mixer, a_state_entry):
-    student = with_backend(hl.linearize(tiny_teacher("qwen3"), mixer))  # the recurrence has no product of matrices
+    student = by_recurrence(hl.linearize(tiny_teacher("qwen3"), mixer))
     ids = torch.arange(4 * TIME).view(4, TIME) % 64
     states = 3 * 4 * 16 * 16 * a_state_entry  # layers, heads, key_dim, value_dim
     with torch.no_grad():
@@ -67,7 +65,7 @@ def test_a_students_products_are_counted_and_its_states_are_those_of_the_recurre
 
 def test_a_gated_model_does_the_work_of_both_branches_and_saves_the_weights_gradients(tiny_teacher):
     teacher = tiny_teacher("llama", layers=6)
-    student, ids = with_backend(hl.linearize(teacher)), torch.arange(4 * TIME).view(4, TIME) % 64
+    student, ids = by_recurrence(hl.linearize(teacher)), torch.arange(4 * TIME).view(4, TIME) % 64
     gates = torch.full((6,), 0.5, requires_grad=True)
     model = gated_model(student, teacher, gates)
     attention = sum(forward_flops(layer.self_attn, TIME) for layer in teacher.model.layers)
@@ -82,11 +80,9 @@ def test_a_gated_model_does_the_work_of_both_branches_and_saves_the_weights_grad
 def test_costs_add_up_and_come_back_from_their_dict():
     a = Cost(10, 20, 2, 5.0, 1.5, None, "this CPU")
     b = Cost(1, 2, 1, 0.5, 0.5, 7, "a GPU")
-    assert a + b == Cost(11, 22, 3, 5.5, 2.0, 7, "this CPU; a GPU") and (a + b).tokens == 33
+    assert a + b == Cost(11, 22, 3, 5.5, 2.0, 7, "this CPU; a GPU")
     assert Cost.total([a, a]) == Cost(20, 40, 4, 10.0, 3.0, None, "this CPU") and Cost.total([]) == Cost()
     assert Cost.from_dict(a.to_dict()) == a
-    with pytest.raises(ValueError, match="cost has the fields"):
-        Cost.from_dict({"flops": 1.0})
 
 
 def test_a_meter_counts_what_it_is_told(tiny_teacher):
@@ -106,20 +102,17 @@ def test_a_meter_counts_what_it_is_told(tiny_teacher):
 
 
 class OnGPU:
-    """What a meter asks of a model and of its weights."""
+    """What a meter asks of a model: weights on a GPU, (address, bytes) each."""
 
-    def __init__(self, *storages):
-        self.held, self.device = [(number, size) for number, size in storages], torch.device("cuda", 0)
+    def __init__(self, *weights):
+        self.weights = [SimpleNamespace(device=torch.device("cuda", 0), untyped_storage=lambda a=address, b=size: (
+            SimpleNamespace(data_ptr=lambda: a, nbytes=lambda: b))) for address, size in weights]
 
     def parameters(self):
-        return iter([self, self])
+        return iter(self.weights[:1] * 2)
 
     def buffers(self):
-        return (OnGPU(one) for one in self.held)
-
-    def untyped_storage(self):
-        (number, size), = self.held[:1]
-        return SimpleNamespace(data_ptr=lambda: number, nbytes=lambda: size)
+        return iter(self.weights)
 
 
 @pytest.fixture
@@ -144,24 +137,20 @@ def test_peak_memory_is_the_works_own_whatever_else_lies_on_the_gpu(memory, othe
     assert Meter(teacher).cost().peak_memory == 140  # a model that it was not given lay there before
 
 
-def test_a_part_of_a_job_counts_what_earlier_parts_left(memory):
-    teacher = OnGPU((1, 100))
+def test_a_part_of_a_job_counts_what_earlier_parts_left(memory, aligned, tiny_tokens, monkeypatch):
+    weights = OnGPU((1, 100))
     memory.now = memory.peak = 1_100
-    beside = held_beside(teacher)
-    assert beside == 1_000
+    assert held_beside(weights) == 1_000
     memory.now += 50  # what the first part leaves
-    assert Meter(teacher, beside=beside).cost().peak_memory == 150
+    assert Meter(weights, beside=1_000).cost().peak_memory == 150
     memory.now = memory.peak = 900  # others gave back what was theirs
-    assert Meter(teacher, beside=1_000).cost().peak_memory == 0
-
-
-def test_candidates_leave_out_what_lay_there_before_the_scoring(aligned, tiny_tokens, monkeypatch):
+    assert Meter(weights, beside=1_000).cost().peak_memory == 0
     student, teacher = aligned
-    asked, real = [], candidates.Meter
-    monkeypatch.setattr(inputs, "held_beside", lambda *models: asked.append(models) or 7)
-    monkeypatch.setattr(candidates, "Meter", lambda *models, beside: asked.append(beside) or real(*models))
+    calls, real = [], candidates.Meter
+    monkeypatch.setattr(inputs, "held_beside", lambda *models: calls.append(models) or 7)
+    monkeypatch.setattr(candidates, "Meter", lambda *models, beside: calls.append(beside) or real(*models))
     hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
-    assert asked == [(teacher, student), 7, 7, 7]
+    assert calls == [(teacher, student), 7, 7, 7]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory is counted")
@@ -185,16 +174,13 @@ def test_scores_carry_what_a_candidate_a_layer_costs(tiny_teacher, tiny_tokens, 
     assert scores.cost.forward_tokens == 2 * 128 + 3 * 128 and scores.cost.passes == 2 + 3 * 2
     expected = 2 * 128 * theirs + 3 * 128 * (training_flops(one, 16) + forward_flops(one, 16))
     assert scores.cost.flops == pytest.approx(expected) and scores.cost.seconds <= scores.seconds * 1.01
-    again = hl.LayerScores.from_dict(scores.to_dict())
-    assert again == scores and isinstance(again.cost, Cost)
+    assert hl.LayerScores.from_dict(scores.to_dict()) == scores
 
 
 def test_scores_recorded_before_costs_were_are_still_read():
     old = {"direction": "add", "metric": "kl", "values": [-1.0], "measured": [1.0], "stderr": [0.0], "tokens": 1,
            "seconds": 1.0}
     assert hl.LayerScores.from_dict(old).cost is None
-    scores = hl.LayerScores.from_dict(old)
-    assert dataclasses.replace(scores, cost=Cost()).to_dict()["cost"] == Cost().to_dict()
 
 
 def test_the_stage_one_error_costs_a_pass_of_the_teacher_and_of_the_mixers(tiny_teacher, tiny_tokens):

@@ -74,44 +74,33 @@ def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembe
     assert needs == "nothing" or {r.kind for r in study.ledger} >= {"score"}
 
 
-@pytest.mark.parametrize("name", ["ar", "halo"])
+@pytest.mark.parametrize("name", ["ar", "ar-mh", "halo"])
 def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     study = lab_study()
     found = study.selection(name, num_examples=40)
     check(study, found, 2)
     assert lab_study().selection(name, num_examples=40) == found
-    assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
-
-
-def test_recall_over_two_hops_takes_the_chains_that_the_teacher_can_follow(lab_study, monkeypatch):
-    found = lab_study().selection("ar-mh", num_examples=40)
-    check(lab_study(), found, 2)
-    assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
-    task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar")
-             if r.parameters["task"]["hops"] == 2]
-    assert (task["name"], task["pairs"]) == ("variable_tracking", 8)  # the lab teacher is at chance in multi_hop
-    monkeypatch.setattr(ablation, "_refuse_chance", lambda *a: None)
-    first = lab_study().selection("ar-mh", num_examples=24)
-    assert [r.parameters["task"]["name"] for r in lab_study().ledger.find("score", selector="ar", num_examples=24)
-            ] == ["multi_hop"] and first.values != found.values
+    if name == "ar-mh":  # the lab teacher is at chance in multi_hop
+        assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
+    else:
+        assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
 
 
 def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):
-    tried, able = [], lambda task: False
+    tasks, easy = [], set()
 
     def refuse(task, *rest):
-        tried.append((task.name, task.pairs))
-        if not able(task):
+        tasks.append((task.name, task.pairs))
+        if tasks[-1] not in easy:
             raise ablation.TaskTooHard(f"{task.name} is beyond it")
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
         lab_study().select("ar-mh", num_examples=8)
-    assert tried == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
-    for count, name, pairs in ((9, "variable_tracking", 4), (10, "multi_hop", 2)):
-        able = lambda task: (task.name, task.pairs) == (name, pairs)  # noqa: E731
-        note = lab_study().selection("ar-mh", num_examples=count).note
+    assert tasks == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
+    for count, name, pairs in ((9, "multi_hop", 2), (10, "variable_tracking", 4), (11, "multi_hop", 8)):
+        easy.add((name, pairs))
+        assert lab_study().selection("ar-mh", num_examples=count).note == f"scores of the task {name}, {pairs} pairs"
         task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
-        assert note == f"scores of the task {task['name']}, {task['pairs']} pairs"
         assert (task["name"], task["pairs"]) == (name, pairs)
 
 
@@ -132,10 +121,6 @@ def test_the_gate_gradient_costs_at_most_its_share_of_ga_s2(make, tiny_tokens):
     assert turns.flops == pytest.approx(training + held / 16 * row)
     fewer = study.selection("gate-gradient-turns", train=128 / size, share=(turns.flops - 0.5 * row) / whole.flops).cost
     assert fewer.training_tokens == 128 + held - 16
-    with pytest.raises(ValueError, match="^share=0"):
-        study.select("gate-gradient", share=0)
-    with pytest.raises(ValueError, match="^train=2"):
-        study.select("gate-gradient", train=2)
 
 
 def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
@@ -156,8 +141,6 @@ def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
     slow = study.selection("ga-s2-slow", rate=0.25)
     assert slow.values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
     assert slow.values != study.selection("ga-s2").values
-    with pytest.raises(ValueError, match="^rate=0"):
-        study.select("ga-s2-slow", rate=0)
 
 
 def test_smart_places_layers_by_untrained_candidates(make):
@@ -169,18 +152,14 @@ def test_smart_places_layers_by_untrained_candidates(make):
     assert found.layers == hl.select("smart", KEPT, scores=untrained)
     trained = study.selection("smart", num_tokens=128)
     assert trained.values == pytest.approx(study.selection("ga-s2").values, rel=1e-5) != found.values
-    with pytest.raises(ValueError, match="^num_tokens=8 "):
-        study.select("smart", num_tokens=8)
 
 
 def test_gates_in_turn_are_trained_at_a_share_of_the_mixers_rate(make):
     study = make()
     full, slow = (study.selection(name) for name in ("gate-gradient-turns", "gate-gradient-turns-slow"))
     assert full.values != slow.values and full.cost.training_tokens == slow.cost.training_tokens
-    asked = study.selection("gate-gradient-turns", rate=0.1)
-    assert (asked.values, asked.cost) == (slow.values, slow.cost)  # one question, one record
-    with pytest.raises(ValueError, match="^rate=0"):
-        study.select("gate-gradient-turns", rate=0)
+    again = study.selection("gate-gradient-turns", rate=0.1)
+    assert (again.values, again.cost) == (slow.values, slow.cost)  # of one record
 
 
 def test_the_names_are_those_of_the_rules_and_each_is_described():
@@ -239,10 +218,6 @@ def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     sets = [r for r in study.ledger.find("candidate", num_tokens=128) if len(r.parameters.get("layers", ())) == KEPT]
     assert len(sets) == 6 and every.cost.training_tokens == 6 * 128 and every.cost.forward_tokens == 6 * (128 + 2 * 64)
     assert every.cost.seconds == pytest.approx(sum(r.metrics["cost"]["seconds"] for r in sets))
-    forward = study.selection("greedy-forward").cost
-    assert forward.training_tokens == (LAYERS + LAYERS - 1) * 128 and forward.seconds > ga.seconds
-    assert hl.SELECTORS["greedy-forward"].cost.startswith("K (2 L - K + 1) / 2 candidates")
-    assert hl.SELECTORS["greedy-backward"].cost.startswith("(L - K) (L + K + 1) / 2 candidates")
     for name, sets in (("greedy-forward", KEPT * (2 * LAYERS - KEPT + 1) // 2),
                        ("greedy-backward", (LAYERS - KEPT) * (LAYERS + KEPT + 1) // 2)):
         assert study.selection(name).cost.training_tokens == sets * 128
@@ -278,7 +253,10 @@ def test_rules_take_their_options(make):
     ("uniform", {"width": 2}, "^width=2 is no option of selector 'uniform'; its options: offset$"),
     ("first", {"width": 2}, "^width=2 is no option of selector 'first'; its options: none$"),
     ("uniform", {"offset": "left"}, "^offset='left'"), ("beam", {"width": 0}, "^width=0"),
-    ("gate-gradient", {"at": 2}, "^at=2"), ("rad", {"evaluations": 0}, "^evaluations=0"),
+    ("gate-gradient", {"at": 2}, "^at=2"), ("gate-gradient", {"share": 0}, "^share=0"),
+    ("gate-gradient", {"train": 2}, "^train=2"), ("gate-gradient-turns", {"rate": 0}, "^rate=0"),
+    ("ga-s2-slow", {"rate": 0}, "^rate=0"), ("smart", {"num_tokens": 8}, "^num_tokens=8 "),
+    ("rad", {"evaluations": 0}, "^evaluations=0"),
     ("ga-s2-spaced", {"penalty": -1}, "^penalty=-1")])
 def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import pytest
 
@@ -55,21 +55,26 @@ def test_recompute_runs_each_step_once_more_with_the_same_numbers(small_study):
     assert after.started > before.started
 
 
+def killed_after(calls, function):
+    """`function`, interrupted at the call after `calls` calls."""
+    left = iter(range(calls))
+
+    def call(*args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("stage", ["align", "hybrid"])
 def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkeypatch, stage):
     every = dict(checkpoint_every=64)
     monkeypatch.setattr(settings_module, "AlignSettings", lambda **k: hl.AlignSettings(**k, **every))
     monkeypatch.setattr(settings_module, "MatchSettings", lambda **k: hl.MatchSettings(**k, **every))
     whole = small_study(results=str(tmp_path / "whole")).hybrid([1])
-    rows, left = hl.Tokens.rows, [3 if stage == "align" else 4 + 1]  # training steps until the kill; align takes 4
-
-    def killed(tokens, position, count):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return rows(tokens, position, count)
-
-    monkeypatch.setattr(hl.Tokens, "rows", killed)
+    rows = hl.Tokens.rows
+    monkeypatch.setattr(hl.Tokens, "rows", killed_after(3 if stage == "align" else 4 + 1, rows))  # align takes 4 steps
     with pytest.raises(KeyboardInterrupt):
         small_study().hybrid([1])
     models = small_study().ledger.folder / "models"
@@ -82,30 +87,19 @@ def test_a_killed_step_goes_on_from_its_checkpoint(small_study, tmp_path, monkey
 
 def test_a_killed_scoring_goes_on_with_the_next_candidate(small_study, tmp_path, monkeypatch):
     whole = small_study(results=str(tmp_path / "whole")).scores("gdn", 0)
-    small_study.calls.clear()
-    train, left = candidates.match, [2]
-
-    def killed(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr(candidates, "match", killed)
+    train = candidates.match
+    monkeypatch.setattr(candidates, "match", killed_after(2, train))
     with pytest.raises(KeyboardInterrupt):
         small_study().scores("gdn", 0)
     assert [r.parameters["layer"] for r in small_study().ledger.find("candidate")] == [0, 1]
-    left[0] = 1  # what is left to do
-    assert small_study().scores("gdn", 0).values == whole.values and left == [0]
+    monkeypatch.setattr(candidates, "match", killed_after(1, train))  # as many as are left to do
+    assert small_study().scores("gdn", 0).values == whole.values
 
 
 def test_a_lost_model_is_made_again(small_study):
     study = small_study()
     study.aligned("gdn", 0)
-    for file in (study.ledger.folder / "models").rglob("*.*"):
-        file.unlink()
-    for folder in (study.ledger.folder / "models").iterdir():
-        folder.rmdir()
+    shutil.rmtree(study.ledger.folder / "models")
     small_study().aligned("gdn", 0)
     assert small_study.calls == ["align", "align"]
 
@@ -117,7 +111,9 @@ def test_seeds_mixers_and_selectors_are_kept_apart(small_study):
     assert study.scores("gdn", 0).values != study.scores("gdn", 1).values
     raw = study.scores("gdn", 0, metric="mse", normalize=False)
     assert raw.values != study.scores("gdn", 0, metric="mse").values
-    assert study.select("uniform") == (1,) and len(study.select("random", seed=1)) == 1
+    record, = study.ledger.find("score", mixer="gdn", seed=1)
+    assert record.parameters["aligned"]["revision"] == "r1" and record.parameters["num_tokens"] == 64
+    assert record.tokens == 3 * 64 and record.seconds > 0
 
 
 def test_compare_gives_a_row_a_selection_and_seed(small_study):
@@ -125,15 +121,6 @@ def test_compare_gives_a_row_a_selection_and_seed(small_study):
     assert list(table["selector"]) == ["middle", "middle", "none"] and list(table["layers"]) == [(1,), (1,), ()]
     assert table["kl"].notna().all()
     assert small_study.calls.count("match") == 3
-
-
-def test_records_say_what_was_run(small_study):
-    study = small_study()
-    study.scores("gla", 1)
-    record, = study.ledger.find("score", mixer="gla", seed=1)
-    assert record.parameters["aligned"]["revision"] == "r1" and record.parameters["num_tokens"] == 64
-    assert record.tokens == 3 * 64 and record.seconds > 0
-    json.dumps(record.parameters)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

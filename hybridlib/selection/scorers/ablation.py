@@ -1,7 +1,6 @@
 """Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced.
 
-Nothing is trained: the scores' `tokens` are 0, and their `cost` counts what the forward passes read. The models are
-left as they were. `hybridlib.selection.scorers.speculative` silences sets of layers.
+Nothing is trained, and the models are left as they were.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from tqdm.auto import tqdm
 from hybridlib.checks import check_int
 from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
-from hybridlib.models.passes import last_hidden
+from hybridlib.models.passes import evaluation_mode, last_hidden
 from hybridlib.models.teachers import check_family
-from hybridlib.selection.cost import Cost, Meter
+from hybridlib.selection.cost import Meter
 from hybridlib.selection.scores import LayerScores
 
 __all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
@@ -35,10 +34,9 @@ class TaskTooHard(ValueError):
 
 @contextmanager
 def ablate(model, layers: Iterable[int]) -> Iterator[None]:
-    """Within the context, the attention of `layers` adds nothing to the residual stream of `model`.
+    """Within the context, the attention of `layers` adds nothing, nor its bias, to the residual stream of `model`.
 
-    The attention's output, its bias included, is zero; the rest of the layer runs. At the end, also by an error, the
-    model is as it was. Raises ValueError for a layer out of range or named twice.
+    Raises ValueError for a layer out of range or named twice.
     """
     layers = check_layers(layers, model.config.num_hidden_layers)
 
@@ -53,76 +51,59 @@ def ablate(model, layers: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-def silence_each(teacher, tokens, heldout_tokens: int | None, batch_tokens: int, desc: str,
-                 prepare: Callable[[list[torch.Tensor]], Callable[[], torch.Tensor]]) -> tuple[list, list, Cost]:
-    """Measure held-out rows with the attention of each layer silenced alone.
+def silence_each(teacher, tokens, batch_tokens: int, metric: str,
+                 prepare: Callable[[list[torch.Tensor]], Callable[[], torch.Tensor]]) -> LayerScores:
+    """Measure the held-out rows of `tokens`, `batch_tokens` a pass, with the attention of each layer silenced alone.
 
-    Parameters
-    ----------
-    teacher : a causal LM of a supported family.
-    tokens : whose held-out rows are read; heldout_tokens : how many held-out tokens at most, None for all.
-    batch_tokens : tokens a forward pass.
-    desc : of the progress bar.
-    prepare : takes the rows in batches, lets the intact teacher read them once, and gives a function that lets the
-        silenced teacher read them and gives a number a row, (rows,).
-
-    Returns the mean over rows and its standard error, a number a layer each, and the cost, L + 1 passes.
+    `prepare` takes the rows in batches, lets the intact teacher read them once, and gives a function that lets the
+    silenced teacher read them and gives a number a row, (rows,). `values` and `measured` are its mean over rows.
     """
     check_family(teacher.config)
     num_layers = teacher.config.num_hidden_layers
-    meter, batches, rows = Meter(teacher), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens), []
+    meter, batches, rows = Meter(teacher), heldout_batches(teacher, tokens, batch_tokens), []
     with measuring(teacher):
         measure = prepare(batches)
-        for l in tqdm(range(num_layers), desc=desc, unit="layer", leave=False):
+        for l in tqdm(range(num_layers), desc=f"score ({metric})", unit="layer", leave=False):
             with ablate(teacher, [l]):
                 rows.append(measure())
     rows = torch.stack(rows)  # (layers, rows)
     read = (num_layers + 1) * sum(ids.numel() for ids in batches)
     meter.forward(teacher, read, tokens.context, passes=num_layers + 1)
-    return rows.mean(-1).tolist(), (rows.std(-1) / rows.shape[1] ** 0.5).tolist(), meter.cost()
+    cost, mean, stderr = meter.cost(), tuple(rows.mean(-1).tolist()), rows.std(-1) / rows.shape[1] ** 0.5
+    return LayerScores("remove", metric, mean, mean, tuple(stderr.tolist()), 0, cost.seconds, cost)
 
 
-def score_perplexity(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+def score_perplexity(teacher, tokens, *, batch_tokens: int = 8192) -> LayerScores:
     """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced.
 
-    Parameters as in `silence_each`. Metric ``"ppl"``: `values` and `measured` are the rise of the mean cross-entropy in
-    nats a token, which ranks as the rise of perplexity does; its standard error is over rows, each against itself.
-
-    Assumes that layers are independent, and that a layer which text needs is one that a linear mixer cannot replace.
-    Source: a baseline of the paper (arXiv 2512.20569).
+    Metric ``"ppl"``: `values` and `measured` are the rise of the mean cross-entropy in nats a token; its standard error
+    is over rows, each against itself. Source: a baseline of arXiv 2512.20569.
     """
     def prepare(batches):
         intact = _row_nats(teacher, batches)
         return lambda: _row_nats(teacher, batches) - intact
 
-    rise, stderr, cost = silence_each(teacher, tokens, heldout_tokens, batch_tokens, "score (ppl)", prepare)
-    return LayerScores("remove", "ppl", tuple(rise), tuple(rise), tuple(stderr), 0, cost.seconds, cost)
+    return silence_each(teacher, tokens, batch_tokens, "ppl", prepare)
 
 
 def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None, *, num_examples: int = 200,
                              seed: int = 0) -> LayerScores:
     """AR and AR-MH: how much of its recall the teacher loses with layer l's attention silenced.
 
-    An answer is right if each of its tokens is the arg max given the true text before it; all numbers of a task have
-    as many digits, so none is the start of another. The paper's code counts any answer that contains the right one.
-
-    Assumes that the teacher recalls, and that layers are independent: of two layers that stand in for each other,
-    neither scores. Cost: L + 1 forward passes over the prompts. Source: baselines of the paper (arXiv 2512.20569).
+    An answer is right if each of its tokens is the arg max given the true text before it. The paper's code counts any
+    answer that contains the right one. Source: baselines of arXiv 2512.20569.
 
     Parameters
     ----------
-    teacher, tokenizer : a causal LM of a supported family, and its tokenizer.
-    task : what to recall, None for ``RecallTask("key_value")``. One hop gives AR, more give AR-MH, for example
-        ``RecallTask("multi_hop", pairs=8, hops=2)``.
+    task : what to recall, None for ``RecallTask("key_value")``. One hop gives AR, more give AR-MH.
     num_examples, seed : prompts of the task, and the seed that draws them.
 
     Returns `LayerScores` of metric ``"ar"`` or ``"ar-mh"``. `measured` is the exact match with the layer silenced, with
-    its binomial standard error. `values` is the exact match lost; as accuracies often tie, less than half an answer is
-    added, x / (2 + 2 abs(x)) answers for a log likelihood lower by x nats an answer token, which only orders ties.
+    its binomial standard error. `values` is the exact match lost, and x / (2 + 2 abs(x)) answers more for a log
+    likelihood lower by x nats an answer token, less than half an answer, which orders ties.
 
-    Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher is at chance:
-    its exact match is not above 1 / pairs, a guess among the answers that stand in the prompt, by more than two
-    standard errors of such guessing.
+    Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher's exact match
+    is not above 1 / pairs, a guess among the prompt's answers, by more than two standard errors of such guessing.
     """
     check_family(teacher.config)
     meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)
@@ -142,24 +123,17 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
 
 
 def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_examples: int = 200, seed: int = 0,
-               heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+               batch_tokens: int = 8192) -> LayerScores:
     """HALO: recall lost over common sense lost, where layer l of the teacher alone is replaced by its aligned mixer.
 
-    The score is (max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, with r(l) the exact match on recall, c(l)
-    the common sense and both maxima over layers. The authors take c from question sets. Here c is the share of
-    held-out tokens that the model predicts first (arg max): it needs no other data, is judged by what is true rather
-    than by the teacher, and is a share of right answers like r. If the text holds recall prompts, c holds some recall.
-
-    Assumes that a layer should stay softmax if it serves recall more than the rest, and that the ratio of two small
-    losses is known well enough: it is noisy where c(l) is near the highest c, and layers at the cap tie. Cost: L
-    forward passes over prompts and held-out tokens, one more over the prompts; the alignment of `student` comes
-    before. Source: arXiv 2601.22156.
+    See `halo_values`: r(l) is the exact match on recall, c(l) the share of held-out tokens that the model predicts
+    first (arg max), where the authors take question sets. The ratio is noisy where c(l) is near the highest c, and
+    layers at the cap tie. Source: arXiv 2601.22156.
 
     Parameters
     ----------
-    student : all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
-    teacher : from which it was made; it is judged before any layer is replaced.
-    tokens, heldout_tokens, batch_tokens : as in `silence_each`; the tokenizer of `tokens` encodes the recall task.
+    student : all linear, from `linearize` and `align` of `teacher`.
+    tokens : all held-out rows are read, `batch_tokens` a pass; their tokenizer encodes the recall task.
     task, num_examples, seed : as in `score_associative_recall`.
 
     Returns `LayerScores` of metric ``"halo"``; `measured` is r(l) with its binomial standard error. Raises as
@@ -169,8 +143,8 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
-    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
-    _, encoded, right, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
+    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, batch_tokens)
+    _, encoded, answers, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
     text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
     meter.forward(teacher, prompts, prompt, head=False)
     recall, sense = [], []
@@ -178,12 +152,13 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
         replaced = restore(student, teacher, [m for m in range(num_layers) if m != l])
         with measuring(replaced):
             recall.append(_answers(replaced, encoded)[0].mean().item())
-            sense.append(_next_token_accuracy(replaced, batches))
+            right = [replaced.lm_head(last_hidden(replaced, ids))[:, :-1].argmax(-1) == ids[:, 1:] for ids in batches]
+            sense.append(torch.cat(right).double().mean().item())
         meter.forward(replaced, prompts, prompt, head=False)
         meter.forward(replaced, text, tokens.context)
     cost = meter.cost()
     return LayerScores("remove", "halo", halo_values(recall, sense), tuple(recall),
-                       _binomial_stderr(recall, len(right)), 0, cost.seconds, cost)
+                       _binomial_stderr(recall, len(answers)), 0, cost.seconds, cost)
 
 
 def halo_values(recall, sense) -> tuple[float, ...]:
@@ -195,24 +170,16 @@ def halo_values(recall, sense) -> tuple[float, ...]:
 @contextmanager
 def measuring(model) -> Iterator[None]:
     """Within the context, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            yield
-    finally:
-        model.train(was_training)
+    device = next(model.parameters()).device.type
+    with evaluation_mode(model), torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        yield
 
 
-def heldout_batches(model, tokens, heldout_tokens, batch_tokens) -> list[torch.Tensor]:
-    """Held-out rows as ids (rows, context) on the device of `model`, at most `batch_tokens` (or a row) at a time."""
+def heldout_batches(model, tokens, batch_tokens: int) -> list[torch.Tensor]:
+    """Held-out rows as ids (rows, context) on the device of `model`, `batch_tokens` (or a row) at a time."""
     check_int("batch_tokens", batch_tokens, 1)
-    count = len(tokens.heldout)
-    if heldout_tokens is not None:
-        check_int("heldout_tokens", heldout_tokens, tokens.context)
-        count = min(count, heldout_tokens // tokens.context)
     device = next(model.parameters()).device
-    return list(tokens.heldout[:count].long().to(device).split(max(1, batch_tokens // tokens.context)))
+    return list(tokens.heldout.long().to(device).split(max(1, batch_tokens // tokens.context)))
 
 
 def _row_nats(model, batches):
@@ -223,11 +190,6 @@ def _row_nats(model, batches):
         nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         rows.append(nats.double().mean(-1).cpu())
     return torch.cat(rows)
-
-
-def _next_token_accuracy(model, batches):
-    right = [(model.lm_head(last_hidden(model, ids))[:, :-1].argmax(-1) == ids[:, 1:]).flatten() for ids in batches]
-    return torch.cat(right).double().mean().item()
 
 
 def _intact(teacher, tokenizer, task, num_examples, seed):

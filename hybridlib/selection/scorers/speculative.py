@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm
 
-from hybridlib.checks import check_int, check_number
-from hybridlib.models.hybrid import check_layers
+from hybridlib.checks import check_int
 from hybridlib.models.passes import last_hidden
-from hybridlib.models.teachers import check_family
 from hybridlib.selection.cost import Cost, Meter
 from hybridlib.selection.rules import budget_layers
 from hybridlib.selection.scorers.ablation import ablate, heldout_batches, measuring, silence_each
@@ -30,11 +28,10 @@ __all__ = ["SkipSearch", "acceptance", "draft_cost", "maximize_over_sets", "scor
 
 @dataclass(frozen=True)
 class SkipSearch:
-    """The result of `search_skips`.
+    """The result of `search_skips`: `layers` are to stay softmax, and the draft skips the others.
 
-    `layers` are to stay softmax. The draft that skips the attention of the others has this `acceptance` and this
-    `throughput`, in tokens for the time that the teacher takes for one. `scores` are of single layers, `evaluations`
-    is the number of sets that were tried, `cost` that of scores and search together.
+    `acceptance` and `throughput` are the draft's, `scores` are of single layers, `evaluations` is the number of sets
+    that were tried, `cost` that of scores and search together.
     """
 
     layers: tuple[int, ...]
@@ -53,23 +50,17 @@ def acceptance(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
 def throughput(acceptance: float, cost: float, gamma: int) -> float:
     """Tokens in the time of one teacher pass: (1 - a^(gamma+1)) / ((1 - a)(gamma c + 1)) (arXiv 2211.17192, thm 3.8).
 
-    Of `gamma` tokens that are drafted before the teacher checks all in one pass, each is accepted with the probability
-    `acceptance`, a, independently; `cost`, c, is the time of a draft's pass over that of a teacher's. Both are 0 to 1.
+    `gamma` tokens are drafted before the teacher checks all in one pass, each is accepted with the probability
+    `acceptance`, a, independently, and `cost`, c, is the time of a draft's pass over that of a teacher's.
     """
-    check_number("acceptance", acceptance, 0, 1)
-    check_number("cost", cost, 0, 1)
-    check_int("gamma", gamma, 1)
     return sum(acceptance ** i for i in range(gamma + 1)) / (gamma * cost + 1)  # the geometric sum, for a = 1 too
 
 
 def draft_cost(model, skipped: Iterable[int]) -> float:
-    """Share of the teacher's weights that a draft reads, which is its share of the time to decode one sequence.
+    """Share of the teacher's weights that a draft reads, hence of the time to decode one sequence.
 
-    Input embeddings are looked up, not read; the output head is read. Keys and values are left out, so for long texts
-    a draft is cheaper than this.
+    The output head is read, input embeddings are not. Keys and values are left out.
     """
-    skipped = check_layers(skipped, model.config.num_hidden_layers)
-
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -77,46 +68,36 @@ def draft_cost(model, skipped: Iterable[int]) -> float:
     return 1 - sum(size(model.model.layers[l].self_attn) for l in skipped) / read
 
 
-def score_acceptance(teacher, tokens, *, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> LayerScores:
+def score_acceptance(teacher, tokens, *, batch_tokens: int = 8192) -> LayerScores:
     """RAD, layer by layer: the share of drafted tokens that is refused if the draft skips layer l's attention alone.
 
-    Parameters as in `silence_each`. Metric ``"rad"``: `values` is 1 - acceptance, `measured` the acceptance with its
-    standard error over rows. It is in closed form and teacher-forced: both models read the same held-out text.
-
-    Assumes that layers are independent; `search_skips` does not. Source: arXiv 2505.22135, which searches sets; a score
-    for each layer is ours, to rank with.
+    Metric ``"rad"``: `values` is 1 - acceptance, `measured` the `acceptance` on held-out text with its standard error
+    over rows. Source: arXiv 2505.22135, which searches sets; a score for each layer is ours.
     """
     def prepare(batches):
         states = [last_hidden(teacher, ids) for ids in batches]
         return lambda: _row_acceptance(teacher, batches, states)
 
-    mean, stderr, cost = silence_each(teacher, tokens, heldout_tokens, batch_tokens, "score (rad)", prepare)
-    return LayerScores("remove", "rad", tuple(1 - a for a in mean), tuple(mean), tuple(stderr), 0, cost.seconds, cost)
+    scores = silence_each(teacher, tokens, batch_tokens, "rad", prepare)
+    return replace(scores, values=tuple(1 - a for a in scores.measured))
 
 
 def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evaluations: int = 64, seed: int = 0,
-                 heldout_tokens: int | None = None, batch_tokens: int = 8192) -> SkipSearch:
-    """RAD: keep the layers that the best draft of L - K skipped layers does not skip.
-
-    The best draft has the highest `throughput`, given its acceptance (as in `score_acceptance`) and its `draft_cost`.
-    Chosen here, where the source leaves it open: exactly L - K layers are skipped, so that a budget is met (the cost is
-    then the same for all sets where layers are of one size, and the most accepted set wins); the search starts from
-    the set that `score_acceptance` suggests, so that its result is at least as good on the same text.
-
-    Assumes that a linear mixer does for a layer at least what nothing does for it. Cost: 2 + L + `evaluations` forward
-    passes over the held-out tokens. Source: arXiv 2505.22135; Bayesian optimization of skipped layers: arXiv
-    2309.08168.
+                 batch_tokens: int = 8192) -> SkipSearch:
+    """RAD: keep the layers that the best draft of L - K skipped layers, of the highest `throughput`, does not skip.
 
     `budget` is of the layers to keep, see `budget_layers`; `gamma` as in `throughput`; at most `evaluations` sets are
-    tried, in a search with `seed`; the other parameters are as in `silence_each`.
+    tried, in a search with `seed`. Chosen here, where the source leaves it open: exactly L - K layers are skipped, and
+    the search starts from the set that `score_acceptance` suggests.
+
+    Source: arXiv 2505.22135; Bayesian optimization of skipped layers: arXiv 2309.08168.
     """
-    check_family(teacher.config)
     check_int("gamma", gamma, 1)
     check_int("evaluations", evaluations, 1)
     num_layers = teacher.config.num_hidden_layers
     size = num_layers - budget_layers(budget, num_layers)
-    batches = heldout_batches(teacher, tokens, heldout_tokens, batch_tokens)
-    scores = score_acceptance(teacher, tokens, heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)
+    batches = heldout_batches(teacher, tokens, batch_tokens)
+    scores = score_acceptance(teacher, tokens, batch_tokens=batch_tokens)
     meter, accepted = Meter(teacher), {}
 
     def value(skipped):
@@ -143,11 +124,8 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
     After the `first` set and as many random sets as there are layers (at most half of `evaluations`), each evaluation
     goes to the set with the highest expected improvement among random points and points near the best one.
 
-    `value` takes a set as an ascending tuple and is called at most once for each, at most `evaluations` times. If there
-    are fewer sets, all are tried. `seed` draws the random points.
+    `value` is called once for a set, an ascending tuple, and at most `evaluations` times. `seed` draws the points.
     """
-    check_int("size", size, 0, num_layers)
-    check_int("evaluations", evaluations, 1)
     rng, values, sets = np.random.default_rng(seed), {}, math.comb(num_layers, size)
 
     def nearest_sets(points):  # (points, layers) -> untried sets
@@ -157,10 +135,7 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
         return np.array([[l in s for l in range(num_layers)] for s in chosen], dtype=float)
 
     if first is not None:
-        chosen = check_layers(first, num_layers)
-        if len(chosen) != size:
-            raise ValueError(f"first={chosen} holds {len(chosen)} layers; the set to start from must hold size={size}")
-        values[chosen] = value(chosen)
+        values[tuple(sorted(first))] = value(tuple(sorted(first)))
     drawn = max(1, len(values) + min(num_layers, evaluations // 2))
     while len(values) < min(evaluations, sets):
         if len(values) < drawn:
