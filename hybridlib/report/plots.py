@@ -35,11 +35,8 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
                  keep: Mapping[str, Iterable[int]] | None = None) -> Figure:
     """Score of every layer: mean over seeds with its 95% interval (Student's t), one marker a label.
 
-    Parameters
-    ----------
-    scores : label -> array (seeds, layers), of as many layers each; (layers,) is one seed, and has no interval.
-    ylabel : what a score is, with its unit.
-    keep : label -> layers that the budget keeps; their markers are filled, all others hollow.
+    `scores` is label -> array (seeds, layers); (layers,) is one seed, without an interval. `ylabel` says what a score
+    is, with its unit. Markers of the layers that `keep`, label -> layers, has are filled, all others hollow.
     """
     arrays = {label: np.atleast_2d(np.asarray(values, dtype=float)) for label, values in scores.items()}
     values = np.concatenate(list(arrays.values()))
@@ -257,11 +254,8 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
                    panel: str | None = None, floor: str | None = None) -> Figure:
     """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
 
-    Parameters
-    ----------
-    frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
-    x, y, label : columns. xlabel, ylabel : what they are, with their units.
-    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line, the memory floor.
+    `frame` has one row a measurement; those without `y` are left out. `floor` is a column that `y` cannot be below; its
+    least value at each `x` is a dotted line, the memory floor.
     """
     rows = frame.dropna(subset=[y])
     if not (rows[[x, y]] > 0).all(axis=None):

@@ -55,14 +55,8 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
              digits: int = 3) -> pd.DataFrame:
     """A table of text: for each `by`, the number of runs and each value as ``mean [low, high]`` over them.
 
-    Parameters
-    ----------
-    frame : one row a run, e.g. `Ledger.table`.
-    by : column or columns that make a line, in the frame's order; the table's index.
-    values : columns to show, or column -> heading; a metric is headed by its name and unit.
-
-    The 95% interval is Student's t, cut to what a metric can be; a single run has none. Missing values are left out; a
-    dash if all are missing.
+    `frame` has one row a run, e.g. `Ledger.table`; `by` are columns, `values` columns to show, or column -> heading.
+    The 95% interval is Student's t, cut to what a metric can be; a single run has none. A dash is no value at all.
     """
     headings = values if isinstance(values, Mapping) else {name: label_of(name) for name in values}
     groups, table = frame.groupby(by, sort=False, dropna=False), {}

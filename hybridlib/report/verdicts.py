@@ -21,12 +21,8 @@ __all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdicts"]
 def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
     """The mean of a - b over seeds, its 95% interval, and ``lower`` or ``higher`` where that excludes 0.
 
-    Parameters
-    ----------
-    frame : one row a selector and seed, as `Study.compare` or `recorded_hybrids` give it.
-    value : a key of `style.MEASURES`. a, b : two of the column ``selector``, paired by ``seed``.
-
-    Raises ValueError for an unknown name, or a selector that has two rows of one seed.
+    `frame` has one row a selector and seed, as `Study.compare` gives it; `value` is a key of `style.MEASURES`; `a` and
+    `b` are two of the column ``selector``, paired by ``seed``. Raises ValueError for an unknown name, or two such rows.
     """
     check_choice("value", value, tuple(MEASURES))
     for selector in (a, b):

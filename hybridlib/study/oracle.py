@@ -259,7 +259,7 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     share of the variance that the best fit of one number a layer explains (nan where the sets are too few to tell); and
     ``pick_regret`` of the set that is predicted best. A record without the sets of no and of one layer is left out.
     """
-    rows = []
+    rows, columns = [], ["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"]
     for record in records:
         v = values(record, metric)
         num_layers = _depth(v)
@@ -270,14 +270,11 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
             member = np.array([np.isin(range(num_layers), layers) for layers in sets], dtype=float)
             measured, predicted = np.array([v[layers] for layers in sets]), v[()] - member @ gain
             residual = measured - member @ np.linalg.lstsq(member, measured, rcond=None)[0]
-            enough = len(sets) > num_layers and measured.var() > 0
-            rows.append({"seed": record.seed, "size": len(sets[0]), "sets": len(sets),
-                         "error": float((measured - predicted).mean()),
-                         "rmse": float(np.sqrt(((measured - predicted) ** 2).mean())),
-                         "spearman": spearman(predicted, measured),
-                         "r2": 1 - float((residual ** 2).mean() / measured.var()) if enough else float("nan"),
-                         "pick_regret": regret(sets[int(np.argmin(predicted))], v)})
-    return pd.DataFrame(rows, columns=["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"])
+            enough, error = len(sets) > num_layers and measured.var() > 0, measured - predicted
+            r2 = 1 - float((residual ** 2).mean() / measured.var()) if enough else float("nan")
+            rows.append((record.seed, len(sets[0]), len(sets), float(error.mean()), float(np.sqrt((error ** 2).mean())),
+                         spearman(predicted, measured), r2, regret(sets[int(np.argmin(predicted))], v)))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:

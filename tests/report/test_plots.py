@@ -47,12 +47,8 @@ def test_layer_scores_show_means_and_t_intervals():
     assert np.allclose([bar[:, 1] for bar in bars], [interval(column)[1:] for column in SCORES.T])
     assert legend(figure) == ["GDN", "GLA", "filled: kept", "hollow: not kept"]
     assert [t.get_text() for t in axes.get_xticklabels()] == [str(i) for i in range(9)]
-
-
-def test_one_seed_has_no_interval_and_no_legend():
-    figure = plots.layer_scores({"GA-S2": SCORES[0]})
-    assert not figure.legends
-    assert np.allclose(figure.axes[0].lines[-2].get_ydata(), SCORES[0])
+    one_seed = plots.layer_scores({"GA-S2": SCORES[0]})
+    assert not one_seed.legends and np.allclose(one_seed.axes[0].lines[-2].get_ydata(), SCORES[0])
 
 
 def test_rank_scatter_ranks_the_highest_score_first():
@@ -77,9 +73,6 @@ def test_comparison_shows_seeds_mean_interval_and_numbers():
     seeds = [line for line in axes.lines if line.get_marker() == "."]
     assert np.allclose(seeds[0].get_xdata(), [0.15, 0.16, 0.17])
     assert axes.get_xlim()[0] < 0.1 and axes.yaxis_inverted()  # the first label is at the top
-
-
-def test_comparison_by_group_and_log():
     figure = drawn(plots.comparison(FRAME, "kl", group="mixer", log=True))
     assert legend(figure) == ["gdn", "gla"] and figure.axes[0].get_xscale() == "log"
     assert len([t for t in texts(figure) if "[" in t]) == 4

@@ -30,9 +30,6 @@ def test_layers_are_distinct_and_of_their_teacher():
         assert row.size == len(set(row.layers)) and 0 <= min(row.layers) <= max(row.layers) < row.num_layers
     assert set(SETS[SETS["budget"].isna()]["selector"]) == {"PostNAS"}
     assert set(SETS["student_mixer"]) == {"gdn", "gla"} and RESULTS["value"].between(0, 1).all()
-
-
-def test_a_probe_is_named_where_a_probe_ranked_the_layers():
     assert set(SETS.dropna(subset=["probe_mixer"])["selector"]) == {"GA-S2"}
     assert SETS[SETS["selector"] == "GA-S2"]["probe_mixer"].notna().all()
 
@@ -71,9 +68,6 @@ def test_pairs_of_sets_differ_in_one_column_and_carry_what_random_sets_would_rea
     overlaps = [len(set(s) & {1, 3, 5}) for s in combinations(range(12), 3)]
     assert pairs["probability"][0] == pytest.approx(np.mean([o >= 2 for o in overlaps]))
     assert np.isnan(pairs["spearman"][0]) and not pairs["nested"][0]
-
-
-def test_orders_are_compared_over_the_layers_that_two_rankings_share_and_never_for_patterns():
     sets = (4, 1, 6, 9), (6, 1, 4, 2)
     pairs = published.agreements(rows(*sets, teacher=["a", "b"]), "teacher")
     assert pairs["spearman"][0] == pytest.approx(-1)  # 4 1 6 against 6 1 4

@@ -42,14 +42,11 @@ def test_an_outcome_claims_nothing_without_an_interval_that_excludes_0(a, b, tex
     assert pd.Series([outcome]).str.fullmatch(text).all(), outcome
 
 
-def test_an_outcome_refuses_what_it_cannot_pair():
-    runs = frame(a=[0.1, 0.2], b=[0.2, 0.3])
-    with pytest.raises(ValueError, match="selector='c'"):
-        verdicts.outcome(runs, "kl", "a", "c")
-    with pytest.raises(ValueError, match="value='speed'"):
-        verdicts.outcome(runs, "speed", "a", "b")
-    with pytest.raises(ValueError, match="duplicate entries"):
-        verdicts.outcome(pd.concat([runs, runs]), "kl", "a", "b")
+@pytest.mark.parametrize("value, b, copies, message", [
+    ("kl", "c", 1, "selector='c'"), ("speed", "b", 1, "value='speed'"), ("kl", "b", 2, "duplicate entries")])
+def test_an_outcome_refuses_what_it_cannot_pair(value, b, copies, message):
+    with pytest.raises(ValueError, match=message):
+        verdicts.outcome(pd.concat([frame(a=[0.1, 0.2], b=[0.2, 0.3])] * copies), value, "a", b)
 
 
 def test_verdicts_have_a_row_a_pair_and_a_column_a_value():

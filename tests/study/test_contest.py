@@ -22,6 +22,7 @@ def test_scores_that_are_ga_s2s_own_are_not_anothers(tmp_path):
                                         ("GR-S2", "gr-s2", [3.0, 1.0]))]
     rows[1].pop("note")  # as in records made before there were notes
     ledger = hl.Ledger(tmp_path)
+    assert c.recorded_contests(ledger) == []
     ledger.add("contest", settings, {"rows": rows, "refused": {}, "teacher": {}, "num_layers": 2}, seconds=1.0)
     contest, = c.recorded_contests(ledger)
     assert dict(zip(contest.rows["name"], contest.rows["values"], strict=True)) == {
@@ -74,10 +75,6 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     assert settings[["teacher", "softmax layers", "tokens of stage 1", "seeds"]].tolist() == [
         "tiny", "2 of 4", "256", "2"]
     assert {r.commit for r in study.ledger.find("contest")} == {contest.commit}
-
-
-def test_without_a_record_there_is_no_contest(tmp_path):
-    assert c.recorded_contests(hl.Ledger(tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize(("names", "message"), [
