@@ -10,7 +10,7 @@ import pandas as pd
 from hybridlib.checks import check_choice
 from hybridlib.report.style import MEASURES, format_interval, format_number, label_of
 from hybridlib.report.tables import neighbour_counts
-from hybridlib.report.verdicts import outcome, verdict
+from hybridlib.report.verdicts import outcome
 from hybridlib.selection.agreement import RANGES, interval, jaccard, pairwise, spearman
 from hybridlib.study.catalogue import find_selector
 from hybridlib.study.contest import Contest
@@ -39,8 +39,8 @@ def agreement_of_sets(contest: Contest) -> np.ndarray:
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
-    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known. ``note`` is what it
-    settled on, or why the teacher does not allow it."""
+    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known. ``note`` is of its
+    `Selection`, or why the teacher does not allow it."""
     rows = contest.chosen.assign(peak_memory=contest.chosen["peak_memory"] / 2**20).groupby("selector", sort=False)
     means = rows[list(COSTS)].mean()
     forms = {"flops": "{:.2e}", "seconds": "{:,.1f}"}
@@ -60,13 +60,9 @@ def neighbours(contest: Contest) -> pd.DataFrame:
 
 
 def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:
-    """The selectors that none beats in both, from the cheapest: as cheap and better, or cheaper and as good.
+    """The selectors, without controls, that none beats in both, from the cheapest.
 
-    Parameters
-    ----------
-    value : ``"kl"`` or ``"recall_exact"``; cost : a field of `Cost`. Both are means over seeds, the table's columns.
-
-    Controls are left out.
+    Columns, means over seeds: `cost`, a field of `Cost`, and `value`, ``"kl"`` or ``"recall_exact"``.
     """
     check_choice("value", value, ("kl", "recall_exact"))
     check_choice("cost", cost, tuple(COSTS))
@@ -78,10 +74,9 @@ def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:
 
 
 def best_by_need(contest: Contest, value: str = "kl") -> pd.DataFrame:
-    """Which selector to use by what one has: of those that need no more, the best, and of equals the cheapest.
+    """By what one has, the best selector of those that need no more, and of equals the cheapest; no controls.
 
-    Columns: the selector, `value` with its 95% interval over seeds, what choosing cost, and the `verdict` against the
-    best of all. Controls are left out.
+    `value` is ``"kl"`` or ``"recall_exact"``, shown with its 95% interval over seeds.
     """
     check_choice("value", value, ("kl", "recall_exact"))
     rows, table = contest.usable, {}
@@ -98,16 +93,16 @@ def best_by_need(contest: Contest, value: str = "kl") -> pd.DataFrame:
                        COSTS["flops"]: f"{means.loc[title, 'flops']:.2e}",
                        COSTS["seconds"]: f"{means.loc[title, 'seconds']:,.1f}",
                        "against the best of all": "it is the best" if title == best else
-                       verdict(rows, value, title, best, digits=3)}
+                       f"{title} against {best}: {outcome(rows, value, title, best, digits=3)}"}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("needs at most")
 
 
 def reference_table(contest: Contest, reference: str = "GA-S2") -> pd.DataFrame:
     """Each selector beside `reference`: its share of the cost, how alike both rank and choose, and whose KL is lower.
 
-    FLOPs are means over seeds and seconds medians, for a first call may compile. ``Spearman`` is of the two's scores,
-    and ``best by its scores`` says whether a selector's sets are the best by these; ``Jaccard`` is of their sets, both
-    as mean (least to largest) over seeds. Empty if `reference` was not run.
+    FLOPs are means over seeds and seconds medians, for a first call may compile. ``Spearman`` of the two's scores and
+    ``Jaccard`` of their sets are mean (least to largest) over seeds; ``best by its scores`` says whether a selector's
+    sets are the best by its own scores. Empty if `reference` was not run.
     """
     rows, table = contest.chosen, {}
     theirs = rows[rows["selector"] == reference].set_index("seed")
@@ -119,17 +114,13 @@ def reference_table(contest: Contest, reference: str = "GA-S2") -> pd.DataFrame:
             "share of its seconds": _ratio(ours["seconds"].median(), theirs["seconds"].median()),
             "Spearman": _range([spearman(ours["values"][s], theirs["values"][s]) for s in ours.index])
             if scored else _DASH,
-            "best by its scores": ("yes" if all(map(_is_best, ours["values"], ours["layers"])) else "no")
-            if scored else _DASH,
+            "best by its scores": _DASH if not scored else "yes" if all(
+                set(np.argsort(-np.array(values), kind="stable")[:len(layers)]) == set(layers)
+                for values, layers in zip(ours["values"], ours["layers"])) else "no",
             "Jaccard": _range([jaccard(ours["layers"][s], theirs["layers"][s]) for s in ours.index]),
             MEASURES["kl"].name: outcome(rows, "kl", title, reference)}
     return pd.DataFrame.from_dict(table, orient="index").drop(reference, errors="ignore").rename_axis(
         f"against {reference}")
-
-
-def _is_best(values: Sequence[float], layers: Sequence[int]) -> bool:
-    best = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))[:len(layers)]
-    return tuple(sorted(best)) == tuple(layers)
 
 
 def _range(values: Sequence[float]) -> str:

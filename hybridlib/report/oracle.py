@@ -30,15 +30,10 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
               selectors: Sequence[str] = ()) -> Figure:
     """Every measured set as a grey dash over the number of its layers, mean over seeds, and where selectors' sets lie.
 
-    Parameters
-    ----------
-    table : of `oracle.oracle_table`. judged : of `oracle.judge`, for the markers of `selectors`, seven at most.
-    value : the column to show. A line joins the best set of each size; where selectors meet, their markers stand side
-        by side.
+    `table` is that of `oracle.oracle_table`, `judged` that of `oracle.judge`; `selectors` are marked, seven at most. A
+    line joins the best set of each size.
     """
     means = table.dropna(subset=[value]).groupby(["size", "layers"], as_index=False)[value].mean()
-    if means.empty:
-        raise ValueError(f"table has no row with a {value!r}; there is nothing to show")
     best = means.groupby("size")[value].agg("min" if MEASURES[value].better == "lower" else "max")
     names = [name for name in dict.fromkeys(selectors) if judged is not None and (judged["selector"] == name).any()][:7]
     with house_style():
@@ -59,10 +54,7 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
 
 
 def seed_agreement(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
-    """How far seeds agree on the ranking of the sets of a size: the least and largest Spearman correlation of two.
-
-    No selector can be expected to do better. Empty with one seed; sizes of fewer than three sets are left out.
-    """
+    """The least and largest Spearman correlation of two seeds' rankings of the sets of a size, three sets at least."""
     rows = []
     for a, b in combinations([values(record, metric) for record in records], 2):
         for size in sorted({len(layers) for layers in a}):
@@ -92,11 +84,8 @@ def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
 
 
 def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Regret and rank of each selector's set among all sets of `size`, by KL and by recall, the least regret first.
-
-    Regrets are means over seeds with 95% intervals. The last line has the mean regret of all sets of the `table`: what
-    a set drawn at random has. Empty if no set of that size was judged.
-    """
+    """Regret, mean over seeds with its 95% interval, and rank of each selector's set among all sets of `size`, by KL
+    and by recall; the last line has the mean regret of all sets. Empty if no set of that size was judged."""
     rows, every_set = judged[judged["size"] == size], table[table["size"] == size]
     if rows.empty:
         return pd.DataFrame()
@@ -114,17 +103,11 @@ def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.Dat
 
 
 def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits: int = 3) -> Figure:
-    """Pairwise interactions as a heat map: mean over seeds, in each cell its number.
+    """Pairwise interactions, mean over seeds, as a heat map of the lower triangle of `oracle.interaction_maps`.
 
-    Parameters
-    ----------
-    maps : (seeds, layers, layers) of `oracle.interaction_maps`; symmetric, so the lower triangle is drawn. Blue is
-        below 0, one layer stands in for the other; orange above, they help one another. A number is bold where all
-        seeds, two at least, agree on its sign; cells without a number are hatched.
+    Blue is below 0, one layer stands in for the other; orange above, they help one another. A number is bold where all
+    seeds, two at least, agree on its sign; what was not measured is hatched.
     """
-    maps = np.asarray(maps, dtype=float)
-    if maps.ndim != 3 or maps.shape[1] != maps.shape[2] or maps.shape[1] < 2 or not len(maps):
-        raise ValueError(f"maps has shape {maps.shape}; give (seeds, layers, layers)")
     mean, count = maps.mean(0), maps.shape[1]
     alike = (np.sign(maps) == np.sign(maps[0])).all(0) & (len(maps) > 1)
     most = float(np.nanmax(np.abs(mean), initial=0)) or 1.0
@@ -135,9 +118,9 @@ def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits
 
 
 def interaction_table(maps: np.ndarray) -> pd.DataFrame:
-    """The interaction of every pair of layers, from the most negative on: ``layers``, the mean over seeds with its 95%
-    interval, and whether that excludes 0, see `verdicts.direction`. Pairs that were not measured are left out."""
-    maps, rows = np.asarray(maps, dtype=float), []
+    """The interaction of every measured pair of layers, from the most negative on: the mean over seeds, its 95%
+    interval, and whether that excludes 0."""
+    rows = []
     for i, j in combinations(range(maps.shape[1]), 2):
         if np.isfinite(maps[:, i, j]).all():
             mean, low, high = interval(maps[:, i, j])

@@ -1,9 +1,7 @@
 """The study's figures: each function takes records' numbers and returns one matplotlib Figure.
 
-Figures have no title (the page has a caption), labelled axes with units, and intervals wherever there are seeds;
-nothing is told by colour alone. A notebook shows a figure once if it is the last expression of a cell.
-
-Scores follow `score_layers`: higher means keep. Layers count from 0, next to the embedding.
+Figures have no title (the page has a caption), and nothing is told by colour alone. Of scores, higher means keep;
+layers count from 0, next to the embedding.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
 from hybridlib.checks import check_int
+from hybridlib.models.hybrid import check_layers
 from hybridlib.report.style import (COLOURS, INK, MEASURES, MUTED, PALE, Plot, axis_limits, dodge, finish,
                                     format_interval, format_number, house_style, label_of, layer_ticks, log_ticks,
                                     look, new_figure, plain_axes)
-from hybridlib.report.tables import checked_rows
 from hybridlib.selection.agreement import RANGES, bootstrap_interval, interval, spearman
 
-__all__ = ["agreement_matrix", "breakdown", "comparison", "heat_map", "layer_map", "layer_scores",
-           "loss_curves", "rank_scatter", "scaling_curves"]
+__all__ = ["agreement_matrix", "breakdown", "comparison", "heat_map", "layer_map", "layer_scores", "loss_curves",
+           "rank_scatter", "scaling_curves"]
 
 _OUTLINE = "#bdbdbd"
 _DASHED = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (5, 2)), "zorder": 1}
@@ -37,26 +35,17 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
                  keep: Mapping[str, Iterable[int]] | None = None) -> Figure:
     """Score of every layer: mean over seeds with its 95% interval (Student's t), one marker a label.
 
-    Parameters
-    ----------
-    scores : label -> array (seeds, layers); one seed may be given as (layers,), and then has no interval.
-    ylabel : what a score is, with its unit.
-    keep : label -> layers that the budget keeps; their markers are filled, all others hollow.
-
-    Bars that two seeds make very long run off the axis, which follows the means and the seeds.
+    `scores` is label -> array (seeds, layers); (layers,) is one seed, without an interval. `ylabel` says what a score
+    is, with its unit. Markers of the layers that `keep`, label -> layers, has are filled, all others hollow.
     """
-    arrays = {label: np.atleast_2d(np.asarray(values, dtype=float)) for label, values in _named("scores", scores)}
-    shapes = [values.shape for values in arrays.values()]
-    if any(len(shape) != 2 or not shape[0] or shape[1] != shapes[0][1] for shape in shapes):
-        raise ValueError(f"scores have shapes {shapes}; give (seeds, layers), as many layers for every label")
-    if keep is not None and not set(keep) <= set(arrays):
-        raise ValueError(f"keep names {sorted(set(keep) - set(arrays))[0]!r}, which scores does not have")
-    layers, beside, bounds = np.arange(shapes[0][1]), dodge(len(arrays), 0.18), []
+    arrays = {label: np.atleast_2d(np.asarray(values, dtype=float)) for label, values in scores.items()}
+    values = np.concatenate(list(arrays.values()))
+    layers, beside, bounds = np.arange(values.shape[1]), dodge(len(arrays), 0.18), []
     with house_style():
         figure, axes = new_figure(7, 2.9)
-        for i, (label, values) in enumerate(arrays.items()):
+        for i, (label, by_seed) in enumerate(arrays.items()):
             x, style = layers + beside[i], look(i, line=False) | {"markeredgewidth": 1.2, "zorder": 4}
-            mean, low, high = np.array([interval(column) for column in values.T]).T
+            mean, low, high = np.array([interval(column) for column in by_seed.T]).T
             bounds += [low, high]
             axes.plot(x, mean, color=COLOURS[i % 7], linestyle=look(i)["linestyle"], linewidth=0.8, alpha=0.45)
             axes.vlines(x, low, high, color=COLOURS[i % 7], linewidth=1.2, zorder=3)
@@ -64,7 +53,7 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
             axes.plot(x[filled], mean[filled], **style)
             axes.plot(x[~filled], mean[~filled], **style, markerfacecolor="white")
         axes.set_xlim(-0.7, len(layers) - 0.3)
-        axes.set_ylim(*axis_limits(np.concatenate(list(arrays.values())), bounds))
+        axes.set_ylim(*axis_limits(values, bounds))
         axes.grid(axis="y")
         layer_ticks(axes, len(layers))
         axes.set_ylabel(ylabel)
@@ -79,13 +68,8 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
 def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, *, k: int | None = None) -> Figure:
     """Two rankings of the same layers against each other, every point a layer's number; rank 1 is kept first.
 
-    Parameters
-    ----------
-    x, y : scores (layers,), higher = keep; equal scores share their mean rank.
-    xlabel, ylabel : what ranks the layers, e.g. ``"GDN probe"``.
-    k : the budget in layers; a line is drawn after rank k on both axes, and layers that both keep are filled.
-
-    Spearman's correlation stands above, with its percentile bootstrap interval over layers (95%).
+    `x`, `y` are scores (layers,), higher = keep; `k` is the budget, and layers within it by both are filled. Spearman's
+    correlation stands above, with its percentile bootstrap interval over layers (95%).
     """
     rho = bootstrap_interval(spearman, x, y)
     ranks = np.array([pd.Series(np.asarray(s, dtype=float)).rank(ascending=False) for s in (x, y)])
@@ -127,11 +111,10 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
     value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top. The
         interval (Student's t) is cut to what the metric can be, `agreement.RANGES`.
     xlabel : what the value is, with its unit; None names a metric and which way is better.
-    group : a column that splits each label, e.g. the mixer; told apart by marker and fill.
-    reference : a value to compare with, drawn as a dashed line named `reference_label`.
-    log : logarithmic axis, for positive values.
+    group : a column that splits each label, e.g. the mixer.
+    reference : a value to compare with, drawn as a line named `reference_label`. log : logarithmic, for values above 0.
     """
-    rows = checked_rows(frame, [value, label] + ([group] if group else []), value)
+    rows = frame.dropna(subset=[value])
     if log and not (rows[value] > 0).all():
         raise ValueError(f"frame has {value!r} of {rows[value].min()}; a logarithmic axis needs values above 0")
     labels, groups = list(dict.fromkeys(rows[label])), list(dict.fromkeys(rows[group])) if group else [None]
@@ -172,17 +155,9 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
 def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int) -> Figure:
     """Which layers each selector keeps: a line a selector, a cell a layer, filled from below by the share of seeds.
 
-    Parameters
-    ----------
-    selections : label -> a set of layers for each seed; a single set fills its cells wholly.
-
-    Raises ValueError if a layer is not from 0 to ``num_layers - 1``, or a label has no set.
+    `selections` is label -> the set of layers of each seed.
     """
-    check_int("num_layers", num_layers, 1)
-    sets = {label: [set(layers) for layers in by_seed] for label, by_seed in _named("selections", selections)}
-    for label, by_seed in sets.items():
-        if not by_seed or any(not 0 <= layer < num_layers for layers in by_seed for layer in layers):
-            raise ValueError(f"selections[{label!r}]={by_seed} is no list of sets of layers from 0 to {num_layers - 1}")
+    sets = {label: [check_layers(layers, num_layers) for layers in by_seed] for label, by_seed in selections.items()}
     linear = {"facecolor": "white", "edgecolor": _OUTLINE, "linewidth": 0.7}
     softmax = {"facecolor": COLOURS[0], "linewidth": 0}
     with house_style():
@@ -204,21 +179,13 @@ def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int
 
 
 def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "loss") -> Figure:
-    """Loss against tokens trained on, logarithmic in the loss; a line style and a marker a label.
-
-    Parameters
-    ----------
-    curves : label -> (tokens, losses), both (points,); losses above 0. ylabel : what the loss is, with its unit.
-    """
-    lines = {label: tuple(np.asarray(part, dtype=float) for part in pair) for label, pair in _named("curves", curves)}
-    for label, (tokens, losses) in lines.items():
-        if tokens.ndim != 1 or tokens.shape != losses.shape or not len(tokens):
-            raise ValueError(f"curves[{label!r}] has {tokens.size} tokens and {losses.size} losses; they must pair up")
-        if not (losses > 0).all():
-            raise ValueError(f"curves[{label!r}] has the loss {losses[~(losses > 0)][0]}; allowed are losses above 0")
+    """Loss, logarithmic, against tokens trained on; `curves` is label -> (tokens, losses), both (points,)."""
+    lines = {label: np.asarray(pair, dtype=float) for label, pair in curves.items()}
+    if not all((losses > 0).all() for _, losses in lines.values()):
+        raise ValueError("curves has a loss that is not above 0; a logarithmic axis cannot show it")
     most = max(tokens.max() for tokens, _ in lines.values())
-    units = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
-    unit, word = next(pair for pair in units if most >= pair[0] or pair[0] == 1)
+    units = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (0, ""))
+    unit, word = next((unit or 1, word) for unit, word in units if most >= unit)
     with house_style():
         figure, axes = new_figure(7, 3)
         for i, (label, (tokens, losses)) in enumerate(lines.items()):
@@ -237,19 +204,12 @@ def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "
 
 def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Jaccard similarity", *,
                      digits: int = 2) -> Figure:
-    """Agreement of every pair as a heat map with its numbers, darker = more alike; hatched where it is nan.
+    """Agreement of every pair of `labels` (n,) as a heat map of `matrix` (n, n), within [-1, 1], darker = more alike.
 
-    Parameters
-    ----------
-    labels : (n,). matrix : (n, n), within [-1, 1]; the scale starts at 0, or at -1 if a value is negative.
-    measure : what the numbers are, e.g. ``"Spearman correlation"``.
+    The scale starts at 0, or at -1 if a value is negative; nan is hatched.
     """
-    values, names = np.asarray(matrix, dtype=float), [str(label) for label in labels]
-    if not names or values.shape != (len(names), len(names)):
-        raise ValueError(f"matrix has shape {values.shape}; {len(names)} labels need ({len(names)}, {len(names)})")
-    if np.nanmax(np.abs(values), initial=0) > 1 + 1e-9:
-        raise ValueError(f"matrix has the value {values.flat[np.nanargmax(np.abs(values))]}; allowed is -1 to 1")
-    return heat_map(values, (names, names), measure, ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"],
+    values = np.asarray(matrix, dtype=float)
+    return heat_map(values, (labels, labels), measure, ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"],
                     (-1 if np.nanmin(values, initial=0) < 0 else 0, 1), digits=digits)
 
 
@@ -257,12 +217,11 @@ def heat_map(values: np.ndarray, names: tuple[Sequence[str], Sequence[str]], mea
              limits: tuple[float, float], *, digits: int = 2, bold: np.ndarray | None = None) -> Figure:
     """Numbers (rows, columns) in coloured cells; nan is hatched, what a mask hides is left out.
 
-    Parameters
-    ----------
-    names : of the rows and of the columns. measure : what the numbers are, beside the scale of `colours`.
-    limits : numbers of the first and of the last colour. bold : (rows, columns), the numbers to print bold.
+    `names` are those of rows and of columns, `limits` the numbers of the first and the last of `colours`, `measure`
+    their name; `bold` (rows, columns) are the numbers to print bold.
     """
     values, (low, high) = np.ma.asarray(values), limits
+    size = 8.5 if len(values) <= 9 else 6.5 if len(values) <= 18 else 5
     gradient = LinearSegmentedColormap.from_list("house", list(colours))
     with house_style():
         side = min(6, 1.4 + 0.62 * len(names[0]))
@@ -278,8 +237,7 @@ def heat_map(values: np.ndarray, names: tuple[Sequence[str], Sequence[str]], mea
                 continue
             dark = np.dot(gradient((number - low) / (high - low))[:3], (0.3, 0.59, 0.11)) < 0.55
             axes.text(column + 0.5, row + 0.5, format_number(number, digits), ha="center", va="center_baseline",
-                      fontsize=8.5 if len(names[0]) <= 9 else 6.5 if len(names[0]) <= 18 else 5,
-                      fontweight="bold" if bold is not None and bold[row, column] else "normal",
+                      fontsize=size, fontweight="bold" if bold is not None and bold[row, column] else "normal",
                       color="white" if dark else INK)
         axes.set_aspect("equal")
         axes.set_ylim(len(names[0]), 0)
@@ -296,13 +254,10 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
                    panel: str | None = None, floor: str | None = None) -> Figure:
     """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
 
-    Parameters
-    ----------
-    frame : one row a measurement; rows without `y` are left out. All values of `x` and `y` above 0.
-    x, y, label : columns. xlabel, ylabel : what they are, with their units.
-    floor : a column that `y` cannot be below; its least value at each `x` is a dotted line, the memory floor.
+    `frame` has one row a measurement; those without `y` are left out. `floor` is a column that `y` cannot be below; its
+    least value at each `x` is a dotted line, the memory floor.
     """
-    rows = checked_rows(frame, [x, y, label] + [name for name in (panel, floor) if name], y)
+    rows = frame.dropna(subset=[y])
     if not (rows[[x, y]] > 0).all(axis=None):
         raise ValueError(f"frame has {x!r} or {y!r} of {rows[[x, y]].min().min()}; logarithmic axes need more than 0")
     panels, labels = list(dict.fromkeys(rows[panel])) if panel else [None], list(dict.fromkeys(rows[label]))
@@ -336,24 +291,18 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
 
 
 def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlabel: str) -> Figure:
-    """What a whole is made of: a bar a row of `frame`, cut into parts told apart by lightness and hatching.
-
-    Parameters
-    ----------
-    parts : column -> its name in the legend, in the order of drawing; values from 0.
-    label : the column that names a bar. xlabel : what the parts measure, with its unit.
-    """
-    rows, names = checked_rows(frame, [*dict(_named("parts", parts)), label]), list(parts)
+    """What makes up a whole: a bar a row of `frame`, named by the column `label`, cut into `parts`, column -> name."""
+    names = list(parts)
     hatches = ("", "////", "", "....", "\\\\\\\\", "xx", "")
     styles = [{"facecolor": COLOURS[i % 7], "hatch": hatches[i % 7], "edgecolor": "white"} for i in range(len(names))]
-    ends = rows[names].to_numpy(dtype=float).cumsum(1)
+    ends = frame[names].to_numpy(dtype=float).cumsum(1)
     with house_style():
-        figure, axes = new_figure(7, 0.95 + 0.42 * len(rows))
+        figure, axes = new_figure(7, 0.95 + 0.42 * len(frame))
         for i, name in enumerate(names):
-            axes.barh(range(len(rows)), rows[name], left=ends[:, i] - rows[name], height=0.66, **styles[i])
+            axes.barh(range(len(frame)), frame[name], left=ends[:, i] - frame[name], height=0.66, **styles[i])
         for row, total in enumerate(ends[:, -1]):
             axes.annotate(f"{total:.3g}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        _bars(axes, rows[label])
+        _bars(axes, frame[label])
         axes.margins(x=0.08)
         axes.set_xlabel(xlabel)
         return finish(figure, [Rectangle((0, 0), 1, 1, **style, label=parts[n]) for style, n in zip(styles, names)])
@@ -366,9 +315,3 @@ def _bars(axes, names):
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-
-
-def _named(name: str, mapping: Mapping) -> Iterable[tuple]:
-    if not isinstance(mapping, Mapping) or not mapping:
-        raise ValueError(f"{name}={mapping!r} shows nothing; give a mapping with at least one label")
-    return mapping.items()

@@ -1,7 +1,7 @@
 """The layers that the paper's authors kept, and what was reported of them: facts to set our own results beside.
 
-The tables are ``data/published/layer_sets.csv`` and ``results.csv``; the README beside them says where they come from
-and how far to trust them. Nothing here is measured.
+The README beside ``data/published/layer_sets.csv`` and ``results.csv`` says where they come from and how far to trust
+them. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,50 +25,37 @@ __all__ = ["PATTERNS", "PublishedSettings", "agreement_matrix", "agreement_table
 
 PATTERNS = ("SMART", "UNIFORM")  # listed in ascending order, so the order of their layers ranks nothing
 _SETTING = ["teacher", "num_layers", "student_mixer", "probe_mixer", "budget", "selector"]
-_SETS = [*_SETTING, "layers", "config"]
-_SET_OF = {"GA-S1": "stage-1 MSE"}  # a score of the results and the name that the sets have for it: our reading
-_RESULTS = ["teacher", "student_mixer", "budget", "selector", "metric", "value"]
 
 
 @dataclass(frozen=True)
 class PublishedSettings:
     """Parameters of the notebook `published_sets`: `share`, the budget at which sets are compared; `student`, the mixer
-    of the hybrids that they were published for. Raises ValueError if there is no set of them.
-    """
+    of the hybrids that they were published for."""
 
     share: float = 0.25
     student: str = "gdn"
 
     def __post_init__(self):
         sets = load_layer_sets()
-        check_choice("student", self.student, tuple(dict.fromkeys(sets["student_mixer"])))
+        check_choice("student", self.student, tuple(sets["student_mixer"].unique()))
         shares = sorted(sets["budget"].dropna().unique().tolist())
         if self.share not in shares:
             raise ValueError(f"share={self.share!r} was not published; choose one of {', '.join(map(str, shares))}")
 
 
-def load_layer_sets(path: str | Path | None = None) -> pd.DataFrame:
+def load_layer_sets() -> pd.DataFrame:
     """The published sets, a row each; `layers` is a tuple in the authors' order, `size` says how many they are.
 
-    `budget` is nan and `probe_mixer` is nan where the source has none. `path` is another file of the same columns.
-    Raises ValueError for other columns, or layers that are not distinct, or not of the teacher.
+    `budget` and `probe_mixer` are nan where the source has none.
     """
-    frame = _read(path, "layer_sets.csv", _SETS)
+    frame = pd.read_csv(data_folder("published") / "layer_sets.csv")
     frame["layers"] = [tuple(map(int, str(text).split())) for text in frame["layers"]]
-    for row in frame.itertuples():
-        distinct = set(row.layers)
-        if not distinct or len(distinct) < len(row.layers) or not distinct <= set(range(row.num_layers)):
-            raise ValueError(f"layers={row.layers} of {row.config} are not distinct layers from 0 to "
-                             f"{row.num_layers - 1}")
     return frame.assign(size=frame["layers"].map(len))
 
 
-def load_results(path: str | Path | None = None) -> pd.DataFrame:
-    """The reported averages, a row each: second-hand. Raises ValueError for other columns or a share outside 0 to 1."""
-    frame = _read(path, "results.csv", _RESULTS)
-    if not frame["value"].between(0, 1).all():
-        raise ValueError(f"value={frame['value'][~frame['value'].between(0, 1)].iloc[0]} is not a share from 0 to 1")
-    return frame
+def load_results() -> pd.DataFrame:
+    """The reported averages, shares from 0 to 1, a row each: second-hand."""
+    return pd.read_csv(data_folder("published") / "results.csv")
 
 
 def of_share(sets: pd.DataFrame, share: float, student: str, *, others: bool = False) -> pd.DataFrame:
@@ -82,12 +68,9 @@ def of_share(sets: pd.DataFrame, share: float, student: str, *, others: bool = F
 
 
 def nearest_sets(sets: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
-    """The sets without a budget, taken from other works, beside the set of `best` that is nearest in size.
-
-    That is one for the same teacher and student, of equals the smaller. Columns: how many layers the two ``shared``,
-    how many random sets of these sizes share (``expected``), and the ``probability`` that they share as many or more;
-    missing where there is no set of `best`.
-    """
+    """The sets of other works, without a budget, beside the set of `best` for the same teacher and student nearest in
+    size: how many layers the two ``shared``, how many random sets of these sizes share (``expected``), and the
+    ``probability`` that they share as many or more; missing where there is no set of `best`."""
     rows = []
     for r in sets[sets["budget"].isna()].itertuples():
         rivals = sets[(sets["teacher"] == r.teacher) & (sets["student_mixer"] == r.student_mixer)
@@ -108,10 +91,9 @@ def agreements(frame: pd.DataFrame, across: str) -> pd.DataFrame:
     `across` is ``"teacher"``, ``"budget"``, ``"selector"``, or ``"probe_mixer"``, which compares what each mixer's
     probe gave its own student. Columns: the setting, ``a`` and ``b`` (values of `across`), ``jaccard`` and its
     ``chance``, ``probability`` (the share of random sets of these sizes that overlap as much or more, hypergeometric),
-    ``nested`` (one set holds the other), and ``spearman``: of the order of the layers that both rankings list, nan for
+    ``nested`` (one set holds the other), and ``spearman`` of the order of the layers that both rankings list, nan for
     patterns and for fewer than three shared layers.
     """
-    check_choice("across", across, ("teacher", "budget", "selector", "probe_mixer"))
     same = [c for c in _SETTING if c != across and not (across in ("selector", "probe_mixer") and c == "probe_mixer")]
     if across == "probe_mixer":
         same.remove("student_mixer")  # a probe's own student
@@ -139,18 +121,17 @@ def agreement_matrix(pairs: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
 
 
 def agreement_table(pairs: pd.DataFrame, by: str) -> pd.DataFrame:
-    """For each value of the column `by` the means of its `agreements`, and how many overlap as few random sets do."""
+    """The means of `agreements` for each value of the column `by`, and how many overlap as few random sets do."""
     return pairs.assign(rare=pairs["probability"] <= 0.05).groupby(by, sort=False).agg(**{
         "pairs": ("jaccard", "size"), "Jaccard": ("jaccard", "mean"), "by chance": ("chance", "mean"),
         "that at most 5% of random sets reach": ("rare", "sum"), "Spearman of shared layers": ("spearman", "mean")})
 
 
 def clustering_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Whether a selector's sets have more neighbours than random ones: a row a selector, its sets pooled.
+    """Whether a selector's sets, pooled, have more neighbours than random ones; no set may be a cut of another.
 
     Columns: pairs of neighbours in all its sets, how many are expected of random sets of these sizes, and the share of
-    random draws of as many sets that have as many pairs or more, and as many or fewer (exact). Give sets that are no
-    cuts of one another, e.g. of one budget.
+    random draws of as many sets that have as many pairs or more, and as many or fewer (exact).
     """
     rows = {}
     for name, part in neighbour_counts(frame).groupby("selector", sort=False):
@@ -165,15 +146,14 @@ def clustering_table(frame: pd.DataFrame) -> pd.DataFrame:
 def with_layers(results: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
     """Each reported figure with the ``layers`` that it belongs to, None if that set is not published.
 
-    ``GA-S2 (gdn probe)`` in the results is the selector GA-S2 with that probe. GA-S1, greedy addition by the stage-1
-    metric, is taken to be what the sets call stage-1 MSE: neither table says so.
+    GA-S1, greedy addition by the stage-1 metric, is taken to be what the sets call stage-1 MSE: neither table says so.
     """
     layers = []
     for r in results.itertuples():
         name, _, probe = r.selector.partition(" (")
         probe = probe.removesuffix(" probe)") or r.student_mixer
         match = sets[(sets["teacher"] == r.teacher) & (sets["student_mixer"] == r.student_mixer)
-                     & (sets["budget"] == r.budget) & (sets["selector"] == _SET_OF.get(name, name))
+                     & (sets["budget"] == r.budget) & (sets["selector"] == {"GA-S1": "stage-1 MSE"}.get(name, name))
                      & (sets["probe_mixer"].isna() | (sets["probe_mixer"] == probe))]
         layers.append(match["layers"].iloc[0] if len(match) else None)
     return results.assign(layers=layers)
@@ -195,11 +175,7 @@ def differences(table: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
 
 
 def consistency(sets: pd.DataFrame) -> pd.DataFrame:
-    """What in the published sets fits itself: a row a check, how many sets or pairs it holds for, and which it fails.
-
-    A set has its share of the layers; of two budgets of one ranking, one set is within the other; and the sets of
-    UNIFORM follow one rule, `rules.OFFSETS`.
-    """
+    """Whether the published sets fit one another: a row a check, for how many it holds, and which fail."""
     counted, even = sets.dropna(subset=["budget"]), sets[sets["selector"] == "UNIFORM"]
     nested = agreements(counted[~counted["selector"].isin(PATTERNS)], "budget")
     rows = {"as many layers as the budget asks for": [
@@ -213,14 +189,6 @@ def consistency(sets: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({check: {"of": len(results), "hold": sum(bool(holds) for holds, _ in results),
                                  "fail": "; ".join(dict.fromkeys(name for holds, name in results if not holds))}
                          for check, results in rows.items()}).T.rename_axis("check")
-
-
-def _read(path, name, columns):
-    path = Path(path) if path is not None else data_folder("published") / name
-    frame = pd.read_csv(path)
-    if list(frame.columns) != columns:
-        raise ValueError(f"{path.name} has the columns {', '.join(frame.columns)}; they must be {', '.join(columns)}")
-    return frame
 
 
 def _overlap(a, b):

@@ -23,13 +23,8 @@ _JOINED = {"color": INK, "linewidth": 1, "linestyle": (0, (5, 2))}
 def quality_and_cost(contest: Contest, value: str, cost: str = "flops", *, log: bool = False) -> Figure:
     """A metric against what choosing cost: a number a selector, filled on the `front`, which a line joins.
 
-    Parameters
-    ----------
-    value, cost : as `front` takes them. The point is the mean over seeds, with the metric's 95% interval (Student's t),
-        cut to what it can be; cost is logarithmic, and what costs nothing stands at the left end, marked 0.
-    log : the metric's axis is logarithmic.
-
-    The numbers are explained beside the axes, in the contest's order; points that lie on one another share a label.
+    `value` and `cost` are those of `front`. The point is the mean over seeds, with the metric's 95% interval (Student's
+    t), cut to what it can be; cost is logarithmic, with 0 at its left end, and so is the metric if `log`.
     """
     best = list(front(contest, value, cost).index)
     rows = contest.chosen.dropna(subset=[value, cost])

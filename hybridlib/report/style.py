@@ -1,7 +1,7 @@
-"""The house style of the figures: readable in grey, no title, and the same on every machine.
+"""The house style of the figures: readable in grey, and the same on every machine.
 
-Colours differ in lightness from their neighbours and never stand alone: each goes with a marker and a line style.
-matplotlib's global settings are not touched.
+Colours differ in lightness from their neighbours, and each goes with a marker and a line style. matplotlib's global
+settings are not touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ __all__ = ["COLOURS", "INK", "MEASURES", "MUTED", "PALE", "Plot", "axis_limits",
 
 INK, MUTED, PALE = "#1a1a1a", "#6e6e6e", "#c9c9c9"
 COLOURS = ("#0b3c6f", "#d55e00", "#5fb4ea", "#7b2d5e", "#e8a33d", "#1b7f5c", "#8a8a8a")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.6, 1, 1.6)), (0, (3, 1)), (0, (8, 3)), (0, (2, 3)))
 
 _STYLE = {
@@ -44,11 +43,9 @@ _STYLE = {
 
 
 class Measure(NamedTuple):
-    """A metric of a hybrid as figures and tables name it: `better` is ``"lower"`` or ``"higher"``."""
-
     name: str
     unit: str
-    better: str
+    better: str  # "lower" or "higher"
 
 
 MEASURES = {"kl": Measure("held-out KL", "nats a token", "lower"), "perplexity": Measure("perplexity", "", "lower"),
@@ -66,10 +63,8 @@ def label_of(column: str) -> str:
 
 @contextmanager
 def house_style():
-    """Draw with the study's style inside the block; matplotlib's settings are as before after it."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+    """Draw with the study's style inside the block; matplotlib's settings are put back after it."""
+    with mpl.rc_context(mpl.rcParamsDefault | _STYLE):
         yield
 
 
@@ -90,11 +85,8 @@ class Plot(Figure):
 
 
 def axis_limits(values: Sequence, bounds: Sequence = (), log: bool = False) -> tuple[float, float]:
-    """Lower and upper limit of an axis that follows `values`, with a margin.
-
-    Their intervals, `bounds`, get at most as much room again on each side: two seeds can make one many times longer
-    than anything measured; it then runs off the axis. What a logarithmic axis cannot show is left out.
-    """
+    """Lower and upper limit of an axis that follows `values`, with a margin; their intervals, `bounds`, get at most as
+    much room again on each side, and run off the axis where they are longer."""
     values, bounds = np.ravel(values).astype(float), np.ravel(bounds).astype(float)
     bounds = bounds[np.isfinite(bounds) & ((bounds > 0) | (not log))]
     if log:
@@ -109,7 +101,7 @@ def axis_limits(values: Sequence, bounds: Sequence = (), log: bool = False) -> t
 
 def look(i: int, *, line: bool = True) -> dict:
     """Colour, marker and line style (none unless `line`) of the i-th label, as keywords of matplotlib's `plot`."""
-    return {"color": COLOURS[i % 7], "marker": _MARKERS[i % 7], "linestyle": _LINES[i % 7] if line else ""}
+    return {"color": COLOURS[i % 7], "marker": "osD^vPX"[i % 7], "linestyle": _LINES[i % 7] if line else ""}
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> tuple[Figure, Axes]:

@@ -15,7 +15,7 @@ from hybridlib.selection.rules import budget_layers
 from hybridlib.study.contest import Contest
 from hybridlib.study.study import Study
 
-__all__ = ["as_table", "checked_rows", "neighbour_counts", "settings_table"]
+__all__ = ["as_table", "neighbour_counts", "settings_table"]
 
 _SETTINGS = {"teacher": "teacher", "mixer": "mixer of the linear layers", "softmax_layers": "softmax layers",
              "align_tokens": "tokens of stage 1", "score_tokens": "tokens of stage 2 for a candidate",
@@ -27,7 +27,7 @@ _SETTINGS = {"teacher": "teacher", "mixer": "mixer of the linear layers", "softm
 def settings_table(run: Study | Contest | pd.DataFrame | Sequence[Record] | None) -> pd.DataFrame:
     """What was run, a line a setting; empty where nothing was.
 
-    `run` is a study; a contest; a frame of `verdicts.recorded_hybrids`; or the records of an oracle, one a seed.
+    `run` is a study, a contest, a frame of `verdicts.recorded_hybrids`, or the records of an oracle, one a seed.
     """
     if run is None or not isinstance(run, (Study, Contest)) and len(run) == 0:
         return pd.DataFrame()
@@ -55,52 +55,26 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
              digits: int = 3) -> pd.DataFrame:
     """A table of text: for each `by`, the number of runs and each value as ``mean [low, high]`` over them.
 
-    Parameters
-    ----------
-    frame : one row a run, e.g. `Ledger.table`.
-    by : column or columns that make a line, in the frame's order; the table's index.
-    values : columns to show, or column -> heading; a metric is headed by its name and unit.
-
-    The 95% interval is Student's t, cut to what a metric can be (`agreement.RANGES`; a regret is not below 0). A single
-    run has none, and shows its value alone. Missing values are left out, and show as a dash if all are missing.
+    `frame` has one row a run, e.g. `Ledger.table`; `by` are columns, `values` columns to show, or column -> heading.
+    The 95% interval is Student's t, cut to what a metric can be; a single run has none. A dash is no value at all.
     """
-    by = [by] if isinstance(by, str) else list(by)
     headings = values if isinstance(values, Mapping) else {name: label_of(name) for name in values}
-    table = []
-    for key, part in checked_rows(frame, [*by, *headings]).groupby(by, sort=False, dropna=False):
-        line = dict(zip(by, key)) | {"runs": len(part)}
-        for name, heading in headings.items():
-            numbers = part[name].dropna().to_numpy(dtype=float)
-            text = format_interval(*interval(numbers, within=_range(name)), digits) if len(numbers) else "\u2013"
-            line[heading] = text
-        table.append(line)
-    return pd.DataFrame(table).set_index(by)
+    groups, table = frame.groupby(by, sort=False, dropna=False), {}
+    for name, heading in headings.items():
+        within = _range(name)
+        table[heading] = groups[name].agg(lambda numbers, within=within: format_interval(
+            *interval(numbers.dropna().astype(float), within=within), digits) if numbers.count() else "\u2013")
+    return pd.DataFrame({"runs": groups.size(), **table})
 
 
 def neighbour_counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with how the ``layers`` of each row lie among its ``num_layers``, by `agreement.contiguity`: ``pairs`` of
-    neighbours that are both kept, how many are ``expected`` of random sets of as many layers, and the ``probability``
-    that such a set has at least as many."""
-    counts = [contiguity(layers, int(n)) for layers, n in zip(frame["layers"], frame["num_layers"], strict=True)]
-    return frame.assign(**dict(zip(("pairs", "expected", "probability"), zip(*counts, strict=True), strict=True)))
-
-
-def checked_rows(frame: pd.DataFrame, columns: Sequence[str], value: str | None = None) -> pd.DataFrame:
-    """The rows that have a number in the column `value`, if one is named.
-
-    Raises ValueError if `frame` lacks one of `columns`, or no row is left.
-    """
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"frame has no column {missing[0]!r}; it has {', '.join(map(repr, frame.columns))}")
-    rows = frame if value is None else frame[frame[value].notna()]
-    if rows.empty:
-        raise ValueError(f"frame has no row{'' if value is None else f' with a {value!r}'}; there is nothing to show")
-    return rows
+    """`frame` with `agreement.contiguity` of the ``layers`` of each row among its ``num_layers``: ``pairs``,
+    ``expected`` and ``probability``."""
+    counts = [contiguity(layers, int(n)) for layers, n in zip(frame["layers"], frame["num_layers"])]
+    return frame.join(pd.DataFrame(counts, frame.index, ["pairs", "expected", "probability"]))
 
 
 def _range(column):
-    """What the numbers of a column can be; None if that is not known."""
     if column.endswith("regret") or column in ("rmse", "tied", "distinct"):
         return 0.0, np.inf
     ranges = RANGES | {"r2": (-np.inf, 1.0)}

@@ -15,26 +15,19 @@ from hybridlib.selection.agreement import (RANGES, bootstrap_interval, chance_ja
 from hybridlib.selection.rules import select
 from hybridlib.selection.scores import LayerScores
 
-__all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdict", "verdicts"]
+__all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdicts"]
 
 
 def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
     """The mean of a - b over seeds, its 95% interval, and ``lower`` or ``higher`` where that excludes 0.
 
-    Parameters
-    ----------
-    frame : one row a selector and seed, as `Study.compare` or `recorded_hybrids` give it.
-    value : a key of `style.MEASURES`. a, b : two of the column ``selector``, paired by ``seed``.
-
-    One seed in common, or the same difference on every seed, has no interval. Raises ValueError for an unknown name,
-    or a selector that has two rows of one seed.
+    `frame` has one row a selector and seed, as `Study.compare` gives it; `value` is a key of `style.MEASURES`; `a` and
+    `b` are two of the column ``selector``, paired by ``seed``. Raises ValueError for an unknown name, or two such rows.
     """
     check_choice("value", value, tuple(MEASURES))
     for selector in (a, b):
-        check_choice("selector", selector, tuple(dict.fromkeys(frame["selector"])))
+        check_choice("selector", selector, tuple(frame["selector"].unique()))
     rows = frame[frame["selector"].isin([a, b])]
-    if rows.duplicated(["selector", "seed"]).any():
-        raise ValueError(f"frame has two rows of one seed for {a!r} or {b!r}; one run a selector and seed is allowed")
     pairs = rows.pivot(index="seed", columns="selector", values=value).dropna()
     if pairs.empty:
         return "no seed in common"
@@ -54,11 +47,6 @@ def direction(low: float, high: float, seeds: int) -> str:
     return "lower" if high < 0 else "higher" if low > 0 else "not told apart"
 
 
-def verdict(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
-    """One line: who is compared with whom, and the `outcome`."""
-    return f"{a} against {b}: {outcome(frame, value, a, b, digits=digits)}"
-
-
 def verdicts(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]],
              values: Sequence[str] = ("kl", "recall_exact")) -> pd.DataFrame:
     """The `outcome` of every pair, a row each, by every value, a column each; empty for a frame without rows."""
@@ -73,14 +61,9 @@ def verdicts(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]],
 def rankings(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], k: int) -> pd.DataFrame:
     """How far two scores of the same layers agree; one row a pair, as text.
 
-    Parameters
-    ----------
-    pairs : label -> two scores (layers,), higher = keep.
-    k : layers that a budget keeps.
-
-    Columns: the correlations of Spearman and of Kendall (tau-b, which no single far-off rank dominates) and the Jaccard
-    index of the `k` best, each with its percentile bootstrap interval over layers (for the sets, of layers drawn as
-    often), and the index that two random sets have on average.
+    `pairs` is label -> two scores (layers,), higher = keep. Columns: the correlations of Spearman and of Kendall
+    (tau-b) and the Jaccard index of the `k` best, each with its percentile bootstrap interval over layers, and the
+    index that two random sets have on average.
     """
     measures = {"Spearman [95%]": spearman, "Kendall [95%]": kendall,
                 f"Jaccard of the best {k} [95%]": lambda x, y: top_k_jaccard(x, y, k)}
@@ -96,14 +79,13 @@ def recorded_hybrids(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer:
 
     Parameters
     ----------
-    ledger : holds the records ``"align"``, ``"score"`` and ``"hybrid"`` of a study.
     rules : label -> arguments of `Study.select` (``selector``, and maybe ``mixer`` of the probe and ``normalize``);
         None is the hybrid that keeps no layer.
     mixer : of the hybrids; None takes any.
-    require : labels without which there is nothing to compare; a setting that lacks one is passed over.
+    require : labels without which a setting is passed over.
 
-    Layers are chosen again from the recorded scores, of several lengths the longest. Hybrids that differ in more
-    than seed and layers are not mixed: the setting in which most rules were run is taken, the latest of equals.
+    Layers are chosen again from the recorded scores, of several lengths the longest. Of hybrids that differ in more
+    than seed and layers, those of the setting in which most rules were run are taken, the latest of equals.
     Columns are those of `Study.compare`, and what was run, as `tables.settings_table` shows it.
     """
     records = list(ledger)
@@ -129,8 +111,7 @@ def recorded_hybrids(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer:
     return frame.drop_duplicates(["selector", "seed"]).reset_index(drop=True)
 
 
-def _layers_by_rule(rule: Mapping | None, hybrid: Record, records: list[Record],
-                    depths: dict[str, int]) -> tuple[int, ...] | None:
+def _layers_by_rule(rule, hybrid: Record, records: list[Record], depths: dict[str, int]) -> tuple[int, ...] | None:
     """The layers that `rule` keeps under the budget of `hybrid`; None where no record tells."""
     p = hybrid.parameters
     count, num_layers = len(p["layers"]), depths.get(_text(p["aligned"]))

@@ -1,13 +1,12 @@
 """All selectors on one teacher: what each chose, how good its hybrid is after equal distillation, what choosing cost.
 
-A contest is one record, made of the records of scores and hybrids, so that a second notebook, or a reader without the
-GPU, draws from it.
+A contest is one record, made of those of scores and hybrids, from which other notebooks draw.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
@@ -18,14 +17,11 @@ from hybridlib.study.catalogue import SELECTORS, find_selector
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["CHEAP", "Contest", "FLOOR", "SelectorSettings", "recorded_contest", "recorded_contests", "run_contest"]
+__all__ = ["Contest", "FLOOR", "SelectorSettings", "recorded_contests", "run_contest"]
 
 FLOOR = "none (all linear)"  #: what notebooks call the hybrid that keeps no layer
-#: selectors that train nothing, or read scores that other notebooks record as well
-CHEAP = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart", "ga-s2", "ga-s2-spaced",
-         "gr-s2", "avg")
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
-_COSTS = [f.name for f in fields(Cost) if f.name != "device"]
+_COSTS = [name for name in asdict(Cost()) if name != "device"]
 _COLUMNS = ["selector", "name", "needs", "note", "seed", "layers", "values", *_METRICS, *asdict(Cost())]
 
 
@@ -33,7 +29,8 @@ _COLUMNS = ["selector", "name", "needs", "note", "seed", "layers", "values", *_M
 class SelectorSettings(StudySettings):
     """`StudySettings`, and `selectors`: names of `SELECTORS`, in the order of figures and tables."""
 
-    selectors: list[str] = CHEAP
+    selectors: list[str] = ("uniform", "random", "first", "last", "ppl", "ar", "ga-s1", "gate-gradient", "smart",
+                            "ga-s2", "ga-s2-spaced", "gr-s2", "avg")
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,8 +51,7 @@ class Contest:
     rows : a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``, ``values``
         (a number a layer, or None), ``note`` (of its `Selection`), the metrics of its hybrid, and the fields of its
         `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `FLOOR`, with the name ``"none"``.
-    refused : selectors that the teacher does not allow, title -> why.
-    teacher : the teacher's own metrics.
+    refused : selectors that the teacher does not allow, title -> why. teacher : the teacher's own metrics.
     settings : the parameters of the record.
     """
 
@@ -74,29 +70,29 @@ class Contest:
 
     @property
     def usable(self) -> pd.DataFrame:
-        """`chosen` without the selectors that are there to compare with, see `Selector`'s ``control``."""
-        return self.chosen[[name not in SELECTORS or not SELECTORS[name].control for name in self.chosen["name"]]]
+        """`chosen` without controls, see `Selector`."""
+        controls = [name for name, selector in SELECTORS.items() if selector.control]
+        return self.chosen[~self.chosen["name"].isin(controls)]
 
     @property
     def sets(self) -> dict[str, list[tuple[int, ...]]]:
-        """Title -> what the selector chose, seed by seed."""
+        """Title -> the layers that the selector chose, seed by seed."""
         return {title: list(rows["layers"]) for title, rows in self.chosen.groupby("selector", sort=False)}
 
     @property
     def titles(self) -> list[str]:
         """The selectors' titles, in their order."""
-        return list(dict.fromkeys(self.chosen["selector"]))
+        return list(self.chosen["selector"].unique())
 
 
 def run_contest(study: Study) -> Contest:
     """Let every selector of the study's `SelectorSettings` choose with every seed, and distil what each chose alike.
 
-    Record kind ``"contest"``. Sets that several selectors choose are distilled once. A selector by a recall task that
-    is beyond the teacher is left out and named in `Contest.refused`. Cost: that of the selectors and of a stage 2 for
-    each set.
+    Record kind ``"contest"``. A selector by a recall task that is beyond the teacher is named in `Contest.refused`.
+    Cost: that of the selectors, and a stage 2 for each distinct set.
     """
     s = study.settings
-    names = {f.name for f in fields(SelectorSettings)} - {"device", "results", "recompute"}
+    names = asdict(SelectorSettings()).keys() - {"device", "results", "recompute"}
     parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
 
     def compute():
@@ -110,7 +106,7 @@ def run_contest(study: Study) -> Contest:
                   "values": None, **Cost().to_dict()} for seed in study.seeds]
         for row in rows:
             metrics = study.hybrid(row["layers"], seed=row["seed"]).metrics
-            row |= {k: v for k, v in metrics.items() if k in _METRICS}
+            row |= {name: metrics[name] for name in _METRICS if name in metrics}
         return {"rows": rows, "refused": refused, "teacher": study.teacher_record().metrics,
                 "num_layers": study.num_layers}
 
@@ -118,11 +114,9 @@ def run_contest(study: Study) -> Contest:
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:
-    """The contests in `ledger`, one for all those whose settings differ in nothing but the selectors.
+    """The contests in `ledger`; those whose settings differ in nothing but the selectors are one, by the latest runs.
 
-    Of a selector that several of them ran, the latest run counts. The deepest teacher is first, then the contests
-    under the budget and with the mixer that `StudySettings` starts from, then those of most lines (selectors times
-    seeds).
+    The deepest teacher is first, then the budget and the mixer that `StudySettings` starts from, then most rows.
     """
     groups: dict[str, list[Contest]] = {}
     for record in sorted(ledger.find("contest"), key=lambda r: r.started):
@@ -133,18 +127,13 @@ def recorded_contests(ledger: Ledger) -> list[Contest]:
         -c.num_layers, (c.settings["budget"], c.settings["mixer"]) != usual, -len(c.rows)))
 
 
-def recorded_contest(ledger: Ledger) -> Contest | None:
-    """The first of `recorded_contests`; None if there is none."""
-    return next(iter(recorded_contests(ledger)), None)
-
-
 def _merged(contests: list[Contest]) -> Contest:
-    """One contest from several of the same settings, the earliest first; selectors in the order of `SELECTORS`."""
+    """One contest of several, the earliest first; selectors in the order of `SELECTORS`."""
     rows = pd.concat([c.rows for c in contests], ignore_index=True).drop_duplicates(["name", "seed"], keep="last")
     order = {name: i for i, name in enumerate((*SELECTORS, "none"))}
     rows = rows.sort_values(["name", "seed"], key=lambda c: c.map(order) if c.name == "name" else c, kind="stable")
     refused = {title: why for c in contests for title, why in c.refused.items() if title not in set(rows["selector"])}
-    names = [name for name in dict.fromkeys(rows["name"]) if name != "none"]
+    names = [name for name in rows["name"].unique() if name != "none"]
     return replace(contests[-1], rows=rows.reset_index(drop=True), refused=refused,
                    settings=contests[-1].settings | {"selectors": names},
                    commit=", ".join(dict.fromkeys(c.commit for c in contests if c.commit)) or None)

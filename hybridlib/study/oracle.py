@@ -1,15 +1,15 @@
 """The oracle: every layer set of a small teacher distilled and measured, and selectors judged by it.
 
-`oracle_record` measures sets in pieces, each a record of its own, so that a killed run goes on. The functions below it
-read such records, each of one seed.
+`oracle_record` measures sets in pieces, each a record of its own; a killed run goes on. Records are of one seed.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -20,7 +20,6 @@ import pandas as pd
 
 from hybridlib.checks import check_choice, check_int, check_number
 from hybridlib.distill.corpus import Tokens
-from hybridlib.models.hybrid import check_layers
 from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.agreement import spearman
 from hybridlib.selection.engine.sets import match_sets
@@ -30,9 +29,8 @@ from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "choices",
-           "interaction_maps", "judge", "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling",
-           "values"]
+__all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "choices", "interaction_maps", "judge",
+           "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling", "values"]
 
 METRICS = ("kl", "recall_exact")
 OTHER_SEEDS = "best KL of other seeds"  # the set that the other seeds' records call best
@@ -50,9 +48,8 @@ class OracleSettings(StudySettings):
     oracle_tokens : tokens of stage 2 for each set.
     oracle_points : shares of `oracle_tokens`, 0 to 1, after which every set is measured on the way to the end.
     oracle_heldout_tokens : test tokens to measure on, at most `heldout_tokens`.
-    recall_examples : prompts of the recall task for each measurement.
-    piece : sets to a record: what a killed run can lose.
-    selectors : what is judged: names that `Study.select` takes, and the searches of `SEARCHES`.
+    recall_examples : prompts of the recall task for each measurement. piece : sets to a record.
+    selectors : what is judged: names that `Study.select` takes, and those of `SEARCHES`.
     """
 
     sizes: Sequence[int] = (0, 1, 2)
@@ -89,37 +86,23 @@ class OracleSettings(StudySettings):
 
 def sets_of_sizes(num_layers: int, sizes: Iterable[int] = ()) -> list[tuple[int, ...]]:
     """All sets of layers that have these sizes, smaller ones first; all 2 ** num_layers of them if `sizes` is empty."""
-    check_int("num_layers", num_layers, 1)
     sizes = sorted(set(sizes)) or range(num_layers + 1)
     for size in sizes:
         check_int("sizes", size, 0, num_layers)
     return [layers for size in sizes for layers in combinations(range(num_layers), size)]
 
 
-def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None = None, *, group: int | None = None,
-                  measure: Callable[..., list[dict]] = match_sets) -> Record:
-    """Distil and measure every set of the sizes that a study names, for one seed. Record kind ``"oracle"``.
-
-    Parameters
-    ----------
-    study : of `OracleSettings`; gives the aligned student, the settings of stage 2, and what to measure on.
-    sets : other sets than those of the settings' sizes.
-    group : candidates trained at once, None for what memory holds.
-    measure : what trains and measures sets, a function that takes and gives what `match_sets` does.
+def oracle_record(study: Study, seed: int) -> Record:
+    """Distil and measure every set of the sizes that `study`, of `OracleSettings`, names. Record kind ``"oracle"``.
 
     The record's ``sets`` has for each set: layers, kl (nats a token), kl_stderr, perplexity, top1_agreement,
     recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None. A set
     that a record of this kind or of ``"oracle_piece"`` has, measured alike, is not measured again, unless the study
-    recomputes.
-
-    Cost: `oracle_tokens` for each set, and a pass over the test rows and the prompts for each measurement.
+    recomputes. Cost: `oracle_tokens` for each set, and a pass over test rows and prompts for each measurement.
     """
     s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
-    num_layers, tokens = study.num_layers, s.oracle_tokens
+    tokens, sets = s.oracle_tokens, sets_of_sizes(study.num_layers, s.sizes)
     check_int("seed", seed, 0)
-    sets = sets_of_sizes(num_layers, s.sizes) if sets is None else [check_layers(layers, num_layers) for layers in sets]
-    if not sets:
-        raise ValueError("sets is empty; give at least one set of layers")
     common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
               "num_tokens": tokens, "measure_at": list(s.measure_at), "settings": settings.numbers(),
               "heldout_tokens": s.heldout_tokens, "measured_tokens": s.oracle_heldout_tokens, "recall": asdict(task),
@@ -129,8 +112,8 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
         whole = study.tokens(seed, tokens)
         rows = Tokens(whole.train, whole.heldout[:s.oracle_heldout_tokens // s.context], whole.tokenizer, whole.source,
                       whole.seed)
-        results = measure(study.aligned(s.mixer, seed), study.teacher.model, rows, part, tokens, settings=settings,
-                          group=group, recall=task, recall_examples=s.recall_examples, measure_at=s.measure_at)
+        results = match_sets(study.aligned(s.mixer, seed), study.teacher.model, rows, part, tokens, settings=settings,
+                             recall=task, recall_examples=s.recall_examples, measure_at=s.measure_at)
         return {"sets": [_without_losses(row) for row in results], "tokens": sum(row["tokens"] for row in results)}
 
     def compute():
@@ -150,8 +133,8 @@ def oracle_record(study: Study, seed: int, sets: Iterable[Iterable[int]] | None 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
     """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained.
 
-    Among the sets of its size and seed, ``sets`` of them, a set has for each metric its ``{metric}_regret`` (0 for the
-    best, in units of the metric) and its ``{metric}_rank`` (1 is best, equals share it); nan where it was not measured.
+    Among the ``sets`` of its size and seed a set has for each metric its ``{metric}_regret`` (0 for the best, in units
+    of the metric) and its ``{metric}_rank`` (1 is best, equals share it); nan where it was not measured.
     """
     table = pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
                            **{name: row[name] for name in _FIGURES}}
@@ -182,10 +165,9 @@ def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dic
 def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
 
-    Columns: ``tokens``; ``spearman_next``, of the sets' values there and at the next point, and ``spearman_end``, with
-    those of the end; ``early_regret``, how much worse at the end than the best is the set that is best here; and of the
-    values at the end, how many sets share the best one, ``tied``, and how many ``distinct`` ones there are. Sizes of
-    fewer than three sets rank nothing and are left out.
+    Columns: ``tokens``; ``spearman_next`` and ``spearman_end``, of the sets' values there and at the next point, or the
+    end; ``early_regret``, of the set that is best here, at the end; and of the values at the end, how many share the
+    best, ``tied``, and how many are ``distinct``. Sizes of fewer than three sets are left out.
     """
     rows = []
     for record in records:
@@ -193,14 +175,11 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
         points = sorted({p["tokens"] for row in record.metrics["sets"] for p in row["curve"] if p["tokens"] < end})
         tables = [*(values(record, metric, point) for point in points), values(record, metric)]
         complete = [layers for layers in tables[-1] if all(layers in table for table in tables)]
-        for size in sorted({len(layers) for layers in complete}):
-            sets = [layers for layers in complete if len(layers) == size]
-            if len(sets) < 3:
-                continue
+        for sets in _by_size(complete):
             ranked = [[table[layers] for layers in sets] for table in tables]
             for i, point in enumerate(points):
                 early = sets[int(np.argmin(ranked[i]))]
-                rows.append({"seed": record.seed, "size": size, "sets": len(sets), "tokens": point,
+                rows.append({"seed": record.seed, "size": len(sets[0]), "sets": len(sets), "tokens": point,
                              "spearman_next": spearman(ranked[i], ranked[i + 1]),
                              "spearman_end": spearman(ranked[i], ranked[-1]),
                              "early_regret": tables[-1][early] - min(ranked[-1]),
@@ -212,9 +191,8 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
 def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
     """The set that each selector keeps at every size that `record` has in full. Record kind ``"choices"``.
 
-    A name of `SEARCHES` searches the record's own KL, which costs it as many distilled sets as it asks for; it is left
-    out at sizes for which a set that it asks for was not measured. Others are `Study.select`'s; those whose task is
-    beyond the teacher are left out.
+    A name of `SEARCHES` searches the record's own KL, and is left out at sizes for which a set that it asks for was not
+    measured. Others are `Study.select`'s; those whose task is beyond the teacher are left out.
     """
     p, s, table, num_layers = record.parameters, study.settings, values(record), study.num_layers
     selectors, counts = list(selectors), Counter(map(len, table))
@@ -235,13 +213,8 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
         rows = []
         for size in sizes:
             for selector in selectors:
-                try:
+                with suppress(TaskTooHard, *([KeyError] if selector in SEARCHES else [])):
                     rows.append({"selector": selector, "size": size, **choose(selector, size)})
-                except TaskTooHard:
-                    continue
-                except KeyError:
-                    if selector not in SEARCHES:
-                        raise
         return {"choices": rows}
 
     return study.record("choices", parameters, compute)
@@ -250,15 +223,9 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
 def judge(table: pd.DataFrame, chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
     """Every chosen set against all sets of its size: a row a selector, seed and size, with the columns of `table`.
 
-    Parameters
-    ----------
-    table : of `oracle_table`.
-    chosen : records of `choices`, or mappings with ``seed`` and ``choices``, {selector, layers} each.
-
-    With several seeds there are the rows of `OTHER_SEEDS` too: its regret in KL is what noise between seeds costs. The
-    best of many measured values is a lucky one, so even the set that is best in truth has some regret.
-
-    Raises ValueError for a set that was not measured.
+    `table` is that of `oracle_table`; `chosen` has records of `choices`, or mappings with ``seed`` and ``choices``,
+    {selector, layers} each. With several seeds there are rows of `OTHER_SEEDS` too: their regret in KL is what noise
+    between seeds costs. Raises ValueError for a set that was not measured.
     """
     rows, seeds = [], table["seed"].nunique()
     for choice in chosen:
@@ -288,41 +255,33 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """How far layers add up: a row a seed and size from 2 on.
 
     Predicted is v(none) less the gain of each layer alone, v(none) - v(l). Columns: ``error``, the mean of measured
-    less predicted (above 0: layers bring less together than alone), ``rmse``, and ``spearman`` of predicted and
-    measured, and ``pick_regret`` of the set that is predicted best, which is what scoring layers alone and adding up
-    must lose; ``r2``, the share of the variance among sets of the size that the best fit of one number a layer explains
-    (nan where the sets are too few to tell). Sets of no and of one layer must have been measured.
+    less predicted (above 0: layers bring less together than alone), ``rmse`` and ``spearman`` of the two; ``r2``, the
+    share of the variance that the best fit of one number a layer explains (nan where the sets are too few to tell); and
+    ``pick_regret`` of the set that is predicted best. A record without the sets of no and of one layer is left out.
     """
-    rows = []
+    rows, columns = [], ["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"]
     for record in records:
         v = values(record, metric)
         num_layers = _depth(v)
         if not {(), *((layer,) for layer in range(num_layers))} <= v.keys():
             continue
         gain = np.array([v[()] - v[layer,] for layer in range(num_layers)])
-        for size in range(2, num_layers):
-            sets = [layers for layers in v if len(layers) == size]
-            if len(sets) < 3:
-                continue
+        for sets in _by_size(layers for layers in v if 2 <= len(layers) < num_layers):
             member = np.array([np.isin(range(num_layers), layers) for layers in sets], dtype=float)
             measured, predicted = np.array([v[layers] for layers in sets]), v[()] - member @ gain
             residual = measured - member @ np.linalg.lstsq(member, measured, rcond=None)[0]
-            enough = len(sets) > num_layers and measured.var() > 0
-            rows.append({"seed": record.seed, "size": size, "sets": len(sets),
-                         "error": float((measured - predicted).mean()),
-                         "rmse": float(np.sqrt(((measured - predicted) ** 2).mean())),
-                         "spearman": spearman(predicted, measured),
-                         "r2": 1 - float((residual ** 2).mean() / measured.var()) if enough else float("nan"),
-                         "pick_regret": regret(sets[int(np.argmin(predicted))], v)})
-    return pd.DataFrame(rows, columns=["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"])
+            enough, error = len(sets) > num_layers and measured.var() > 0, measured - predicted
+            r2 = 1 - float((residual ** 2).mean() / measured.var()) if enough else float("nan")
+            rows.append((record.seed, len(sets[0]), len(sets), float(error.mean()), float(np.sqrt((error ** 2).mean())),
+                         spearman(predicted, measured), r2, regret(sets[int(np.argmin(predicted))], v)))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:
-    """The oracle of a ledger, (records, choices), a record a seed; of several settings that with most sets measured.
+    """The oracle of a ledger with most sets measured, a record a seed, and the choices that `judge` takes.
 
-    Of several choices those of most selectors, of equals the latest; then, as mappings, what contests of the same
-    aligned students chose at their one size where the choices have nothing. Both are empty if there is none. `mixer`
-    None takes any.
+    The choices are those of most selectors, of equals the latest, and, where they have nothing, those of contests of
+    the same aligned students. Both are empty if there is none. `mixer` None takes any.
     """
     ledger_records = list(ledger)
     settings: dict[str, dict[int, Record]] = {}
@@ -349,8 +308,15 @@ def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Reco
 
 
 def _alignment(record):
-    """How the aligned students of a record were made, whatever their seeds."""
     return {k: v for k, v in record.parameters["aligned"].items() if k not in ("seed", "data")}
+
+
+def _by_size(sets):
+    """Lists of the sets of one size, smaller sizes first; sizes of fewer than three sets rank nothing."""
+    groups = defaultdict(list)
+    for layers in sets:
+        groups[len(layers)].append(layers)
+    return [groups[size] for size in sorted(groups) if len(groups[size]) >= 3]
 
 
 def _depth(v):

@@ -58,9 +58,6 @@ def test_a_reference_is_compared_in_cost_agreement_and_kl(known):
     assert contest_report.reference_table(known, "AVG").empty
     one = dataclasses.replace(known, rows=known.rows[known.rows["seed"] == 0])
     assert contest_report.reference_table(one)["held-out KL"]["dear"].endswith("one seed cannot tell")
-
-
-def test_time_is_the_median_over_seeds(known):
     third = known.rows[known.rows["seed"] == 1].assign(seed=2)
     rows = pd.concat([known.rows, third], ignore_index=True)
     rows.loc[(rows["selector"] == "cheap") & (rows["seed"] == 0), "seconds"] = 1e6  # a first call that compiles
@@ -73,9 +70,6 @@ def test_neighbours_are_counted_beside_those_of_random_sets(known):
     assert list(table.index) == known.titles
     # of the 6 pairs of 4 layers, 3 are neighbours
     assert table.loc["cheap"].tolist() == [1, 0.5, 0.5] and table.loc["free"].tolist() == [0, 0.5, 1]
-
-
-def test_agreement_is_the_mean_over_seeds(known):
     sets = contest_report.agreement_of_sets(known)
     assert sets.shape == (4, 4) and sets[1, 2] == 1 and sets[0, 1] == pytest.approx(1 / 3)
 

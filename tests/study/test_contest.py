@@ -22,8 +22,9 @@ def test_scores_that_are_ga_s2s_own_are_not_anothers(tmp_path):
                                         ("GR-S2", "gr-s2", [3.0, 1.0]))]
     rows[1].pop("note")  # as in records made before there were notes
     ledger = hl.Ledger(tmp_path)
+    assert c.recorded_contests(ledger) == []
     ledger.add("contest", settings, {"rows": rows, "refused": {}, "teacher": {}, "num_layers": 2}, seconds=1.0)
-    contest = c.recorded_contest(ledger)
+    contest, = c.recorded_contests(ledger)
     assert dict(zip(contest.rows["name"], contest.rows["values"], strict=True)) == {
         "smart": None, "ga-s2": (2.0, 1.0), "gr-s2": (3.0, 1.0)}
     assert set(contest.rows["note"]) == {""}
@@ -53,13 +54,13 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     again = c.run_contest(make())
     pd.testing.assert_frame_equal(again.rows, contest.rows)
     assert len(list(study.ledger)) == before
-    pd.testing.assert_frame_equal(c.recorded_contest(study.ledger).rows, contest.rows)
+    pd.testing.assert_frame_equal(c.recorded_contests(study.ledger)[0].rows, contest.rows)
     one_seed = c.run_contest(hl.Study(dataclasses.replace(study.settings, seeds=1)))
     fewer = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=names[:2])))
     assert [len(k.rows) for k in (contest, one_seed, fewer)] == [12, 6, 6]
     assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # what differs in selectors is one
     more = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=["ga-s1"])))
-    fuller = c.recorded_contest(study.ledger)
+    fuller = c.recorded_contests(study.ledger)[0]
     assert fuller.titles == ["uniform", "PPL", "GA-S1", "gate gradient", "GA-S2", "exhaustive"]
     assert fuller.settings["selectors"] == ["uniform", "ppl", "ga-s1", "gate-gradient", "ga-s2", "exhaustive"]
     assert fuller.sets["GA-S1"] == more.sets["GA-S1"] and fuller.sets["PPL"] == contest.sets["PPL"]
@@ -74,10 +75,6 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     assert settings[["teacher", "softmax layers", "tokens of stage 1", "seeds"]].tolist() == [
         "tiny", "2 of 4", "256", "2"]
     assert {r.commit for r in study.ledger.find("contest")} == {contest.commit}
-
-
-def test_without_a_record_there_is_no_contest(tmp_path):
-    assert c.recorded_contest(hl.Ledger(tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize(("names", "message"), [

@@ -19,11 +19,19 @@ SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, matc
              oracle_points=(), oracle_heldout_tokens=64)
 
 
-def one_by_one(calls):
-    """What trains and measures sets, one after the other; `calls` is told of each."""
+class Calls(list):
+    limit = 10**6
 
-    def measure(student, teacher, tokens, sets, num_tokens, *, settings, group, recall, recall_examples, measure_at):
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The sets that were trained and the size of their held-out text; ``calls.limit`` sets at most, then Ctrl-C."""
+    calls = Calls()
+
+    def one_by_one(student, teacher, tokens, sets, num_tokens, *, settings, measure_at, **recall):
         rows = []
+        if len(calls) >= calls.limit:
+            raise KeyboardInterrupt
         for layers in sets:
             calls.append((tuple(layers), tokens.heldout.numel()))
             curve = []
@@ -32,13 +40,12 @@ def one_by_one(calls):
                 hl.match(hybrid, teacher, tokens, point, settings=settings)
                 figures = hl.evaluate(hybrid, teacher, tokens).metrics()
                 curve.append({"tokens": point, "kl": figures["kl"], "recall_exact": None})
-            rows.append({"layers": tuple(layers), **{name: figures[name] for name in (
-                "kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")},
-                "tokens": num_tokens, "losses": [1.0], "loss_tokens": [num_tokens], "curve": curve[:-1],
-                "seconds": 0.0})
+            rows.append({**figures, "layers": tuple(layers), "tokens": num_tokens, "losses": [1.0],
+                         "loss_tokens": [num_tokens], "curve": curve[:-1], "seconds": 0.0})
         return rows
 
-    return measure
+    monkeypatch.setattr(oracle, "match_sets", one_by_one)
+    return calls
 
 
 @pytest.fixture
@@ -93,9 +100,9 @@ def test_settings_are_checked_before_any_compute():
             oracle.OracleSettings(**changes)
 
 
-def test_every_set_is_measured_as_a_single_run_would_measure_it(tiny_study):
-    calls, study = [], tiny_study(oracle_points=(0.5,), oracle_heldout_tokens=32)
-    record = oracle.oracle_record(study, 1, measure=one_by_one(calls))
+def test_every_set_is_measured_as_a_single_run_would_measure_it(tiny_study, calls):
+    study = tiny_study(oracle_points=(0.5,), oracle_heldout_tokens=32)
+    record = oracle.oracle_record(study, 1)
     assert [tuple(row["layers"]) for row in record.metrics["sets"]] == oracle.sets_of_sizes(3)
     assert {size for _, size in calls} == {32} and record.seed == 1
     hybrid = hl.restore(study.aligned("gdn", 1), study.teacher.model, (0, 2))
@@ -106,44 +113,31 @@ def test_every_set_is_measured_as_a_single_run_would_measure_it(tiny_study):
     assert set(oracle.values(record, tokens=32)) == set(oracle.sets_of_sizes(3))
 
 
-def test_a_killed_oracle_goes_on_and_gives_the_same_record(tiny_study, tmp_path):
-    whole = oracle.oracle_record(tiny_study(results=str(tmp_path / "other"), piece=3), 0, measure=one_by_one([]))
-    calls = []
-    working = one_by_one(calls)
-
-    def dying(student, teacher, tokens, sets, *args, **kwargs):
-        if len(calls) >= 6:
-            raise KeyboardInterrupt
-        return working(student, teacher, tokens, sets, *args, **kwargs)
-
+def test_a_killed_oracle_goes_on_and_gives_the_same_record(tiny_study, tmp_path, calls):
+    whole = oracle.oracle_record(tiny_study(results=str(tmp_path / "other"), piece=3), 0)
+    calls.clear()
+    calls.limit = 6
     with pytest.raises(KeyboardInterrupt):
-        oracle.oracle_record(tiny_study(piece=3), 0, measure=dying)
+        oracle.oracle_record(tiny_study(piece=3), 0)
     assert len(calls) == 6 and not tiny_study().ledger.find("oracle")
-    record = oracle.oracle_record(tiny_study(piece=2), 0, measure=working)  # pieces may be cut otherwise
-    assert len(calls) == 8 == len(set(calls))
-    assert record.metrics["sets"] == whole.metrics["sets"]
-    again = oracle.oracle_record(tiny_study(), 0, measure=working)
-    assert again == record and len(calls) == 8
+    calls.limit = 8
+    record = oracle.oracle_record(tiny_study(piece=2), 0)  # pieces may be cut otherwise
+    assert len(calls) == 8 == len(set(calls)) and record.metrics["sets"] == whole.metrics["sets"]
+    assert oracle.oracle_record(tiny_study(), 0) == record and len(calls) == 8
 
 
-def test_more_sizes_add_to_what_was_measured_and_other_measurements_do_not(tiny_study):
-    calls = []
-    measure = one_by_one(calls)
-    oracle.oracle_record(tiny_study(sizes=[1]), 0, measure=measure)
-    oracle.oracle_record(tiny_study(sizes=[0, 1]), 0, measure=measure)
+def test_more_sizes_add_to_what_was_measured_and_other_measurements_do_not(tiny_study, calls):
+    oracle.oracle_record(tiny_study(sizes=[1]), 0)
+    oracle.oracle_record(tiny_study(sizes=[0, 1]), 0)
     assert [layers for layers, _ in calls] == [(0,), (1,), (2,), ()]
-    oracle.oracle_record(tiny_study(oracle_tokens=32), 0, [(2,)], measure=measure)
-    oracle.oracle_record(tiny_study(recompute=True), 0, [(2,)], measure=measure)
+    oracle.oracle_record(tiny_study(sizes=[0], oracle_tokens=32), 0)
+    oracle.oracle_record(tiny_study(sizes=[0], recompute=True), 0)
     assert len(calls) == 6
-    with pytest.raises(ValueError, match="^sets is empty"):
-        oracle.oracle_record(tiny_study(), 0, [], measure=measure)
-    with pytest.raises(ValueError):
-        oracle.oracle_record(tiny_study(), 0, [(3,)], measure=measure)
 
 
-def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_study, monkeypatch):
-    study = tiny_study()
-    record = oracle.oracle_record(study, 0, measure=one_by_one([]))
+def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_study, calls, monkeypatch):
+    study, select = tiny_study(), hl.Study.select
+    record = oracle.oracle_record(study, 0)
     choices = oracle.choices(study, ["first", "random", "ga-s2", "oracle-greedy"], record).metrics["choices"]
     by = {(c["selector"], c["size"]): tuple(c["layers"]) for c in choices}
     assert len(by) == 8 and by["first", 2] == (0, 1)
@@ -153,14 +147,13 @@ def test_choices_are_those_of_the_study_and_of_searches_over_the_record(tiny_stu
     best = min(((l,) for l in range(3)), key=v.get)
     assert by["oracle-greedy", 1] == best
     assert by["oracle-greedy", 2] == min((tuple(sorted({*best, l})) for l in range(3) if l not in best), key=v.get)
-    part = oracle.oracle_record(tiny_study(sizes=[2]), 0, measure=one_by_one([]))
+    part = oracle.oracle_record(tiny_study(sizes=[2]), 0)
 
     def beyond_the_teacher(self, selector, *args):
         if selector == "ar-mh":
             raise oracle.TaskTooHard("no recall to lose")
         return select(self, selector, *args)
 
-    select = hl.Study.select
     monkeypatch.setattr(hl.Study, "select", beyond_the_teacher)
     choices = oracle.choices(study, ["last", "ar-mh", "oracle-greedy"], part).metrics["choices"]
     assert choices == [{"selector": "last", "size": 2, "layers": [1, 2]}]  # the search needs single layers
@@ -247,11 +240,11 @@ def test_ties_are_counted_where_a_ranking_is_followed():
     assert alike["spearman_end"].isna().all() and alike["tied"].tolist() == alike["sets"].tolist()
 
 
-def test_a_ledger_gives_the_fullest_oracle_and_its_choices(tiny_study):
+def test_a_ledger_gives_the_fullest_oracle_and_its_choices(tiny_study, calls):
     study = tiny_study()
     assert oracle.recorded_oracle(study.ledger) == ([], [])
-    oracle.oracle_record(tiny_study(sizes=[1], oracle_tokens=32), 0, measure=one_by_one([]))
-    both = [oracle.oracle_record(tiny_study(sizes=[1, 2]), seed, measure=one_by_one([])) for seed in (0, 1)]
+    oracle.oracle_record(tiny_study(sizes=[1], oracle_tokens=32), 0)
+    both = [oracle.oracle_record(tiny_study(sizes=[1, 2]), seed) for seed in (0, 1)]
     chosen = [oracle.choices(study, ["first"], record) for record in both]
     assert oracle.recorded_oracle(study.ledger) == (both, chosen)
     more = [oracle.choices(study, ["first", "uniform"], record) for record in both]
