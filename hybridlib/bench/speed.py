@@ -15,7 +15,6 @@ import torch
 
 from hybridlib.bench.decoding import time_decoding
 from hybridlib.bench.exactness import CASES, EXACT, cases_for, measure_exactness
-from hybridlib.bench.kernel_times import time_kernels
 from hybridlib.bench.objective import IMPLEMENTATIONS, SHAPE, time_objective
 from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, check_shape, time_operator
 from hybridlib.bench.step import LOOPS, STAGES, StepSettings, check_align_tokens, time_step
@@ -32,10 +31,10 @@ __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "recorded_speed"]
 
 #: a table of `recorded_speed` -> the kind of its records
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
-         "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed"}
+         "steps": "step_speed", "decoding": "decoding_speed"}
 _LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
           "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS, "shapes": None, "objective_shapes": None,
-          "contexts": None, "shares": None, "kernel_shapes": None}
+          "contexts": None, "shares": None}
 _EFFORT = ("repeats", "max_seconds", "steps", "new_tokens", "data", "revision", "cases", "align_tokens")
 
 
@@ -54,9 +53,8 @@ class SpeedSettings(NotebookSettings):
     step_align_tokens : of stage 1 before stage 2 is timed, 0 for none; plain_backend : of mixers in the plain loop.
     contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
     decode_batch : prompts at once; new_tokens : generated for each.
-    kernel_shapes : shapes of the fused operators whose calls are timed kernel by kernel, on a GPU.
 
-    An empty list of shapes, exactness_cases, objective_shapes, stages, contexts or kernel_shapes leaves that part out.
+    An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
     """
 
     operators: list[str] = OPERATORS[:2]
@@ -79,7 +77,6 @@ class SpeedSettings(NotebookSettings):
     shares: list[float] = (1.0, 0.5, 0.25, 0.125)
     decode_batch: int = 1
     new_tokens: int = 16
-    kernel_shapes: list[list[int]] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +85,7 @@ class SpeedSettings(NotebookSettings):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
             for value in getattr(self, name) if allowed else ():
                 check_choice(name, value, allowed)
-        for shape in (*self.shapes, *self.kernel_shapes):
+        for shape in self.shapes:
             check_shape(shape)
         for shape in self.objective_shapes:
             check_shape(shape, SHAPE)
@@ -180,11 +177,6 @@ class SpeedStudy:
         return pd.DataFrame([time_decoding(bench, teacher, share=share, context=context, mixer=s.mixer,
                                            batch=s.decode_batch, new_tokens=s.new_tokens)
                              for share in s.shares for context in s.contexts])
-
-    def kernels(self) -> pd.DataFrame:
-        """The fused operators kernel by kernel: see `time_kernels`. Last of all: a profiler slows later launches."""
-        return pd.DataFrame([time_kernels(self.bench, operator, shape)
-                             for operator in self.settings.operators for shape in self.settings.kernel_shapes])
 
 
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:

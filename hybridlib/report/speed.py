@@ -16,8 +16,8 @@ from hybridlib.bench.operators import DIRECTIONS, MODEL_BACKENDS
 from hybridlib.bench.step import LOOPS, PHASES
 from hybridlib.report.style import mebibytes, milliseconds
 
-__all__ = ["captioned", "decoding_table", "exactness_table", "kernel_table", "measured", "objective_table",
-           "operator_table", "record_table", "refusals", "step_table", "tensor_table", "verdicts"]
+__all__ = ["captioned", "decoding_table", "exactness_table", "measured", "objective_table", "operator_table",
+           "record_table", "refusals", "step_table", "tensor_table", "verdicts"]
 
 _SHAPE = ["batch", "time", "heads", "dim"]
 _CALL = ["operator", "direction", *_SHAPE, "dtype"]
@@ -33,8 +33,7 @@ def captioned(part: str, frame: pd.DataFrame) -> list[Styler]:
                       "worst error of each tensor, over all cases": lambda: tensor_table(frame)},
         "objectives": {"objective": lambda: objective_table(frame)},
         "steps": {"steps": lambda: step_table(frame)},
-        "decoding": {"decoding": lambda: decoding_table(frame).round(3)},
-        "kernels": {"kernels of the fused operators, forward and backward": lambda: kernel_table(frame)}}[part]
+        "decoding": {"decoding": lambda: decoding_table(frame).round(3)}}[part]
     tables[f"{part}: what could not run"] = lambda: refusals(frame)
     return [table.style.set_caption(caption) for caption, build in tables.items() if len(table := build())]
 
@@ -225,24 +224,6 @@ def verdicts(tables: Mapping[str, pd.DataFrame]) -> str:
                          f"**{row['cache_of_teacher']:.2f} times** the teacher's cache, "
                          f"**{row['speed_of_teacher']:.2f} times** its speed")
     return "\n".join(f"- {line}." for line in lines)
-
-
-def kernel_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every launch of a call: its time with quartiles, its share of all, bytes and FLOPs, and the rates of both."""
-    table = []
-    for _, row in measured(frame).iterrows():
-        for number, one in enumerate(row["kernels"], 1):
-            low, median, high = (1e6 * one[name] for name in ("low", "seconds", "high"))
-            rate = _NONE if one["flops"] is None else f"{one['flops'] / one['seconds'] / 1e12:.3g}"
-            table.append({
-                "operator": row["operator"].replace("_", " "), "shape": _shape(row, _SHAPE), "launch": number,
-                "kernel": f"{one['name'].split('.')[1]} ({one['pass']})",
-                "time, \u00b5s": f"{median:.3g} [{low:.3g}, {high:.3g}]",
-                "share": f"{100 * one['seconds'] / row['kernel_seconds']:.0f}%",
-                "MB": f"{one['bytes'] / 1e6:.3g}", "GB/s": f"{one['bytes'] / one['seconds'] / 1e9:,.0f}",
-                "GFLOP": _NONE if one["flops"] is None else f"{one['flops'] / 1e9:.3g}", "TFLOP/s": rate,
-                "programs": one["programs"], "registers": one["registers"]})
-    return pd.DataFrame(table).set_index(["operator", "shape", "launch"]) if table else pd.DataFrame()
 
 
 def _shape(row, names):

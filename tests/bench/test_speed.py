@@ -31,7 +31,7 @@ def test_parts_left_out_are_empty(tmp_path):
     settings = speed.SpeedSettings(shapes=[], exactness_cases=[], objective_shapes=[], stages=[], contexts=[],
                                    results=str(tmp_path), device="cpu")
     study = speed.SpeedStudy(settings)
-    parts = study.operators, study.exactness, study.objectives, study.steps, study.decoding, study.kernels
+    parts = study.operators, study.exactness, study.objectives, study.steps, study.decoding
     assert all(part().empty for part in parts) and not list(tmp_path.iterdir())
     assert set(speed.recorded_speed(study.bench.ledger)) == set(speed.KINDS)
     assert all(frame.empty for frame in speed.recorded_speed(study.bench.ledger).values())

@@ -8,13 +8,12 @@ kernels says which do, and how the table was chosen. `hybridlib.bench.exactness`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 __all__ = ["Launch", "Place", "SIZE", "by_token", "follows", "how", "override", "override_follows", "override_segments",
-           "precision", "run", "segments_of", "stride", "watch"]
+           "precision", "run", "segments_of", "stride"]
 
 SIZE = 64  # tokens in a chunk
 LEAST, MOST = 8, 32  # chunks of a segment, segments of a sequence
@@ -34,7 +33,6 @@ class Launch(NamedTuple):
 override: dict[str, Launch] = {}
 override_segments: int | None = None  # the same in a forward pass and its backward pass
 override_follows: bool | None = None  # the same in a forward pass and its backward pass
-watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF: dict[str, Launch | tuple[Launch, Launch]] = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
@@ -128,13 +126,11 @@ class Place:
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
-        compiled = run(kernel, use, grid, arguments, None if self.key is None else (part, self.key))
-        if watch is not None:
-            watch(kernel, use, grid, arguments, compiled)
+        run(kernel, use, grid, arguments, None if self.key is None else (part, self.key))
 
 
 def run(kernel, use, grid, arguments, key):
-    """Run a kernel, compiled once for each launch and each `key`, and return it.
+    """Run a kernel, compiled once for each launch and each `key`.
 
     Arguments of equal keys may differ in size, not in kind. With None Triton inspects them, which takes longer.
     """
@@ -148,7 +144,6 @@ def run(kernel, use, grid, arguments, key):
                                 **({"launch_pdl": True} if use.follows else {}))
         if key is not None and compiled is not None:  # None from Triton's interpreter
             _compiled[key] = kernel, compiled
-    return compiled
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
