@@ -74,7 +74,6 @@ def test_what_is_timed_is_the_operator_and_its_gradients():
     o = operators._call("softmax_attention", "softmax", {"q": q, "k": k, "v": v}, False)()
     last = (q[0, -1, 0] @ k[0, :, 0].T / 8**0.5).softmax(-1) @ v[0, :, 0]
     assert torch.allclose(o[0, -1, 0], last, atol=1e-6)
-    assert len(operators.calls_in_turn("gated_delta_rule", "chunked", (1, 16, 2, 8), "forward", "float32", "cpu")) == 8
 
 
 def test_a_record_has_its_floor_and_one_copy_serves_all(bench):
@@ -98,18 +97,6 @@ def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(bench, monk
     assert operators.time_operator(*call)["reason"] == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
     assert operators.time_operator(*call)["reason"] is None
-
-
-@pytest.mark.parametrize("arguments, sentence", [
-    (("delta", "chunked", (1, 2, 3, 4)), "operator='delta' is unknown"),
-    (("gated_delta_rule", "softmax", (1, 2, 3, 4)), "backend='softmax' is unknown"),
-    (("gated_delta_rule", "chunked", (1, 2, 3)), r"shape=\(1, 2, 3\) is not \(batch, time, heads, dim\), 4 whole"),
-    (("gated_delta_rule", "chunked", (1, 0, 3, 4)), r"shape=\(1, 0, 3, 4\) is not"),
-    (("gated_delta_rule", "chunked", (1, 2, 3, 4), "up"), "direction='up' is unknown")])
-def test_bad_arguments_are_refused_before_any_compute(bench, arguments, sentence):
-    with pytest.raises(ValueError, match=f"^{sentence}"):
-        operators.time_operator(bench, *arguments)
-    assert not bench.ledger.folder.exists()
 
 
 @pytest.mark.parametrize("change, reason", [
