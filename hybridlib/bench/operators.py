@@ -37,7 +37,7 @@ def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int
     shape : (batch, time, heads, dim); q, k, v and beta are of `bench`'s dtype, log_decay is float32.
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of every input.
 
-    Metrics: the timing of `time_calls`; ``peak_bytes`` held beyond the inputs; ``floor_bytes`` (`memory_floor`) and
+    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs; ``floor_bytes`` (`memory_floor`) and
     ``floor_seconds``, these over the speed of `time_copy`.
     """
     batch, length, heads, dim = shape

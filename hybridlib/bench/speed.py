@@ -14,7 +14,7 @@ from hybridlib.bench.decoding import time_decoding
 from hybridlib.bench.exactness import CASES, EXACT, cases_for, measure_exactness
 from hybridlib.bench.objective import IMPLEMENTATIONS, time_objective
 from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, time_operator
-from hybridlib.bench.step import LOOPS, STAGES, StepSettings, time_step
+from hybridlib.bench.step import LOOPS, STAGES, time_step
 from hybridlib.bench.timing import DTYPES, Bench, time_copy
 from hybridlib.checks import check_choice, check_device, check_int, check_number
 from hybridlib.distill.corpus import load_tokens
@@ -42,11 +42,11 @@ class SpeedSettings(NotebookSettings):
     Parameters
     ----------
     operators, backends, shapes : as `time_operator` takes them; ``"softmax"`` among the backends is softmax attention.
-    dtype : of operators, objectives and decoding, see `Bench`.
-    repeats, max_seconds : of `time_calls`.
+    dtype, repeats, max_seconds : of operators, objectives and decoding, see `Bench`.
     exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
     objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
-    stages : of the training step; steps, plain_backend and step_align_tokens as in `StepSettings`.
+    stages, steps, plain_backend : training steps to run of each stage, and the backend of mixers in the plain loop.
+    step_align_tokens : of stage 1, for the student that both loops of stage 2 begin with; 0 for none.
     contexts, shares, decode_batch, new_tokens : as `time_decoding` takes them.
 
     An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
@@ -165,8 +165,7 @@ class SpeedStudy:
             return pd.DataFrame()
         needed = max((s.steps + 2) * s.batch_tokens, s.step_align_tokens)
         tokens = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=needed, heldout_tokens=s.context)
-        how = StepSettings(s.mixer, s.budget, s.batch_tokens, s.steps, s.plain_backend, s.step_align_tokens)
-        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage, loop, how, aligned)
+        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage, loop, s, aligned)
                              for stage in s.stages for loop in LOOPS])
 
     def decoding(self) -> pd.DataFrame:

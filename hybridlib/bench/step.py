@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,34 +22,17 @@ from hybridlib.models.passes import attention_io, compiled_if, last_hidden
 from hybridlib.models.teachers import Teacher
 from hybridlib.selection.rules import select
 
-__all__ = ["LOOPS", "PHASES", "STAGES", "StepSettings", "time_step"]
+if TYPE_CHECKING:
+    from hybridlib.bench.speed import SpeedSettings
+
+__all__ = ["LOOPS", "PHASES", "STAGES", "time_step"]
 
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What is timed of a training step.
-
-    Parameters
-    ----------
-    mixer : of the student. budget : softmax layers of the hybrid in ``"match"``, evenly spaced.
-    batch_tokens : tokens a step. steps : to run; a GPU's first four, where a step is recorded, are not timed.
-    plain_backend : of the mixers in the plain loop.
-    align_tokens : of stage 1, for the student that both loops of ``"match"`` begin with; 0 for none. Not timed.
-    """
-
-    mixer: str = "gdn"
-    budget: float | int = 0.25
-    batch_tokens: int = 16_384
-    steps: int = 20
-    plain_backend: str = "chunked"
-    align_tokens: int = 1_048_576
-
-
-def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: str,
-              how: StepSettings = StepSettings(), aligned: MutableMapping | None = None) -> dict:
+def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: str, how: SpeedSettings,
+              aligned: MutableMapping | None = None) -> dict:
     """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
 
     Parameters
@@ -59,6 +41,8 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
     stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid).
     loop : ``"hybridlib"`` is `align` or `match`, compiled and recorded on a GPU. ``"plain"``, never compiled, takes the
         KL from all logits of both models, and has one backward pass and torch's default AdamW.
+    how : its mixer, budget, batch_tokens, plain_backend and step_align_tokens; its steps, of which a GPU's first four,
+        where a step is recorded, are not timed.
     aligned : a dict of the mixers that `align` trained, which the next loop can share; of one teacher and text.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
@@ -83,13 +67,13 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
     parameters = {"teacher": teacher.name, "revision": teacher.revision, "stage": stage, "loop": loop, "mixer": mixer,
                   "layers": list(layers), "context": tokens.context, "batch_tokens": batch_tokens, "steps": steps,
                   "data": tokens.fingerprint, "plain_backend": how.plain_backend if loop == "plain" else None,
-                  "align_tokens": how.align_tokens if stage == "match" else None}
+                  "align_tokens": how.step_align_tokens if stage == "match" else None}
     plain = loop == "plain"
     aligned = {} if aligned is None else aligned
 
     def new_student():
         student = linearize(model, mixer, teacher_name=teacher.name, teacher_revision=teacher.revision)
-        if stage == "match" and how.align_tokens:
+        if stage == "match" and how.step_align_tokens:
             student.load_state_dict(student.state_dict() | _aligned_mixers(model, tokens, how, aligned))
         student = restore(student, model, layers) if layers else student
         for l in linear_layers(student.config) if plain else ():
@@ -131,12 +115,13 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
 
 def _aligned_mixers(teacher, tokens, how, cache):
     """The mixers' weights after stage 1, by their names in the student, on the CPU."""
-    if how not in cache:
+    key = how.mixer, how.batch_tokens, how.step_align_tokens
+    if key not in cache:
         student = linearize(teacher, how.mixer)
-        align(student, teacher, tokens, how.align_tokens,
+        align(student, teacher, tokens, how.step_align_tokens,
               settings=AlignSettings(batch_tokens=how.batch_tokens, compile=True, cuda_graph=True))
-        cache[how] = {name: x.to("cpu", copy=True) for name, x in student.state_dict().items() if ".self_attn." in name}
-    return cache[how]
+        cache[key] = {name: x.to("cpu", copy=True) for name, x in student.state_dict().items() if ".self_attn." in name}
+    return cache[key]
 
 
 def _weight_groups(student, settings):

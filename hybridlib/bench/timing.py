@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hybridlib.checks import check_device
 from hybridlib.records.ledger import Ledger
 from hybridlib.records.provenance import describe_device
 
-__all__ = ["Bench", "DTYPES", "error_line", "peak_memory", "time_calls", "time_copy", "time_graph", "wait"]
+__all__ = ["Bench", "DTYPES", "error_line", "peak_memory", "time_copy", "time_graph", "wait"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class Bench:
     ----------
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``; a `torch.device` afterwards.
     dtype : of inputs, one of `DTYPES`; ``"auto"`` becomes bfloat16 on a GPU and float32 on a CPU.
-    repeats, max_seconds : of `time_calls`. recompute : measure again, replacing records.
+    repeats : samples of a timing; after `max_seconds` it takes no further one, but at least three.
+    recompute : measure again, replacing records.
     """
 
     ledger: Ledger
@@ -53,8 +54,19 @@ class Bench:
             object.__setattr__(self, "dtype", "bfloat16" if device.type == "cuda" else "float32")
 
     def time(self, calls: Sequence[Callable], together: int = 10) -> dict:
-        """`time_calls` here."""
-        return time_calls(calls, self.device, repeats=self.repeats, max_seconds=self.max_seconds, together=together)
+        """Time one call by two clocks: as launched from Python, and on the GPU alone.
+
+        Parameters
+        ----------
+        calls : functions without arguments, at least one. Each has inputs of its own, and they take turns, so that no
+            input is still in a cache from the call before.
+        together : calls in one sample on a GPU, at least; launches overlap the work before them, as in training.
+
+        Seconds of one call, median and quartiles: ``seconds``, ``low``, ``high`` and ``samples`` of calls that Python
+        launches one after the other, and those of `time_graph`.
+        """
+        launched = _quartiles(_launched_sampler(calls, self.device, together), self.repeats, self.max_seconds)
+        return launched | time_graph(calls, self.device, self.repeats, self.max_seconds, together)
 
     def record(self, kind: str, parameters: dict, compute: Callable[[], dict]) -> dict:
         """The record of `kind` with these parameters on this device, computed if there is none: parameters and metrics.
@@ -82,31 +94,9 @@ class Bench:
         return record.parameters | record.metrics
 
 
-def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *, repeats: int = 20,
-               max_seconds: float = 1.0, together: int = 10) -> dict:
-    """Time one call by two clocks: as launched from Python, and on the GPU alone.
-
-    Parameters
-    ----------
-    calls : functions without arguments, at least one. Each has inputs of its own, and they take turns, so that no
-        input is still in a cache from the call before.
-    repeats : samples of each clock; after `max_seconds` a clock takes no further one, but at least three.
-    together : calls in one sample on a GPU, at least; launches overlap the work before them, as they do in training.
-
-    Returns
-    -------
-    dict
-        Seconds of one call, median and quartiles: ``seconds``, ``low``, ``high`` and ``samples`` of calls that Python
-        launches one after the other, and those of `time_graph`.
-    """
-    device = check_device(device)
-    return (_quartiles(_launched_sampler(calls, device, together), repeats, max_seconds)
-            | time_graph(calls, device, repeats=repeats, max_seconds=max_seconds, together=together))
-
-
-def time_graph(calls: Sequence[Callable], device: torch.device, *, repeats: int = 20, max_seconds: float = 1.0,
+def time_graph(calls: Sequence[Callable], device: torch.device, repeats: int = 20, max_seconds: float = 1.0,
                together: int = 10) -> dict:
-    """Time one call in a CUDA graph of all `calls`, whose replay needs nothing from Python; parameters of `time_calls`.
+    """Time one call in a CUDA graph of all `calls`, whose replay needs nothing from Python; parameters of `Bench`.
 
     Seconds ``gpu_seconds`` with quartiles ``gpu_low`` and ``gpu_high``. ``gpu_seconds`` is None on a CPU and where no
     graph can be captured; ``graph_reason`` then says why.
@@ -219,11 +209,11 @@ def time_copy(bench: Bench) -> dict:
     read and written, on a GPU by its graph.
     """
     def compute():
-        numbers, timings = _COPY_BYTES[bench.device.type] // 4, []
+        numbers, timings, slow = _COPY_BYTES[bench.device.type] // 4, [], replace(bench, repeats=20, max_seconds=1.0)
         pairs = [tuple(torch.zeros(numbers, device=bench.device) for _ in range(2)) for _ in range(2)]
         for by, move in (("copy", lambda source, target: target.copy_(source)),
                          ("negation", lambda source, target: torch.neg(source, out=target))):
-            timing = time_calls([functools.partial(move, *pair) for pair in pairs], bench.device)
+            timing = slow.time([functools.partial(move, *pair) for pair in pairs])
             seconds = timing["gpu_seconds"] or timing["seconds"]
             timings.append(timing | {"bytes_per_second": 8 * numbers / seconds, "by": by})
         return max(timings, key=lambda timing: timing["bytes_per_second"])
