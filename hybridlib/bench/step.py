@@ -88,11 +88,12 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
         return history.losses, history.elapsed
 
     def in_other_precision():
+        half = device.type != "cuda"
         try:
-            losses, _ = _loop(new_student(), model, tokens, steps, settings, plain=True, half=device.type != "cuda")
+            losses, _ = _loop(new_student(), model, tokens, steps, settings, plain=True, half=half)
         except torch.OutOfMemoryError:
             losses = None
-        return {"noise_loss": losses, "noise_dtype": "float32" if device.type == "cuda" else "bfloat16"}
+        return {"noise_loss": losses, "noise_dtype": "bfloat16" if half else "float32"}
 
     def compute():
         student = new_student()

@@ -74,8 +74,7 @@ def _shape(row, names):
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     """Operators: milliseconds as launched and on the GPU with quartiles, memory floor and peak memory.
 
-    ``of the floor`` and ``of the fastest`` say how many times as long a call takes as its floor and as the fastest
-    backend of the operator at this shape, on the GPU where that was timed.
+    ``of the floor`` and ``of the fastest`` (backend at this shape) are ratios of times, on the GPU where it was timed.
     """
     rows = measured(frame)
     rows = rows[rows["direction"] == direction] if len(rows) else rows
@@ -172,10 +171,9 @@ def step_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Decoding with ``label`` (share of softmax layers), MiB of the cache and by type of layer, tokens a second.
+    """Decoding by share of softmax layers: MiB of the cache, tokens a second, seconds of prefill.
 
-    ``cache_of_teacher`` and ``speed_of_teacher`` are shares of the teacher's at the same context, the speed by GPU time
-    where it was timed.
+    ``cache_of_teacher`` and ``speed_of_teacher``, by GPU time where it was timed, are over the teacher's.
     """
     rows = measured(frame).reset_index(drop=True)
     if rows.empty:

@@ -112,14 +112,6 @@ def test_what_is_not_installed_or_needs_a_gpu_is_refused_with_a_reason(bench, mo
     assert objectives.why_not("hybridlib", torch.device("cpu")) is None
 
 
-def test_a_lack_of_memory_is_a_row_with_its_reason(bench, monkeypatch):
-    def too_large(**inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
-    monkeypatch.setitem(objectives.IMPLEMENTATIONS, "plain", too_large)
-    assert measure(bench, "plain")["reason"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB."
-
-
 @needs_gpu
 def test_a_graph_times_the_objective_on_the_gpu(tmp_path):
     row = objectives.time_objective(Bench(hl.Ledger(tmp_path), repeats=3), "hybridlib", (512, 64, 4096))

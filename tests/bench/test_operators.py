@@ -17,7 +17,6 @@ import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import operators, peers, timing
 from hybridlib.bench.exactness import relative_error
-from hybridlib.bench.speed import SpeedSettings
 from hybridlib.bench.timing import Bench
 
 FLASH_QLA = ("flash_qla", "gated_delta_rule", 128, "bfloat16")
@@ -93,8 +92,6 @@ def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(bench, monk
     row = operators.time_operator(*call)
     assert row["reason"] == "it is not here" and "seconds" not in row
     monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": None})
-    monkeypatch.setattr(kernels, "gated_delta_rule", lambda *a, **k: 1 / 0)
-    assert operators.time_operator(*call)["reason"] == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
     assert operators.time_operator(*call)["reason"] is None
 
@@ -120,8 +117,6 @@ def test_models_cannot_run_with_peers():
     inputs = operators.operator_inputs("gated_delta_rule", (1, 4, 1, 8))
     with pytest.raises(ValueError, match="^backend='flash_qla' is unknown"):
         kernels.gated_delta_rule(*inputs.values(), backend="flash_qla")
-    with pytest.raises(ValueError, match="^plain_backend='flash_qla' is unknown"):
-        SpeedSettings(plain_backend="flash_qla")
 
 
 def test_the_peer_is_the_pytorch_form_where_transformers_would_run_kernels(monkeypatch):

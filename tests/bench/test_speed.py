@@ -20,7 +20,8 @@ from hybridlib.bench.step import LOOPS
         ("repeats", 1), ("steps", 1), ("decode_batch", 1), ("new_tokens", 2), ("batch_tokens", 256))],
     *[("step_align_tokens", value, f"step_align_tokens={value} is not a") for value in (8, None, True)],
     ("max_seconds", 0, "max_seconds=0 is not"), ("recompute", "yes", "recompute='yes' is neither"),
-    *[(name, "softmax", f"{name}='softmax' is unknown") for name in ("plain_backend", "dtype", "mixer")]])
+    *[(name, "softmax", f"{name}='softmax' is unknown") for name in ("plain_backend", "dtype", "mixer")],
+    ("plain_backend", "flash_qla", "plain_backend='flash_qla' is unknown")])
 def test_bad_settings_are_refused(name, value, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
         speed.SpeedSettings(**{name: value})
