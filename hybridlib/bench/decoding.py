@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hybridlib.bench.timing import Bench, peak_memory, time_calls
-from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.bench.timing import Bench, peak_memory, time_graph
 from hybridlib.models.hybrid import cache_memory, linearize, restore
-from hybridlib.models.mixers import MIXERS
 from hybridlib.models.teachers import Teacher
 from hybridlib.selection.rules import select
 
@@ -24,13 +22,8 @@ __all__ = ["time_decoding", "token_step"]
 def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
     """A call that decodes one token: logits (batch, 1, vocab) of a teacher or a hybrid after `token` (batch, 1).
 
-    Parameters
-    ----------
-    cache : the model's cache of the text before, without padding. It is not written to.
-
-    Softmax layers write the token's keys and values to reserved places, as in a cache of fixed size, and linear layers
-    go on from their last state; nothing waits for the device, so that a CUDA graph can record the call. It is for
-    measurements: each call decodes a token at the same position, in place of the one before.
+    `cache` is the model's of the text before, without padding; it is not written to. The call never waits for the
+    device, so that a CUDA graph can record it. It is for measurements: every call decodes at the same position.
     """
     positions = torch.full((1, 1), cache.get_seq_length(), device=token.device)
     own_cache = copy.copy(cache)
@@ -68,21 +61,15 @@ def time_decoding(bench: Bench, teacher: Teacher, *, share: float = 1.0, context
 
     Parameters
     ----------
-    teacher : from `load_teacher`; its device and dtype are used, and its context may be exceeded: text has no meaning.
+    teacher : from `load_teacher`; its device and dtype are used.
     share : of softmax layers, evenly spaced; 1 is the teacher itself, 0 all linear. Hybrids are not trained.
     new_tokens : to generate for each of the `batch` prompts, at least 2.
 
-    Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds`` (to the first
-    token), ``full_attention`` and ``linear_attention``: bytes of the cache by type of layer, ``peak_bytes``; on a GPU
-    ``gpu_tokens_per_second``, without the time of Python: `batch` over that of a CUDA graph of one `token_step` at the
-    end of the text, with quartiles ``gpu_low`` and ``gpu_high`` (None on a CPU, and where ``graph_reason`` says why).
-
-    Raises ValueError for a bad argument.
+    Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds``,
+    ``full_attention`` and ``linear_attention`` (bytes of the cache by type of layer), ``peak_bytes``; on a GPU
+    ``gpu_tokens_per_second`` by the CUDA graph of one `token_step`, with quartiles ``gpu_low`` and ``gpu_high`` (None
+    on a CPU, and where ``graph_reason`` says why).
     """
-    check_number("share", share, 0, 1)
-    for name, value, low in (("context", context, 1), ("batch", batch, 1), ("new_tokens", new_tokens, 2)):
-        check_int(name, value, low)
-    check_choice("mixer", mixer, tuple(MIXERS))
     source, num_layers = teacher.model, teacher.model.config.num_hidden_layers
     layers = select("uniform", float(share), num_layers=num_layers) if share else ()
     parameters = {"teacher": teacher.name, "revision": teacher.revision, "mixer": mixer if share < 1 else None,
@@ -104,16 +91,13 @@ def time_decoding(bench: Bench, teacher: Teacher, *, share: float = 1.0, context
 
         generate(2)
         ((prefill, *between), cache), peak = peak_memory(lambda: generate(new_tokens), source.device)
-        metrics = {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
-                   **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers, "gpu_tokens_per_second": None}
-        if source.device.type == "cuda":
-            timing = time_calls([token_step(model, prompt[:, -1:], cache)], source.device, launched=False)
-            seconds = timing.pop("gpu_seconds")
-            if seconds is None:
-                return metrics | timing
-            metrics |= {"gpu_tokens_per_second": batch / seconds, "gpu_low": batch / timing["gpu_high"],
-                        "gpu_high": batch / timing["gpu_low"]}
-        return metrics
+        timing = time_graph([token_step(model, prompt[:, -1:], cache)], source.device)
+        seconds = timing.pop("gpu_seconds")
+        if seconds is not None:
+            timing = {"gpu_low": batch / timing["gpu_high"], "gpu_high": batch / timing["gpu_low"]}
+        return {"tokens_per_second": batch / float(pd.Series(between).median()), "prefill_seconds": prefill,
+                **cache_memory(cache), "peak_bytes": peak, "num_layers": num_layers,
+                "gpu_tokens_per_second": None if seconds is None else batch / seconds, **timing}
 
     return bench.record("decoding_speed", parameters, compute)
 

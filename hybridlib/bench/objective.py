@@ -1,17 +1,9 @@
 """How fast the objective of stage 2 is, and how exact, beside the plain formula and other people's kernels.
 
 All compute KL(teacher || student), in nats, mean over tokens, from hidden states and output heads, with the gradients
-of the student's hidden states and head:
-
-=================  ==================================================================================================
-implementation     what it is
-=================  ==================================================================================================
-``"hybridlib"``    `divergence_from_hidden`
-``"plain"``        both models' logits as they come, log-softmax in float32, torch's ``kl_div``
-``"fla"``          flash-linear-attention's FusedKLDivLoss, an optional package, on NVIDIA GPUs
-``"liger"``        Liger-Kernel's LigerFusedLinearJSD at beta 0, which is the forward KL (its second half of the
-                   Jensen-Shannon divergence is left out), an optional package, on NVIDIA GPUs
-=================  ==================================================================================================
+of the student's hidden states and head. ``"hybridlib"`` is `divergence_from_hidden`; ``"plain"`` takes both models'
+logits as they come and torch's ``kl_div`` in float32; ``"fla"`` is flash-linear-attention's FusedKLDivLoss and
+``"liger"`` Liger-Kernel's LigerFusedLinearJSD at beta 0, optional packages, both on NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -23,14 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from hybridlib.bench.exactness import relative_error
-from hybridlib.bench.operators import DIRECTIONS, check_shape
 from hybridlib.bench.timing import Bench, peak_memory
-from hybridlib.checks import check_choice, check_device
 from hybridlib.distill.objectives import divergence_from_hidden
 
-__all__ = ["IMPLEMENTATIONS", "SHAPE", "objective_inputs", "time_objective", "why_not"]
+__all__ = ["IMPLEMENTATIONS", "objective_inputs", "time_objective", "why_not"]
 
-SHAPE = "tokens, width, vocab"
 _PACKAGES = {"fla": ("fla", "flash-linear-attention"), "liger": ("liger_kernel", "liger-kernel")}
 _AT_ONCE = 2**25  # logits of one model, for the truth
 
@@ -46,16 +35,11 @@ def time_objective(bench: Bench, implementation: str, shape: Iterable[int], dire
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of the student's two tensors.
     truths : a dict of truths by shape that the next implementation can share.
 
-    Metrics: the timing of `time_calls`, of one set of inputs, since logits are larger than any cache; ``peak_bytes``
-    held beyond the inputs, logits and gradients included; ``errors``, by `relative_error`, of the ``loss`` and, with
-    the backward pass, of the gradients by ``hidden`` states and ``head``, against the plain formula in float64 on the
-    same inputs.
-
-    Raises ValueError for a bad argument.
+    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs, logits and gradients included;
+    ``errors``, by `relative_error`, of the ``loss`` and, with the backward pass, of the gradients by ``hidden`` states
+    and ``head``, against the plain formula in float64 on the same inputs.
     """
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    tokens, width, vocab = shape = check_shape(shape, SHAPE)
-    check_choice("direction", direction, DIRECTIONS)
+    tokens, width, vocab = shape = tuple(shape)
     parameters = {"implementation": implementation, "tokens": tokens, "width": width, "vocab": vocab,
                   "dtype": bench.dtype, "direction": direction, "repeats": bench.repeats,
                   "max_seconds": bench.max_seconds}
@@ -80,24 +64,23 @@ def time_objective(bench: Bench, implementation: str, shape: Iterable[int], dire
     return bench.record("objective_speed", parameters, compute)
 
 
-def why_not(implementation: str, device: str | torch.device = "auto") -> str | None:
+def why_not(implementation: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on a device, in one sentence; None if it can."""
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation not in _PACKAGES:
         return None
     module, package = _PACKAGES[implementation]
     for name, title in ((module, package), ("triton", "triton")):
         if importlib.util.find_spec(name) is None:
             return f"{title} is not installed (pip install {title})"
-    if check_device(device).type != "cuda":
-        return f"{package} needs a CUDA GPU, and this is on {check_device(device).type}"
+    if device.type != "cuda":
+        return f"{package} needs a CUDA GPU, and this is on {device.type}"
     return None
 
 
 def objective_inputs(shape: Iterable[int], dtype: str = "float32", device="cpu",
                      seed: int = 0) -> dict[str, torch.Tensor]:
     """Random hidden states (tokens, width) and heads (vocab, width) of a teacher and of a student not far from it."""
-    tokens, width, vocab = check_shape(shape, SHAPE)
+    tokens, width, vocab = shape
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(mean, spread, *size):

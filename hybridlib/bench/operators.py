@@ -1,7 +1,7 @@
 """How fast the operators are, by each backend and by other implementations, each measurement a record.
 
-Functions of this room that measure return their record as a dict, parameters and metrics together, by the rules of
-`Bench.record`. Times are in seconds, memory in bytes.
+Functions of this room that measure take values that `speed.SpeedSettings` allows and return their record by
+`Bench.record`: parameters and metrics in one dict. Times are in seconds, memory in bytes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from hybridlib import kernels
 from hybridlib.bench import peers
 from hybridlib.bench.timing import Bench, peak_memory, time_copy
-from hybridlib.checks import check_choice
 
-__all__ = ["BACKENDS", "DIRECTIONS", "MODEL_BACKENDS", "OPERATORS", "calls_in_turn", "check_shape", "memory_floor",
-           "operator_inputs", "operator_with", "refusal", "time_operator"]
+__all__ = ["BACKENDS", "DIRECTIONS", "MODEL_BACKENDS", "OPERATORS", "memory_floor", "operator_inputs", "operator_with",
+           "refusal", "time_operator"]
 
 OPERATORS = ("gated_delta_rule", "gated_linear_attention", "softmax_attention")
 MODEL_BACKENDS = ("reference", "chunked", "fused", "fla")
 BACKENDS = (*MODEL_BACKENDS, *peers.PEERS, "softmax")
 DIRECTIONS = ("forward", "forward+backward")
+_CACHES = 2**28  # bytes: inputs of calls that take turns are together larger than any cache
 
 
 def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int], direction: str = "forward") -> dict:
@@ -34,19 +34,13 @@ def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int
     ----------
     operator : one of `OPERATORS`; ``"softmax_attention"`` is torch's scaled_dot_product_attention, causal.
     backend : one of `kernels` or of `peers`; ``"softmax"`` for softmax attention.
-    shape : (batch, time, heads, dim); keys and values are of the same dim. `bench`'s dtype is that of q, k, v and beta;
-        log_decay is float32, as in the mixers.
+    shape : (batch, time, heads, dim); q, k, v and beta are of `bench`'s dtype, log_decay is float32.
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of every input.
 
-    Metrics: the timing of `time_calls`; ``peak_bytes`` held beyond the inputs; ``floor_bytes`` (`memory_floor`) and
+    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs; ``floor_bytes`` (`memory_floor`) and
     ``floor_seconds``, these over the speed of `time_copy`.
-
-    Raises ValueError for a bad argument.
     """
-    check_choice("operator", operator, OPERATORS)
-    check_choice("backend", backend, ("softmax",) if operator == "softmax_attention" else BACKENDS[:-1])
-    batch, length, heads, dim = shape = check_shape(shape)
-    check_choice("direction", direction, DIRECTIONS)
+    batch, length, heads, dim = shape
     parameters = {"operator": operator, "backend": backend, "batch": batch, "time": length, "heads": heads, "dim": dim,
                   "dtype": bench.dtype, "direction": direction, "repeats": bench.repeats,
                   "max_seconds": bench.max_seconds}
@@ -57,7 +51,8 @@ def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int
             return {"reason": reason}
         bandwidth = time_copy(replace(bench, recompute=False))["bytes_per_second"]
         floor = memory_floor(operator_inputs(operator, shape, bench.dtype, "meta"), direction)
-        calls = calls_in_turn(operator, backend, shape, direction, bench.dtype, bench.device)
+        calls = [_call(operator, backend, operator_inputs(operator, shape, bench.dtype, bench.device, seed),
+                       direction != "forward") for seed in range(max(2, min(8, -(-_CACHES // floor))))]
         return bench.time(calls) | {"peak_bytes": peak_memory(calls[0], bench.device)[1], "floor_bytes": floor,
                                     "floor_seconds": floor / bandwidth}
 
@@ -67,8 +62,7 @@ def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int
 def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32", device="cpu",
                     seed: int = 0) -> dict[str, torch.Tensor]:
     """Random q, k (of unit length), v and, by operator, log_decay (<= 0, float32) and beta (0 to 1), by name."""
-    check_choice("operator", operator, OPERATORS)
-    batch, length, heads, dim = check_shape(shape)
+    batch, length, heads, dim = shape
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*last):
@@ -84,7 +78,7 @@ def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32",
 
 
 def operator_with(operator: str, backend: str) -> Callable:
-    """The linear operator with one of `BACKENDS`: a function with the arguments of `kernels`, without `backend`."""
+    """The linear operator with one of `BACKENDS`, as a function of the other arguments of that of `kernels`."""
     if backend in peers.PEERS:
         return peers.gated_delta_rule(backend)
     return functools.partial(getattr(kernels, operator), backend=backend)
@@ -98,25 +92,13 @@ def refusal(operator: str, backend: str, dim: int, dtype: str, device: torch.dev
 
 
 def memory_floor(inputs: Mapping[str, torch.Tensor], direction: str = "forward") -> int:
-    """Bytes that an operator must move at least, whatever it computes.
+    """Bytes that an operator must move at least, states left out.
 
-    - forward: q, k, v and the gates are read, o (of v's size) is written: bytes(inputs) + bytes(v);
-    - backward: do (of v's size), q, k, v and the gates are read, and as many gradients as inputs are written:
-      2 bytes(inputs) + bytes(v); ``"forward+backward"`` is the sum of both, 3 bytes(inputs) + 2 bytes(v).
-
-    States are left out: they are smaller, and an operator may keep them on chip.
+    Forward reads q, k, v and the gates and writes o (of v's size): bytes(inputs) + bytes(v). Backward reads these
+    inputs and do, and writes a gradient for each input: 2 bytes(inputs) + bytes(v).
     """
-    check_choice("direction", direction, DIRECTIONS)
     inputs_bytes, output_bytes = sum(x.nbytes for x in inputs.values()), inputs["v"].nbytes
     return inputs_bytes + output_bytes if direction == "forward" else 3 * inputs_bytes + 2 * output_bytes
-
-
-def calls_in_turn(operator: str, backend: str, shape: Iterable[int], direction: str, dtype: str,
-                  device: torch.device) -> list[Callable]:
-    """Functions that run the operator, each on inputs of its own; together these are larger than any cache."""
-    floor = memory_floor(operator_inputs(operator, shape, dtype, "meta"), direction)
-    return [_call(operator, backend, operator_inputs(operator, shape, dtype, device, seed), direction != "forward")
-            for seed in range(max(2, min(8, -(-2**28 // floor))))]
 
 
 def _call(operator, backend, tensors, backward):
@@ -134,12 +116,3 @@ def _call(operator, backend, tensors, backward):
         return torch.no_grad()(forward)
     do = torch.randn_like(tensors["v"])
     return lambda: torch.autograd.grad(forward(), inputs, do)
-
-
-def check_shape(shape: Iterable[int], names: str = "batch, time, heads, dim") -> tuple[int, ...]:
-    """`shape` as a tuple; raises ValueError unless it has a whole number of at least 1 for each of `names`."""
-    count = len(names.split(", "))
-    ok = isinstance(shape, (list, tuple)) and len(shape) == count
-    if not ok or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-        raise ValueError(f"shape={shape!r} is not ({names}), {count} whole numbers of at least 1")
-    return tuple(shape)

@@ -51,10 +51,7 @@ def why_not(peer: str, operator: str, dim: int, dtype: str, device: torch.device
 
 
 def _flash_qla(q, k, v, log_decay, beta, scale=None, initial_state=None):
-    """FlashQLA's chunked gated delta rule, of a batch as one packed row, which copies nothing.
-
-    Only in such a row does FlashQLA cut long sequences into parts that run at once, where it expects that to be faster.
-    """
+    """FlashQLA's chunked gated delta rule, of a batch as one packed row: only there does it cut long sequences."""
     from flash_qla import chunk_gated_delta_rule
 
     batch, time = v.shape[:2]

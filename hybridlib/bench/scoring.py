@@ -1,7 +1,4 @@
-"""What the scoring engine saves: a full scoring by it against the loop of one run a layer, and the share of each part.
-
-All loops score the same layers of the same student with the same tokens in the same order; each is a record.
-"""
+"""What the scoring engine saves: a full scoring by it against the loop of one run a layer, and each part's share."""
 
 from __future__ import annotations
 
@@ -51,10 +48,9 @@ class CostSettings(SelectorSettings):
     Parameters
     ----------
     engine_loops : of `ENGINES`; an empty list leaves the comparison out.
-    engine_tokens : tokens of stage 2 for each candidate. engine_heldout_tokens : to measure candidates on.
-    engine_points : measurements along a candidate's training, of which `engine_window` must agree on the best layers
-        for the engine to stop, see `EarlyStop`.
-    engine_stop_heldout_tokens : held-out tokens for measurements that are not the last, 0 for as many as for that.
+    engine_tokens, engine_heldout_tokens : of stage 2 for each candidate, and to measure it on.
+    engine_points, engine_window, engine_stop_heldout_tokens : measurements along a candidate's training, and the rest
+        of an `EarlyStop`; 0 for no other held-out tokens.
     engine_group : layers that train together, 0 for the rule of `Engine.group_of`.
     """
 
@@ -83,23 +79,17 @@ class CostSettings(SelectorSettings):
 def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
     """Score all layers, by adding, by each loop of a study's `CostSettings`. Record kind ``"scoring_speed"``.
 
-    - ``"plain"``: for each layer ``restore``, ``match`` and ``heldout_kl``, each with its own passes of the teacher,
-      nothing compiled or recorded; hybridlib's own operators and objective, so that scoring is compared, not steps.
-    - ``"engine"``: `score_layers` as a `Study` calls it, the teacher's states shared, steps compiled and recorded on a
-      GPU, layers trained together as `Engine.group_of` says, and stopped by `EarlyStop`. Records and checkpoints are
-      written as a study's are, and thrown away after.
-    - ``"shared"``, ``"recorded"``, ``"together"``: the same without early stopping, to see the share of each part:
-      states shared, nothing else; steps compiled and recorded, too (left out on a CPU, where it changes nothing); or
-      all layers, or as many as memory holds, in one stacked model (recorded on a GPU).
-    - ``"workers"``: as ``"recorded"`` (on a CPU, ``"shared"``), by processes on this machine, each with a GPU of its
-      own. The time to start them and load the inputs is ``start_seconds``, not in ``seconds``.
-
-    `workers` : processes, at most one a GPU; 0 for as many as there are GPUs.
+    - ``"plain"``: for each layer `restore`, `match` and `heldout_kl`, each with its own passes of the teacher, nothing
+      compiled or recorded.
+    - ``"engine"``: `score_layers` as a `Study` calls it, with `EarlyStop`; its records and checkpoints are thrown away.
+    - ``"shared"``, ``"recorded"``, ``"together"``: without early stopping, the teacher's states shared; steps compiled
+      and recorded, too (left out on a CPU); all layers, or as many as memory holds, in one stacked model.
+    - ``"workers"``: as ``"recorded"`` (on a CPU, ``"shared"``), by `workers` processes on this machine, at most one a
+      GPU; 0 for as many as there are GPUs. ``start_seconds`` are those to start them and load the inputs.
 
     A row a loop, in the order of `ENGINES`. Metrics: ``seconds``, from the aligned student of seed 0 to the last score,
-    compiling included, after a step and a measurement that load what all loops need; ``tokens`` of training;
-    ``values``, ``history`` and ``history_tokens`` as in `LayerScores`; ``peak_bytes``, the peak of memory as in `Cost`.
-    Raises ValueError for a number of workers that this machine cannot have.
+    compiling included; ``tokens`` of training; ``values``, ``history`` and ``history_tokens`` as in `LayerScores`;
+    ``peak_bytes`` as in `Cost`. Raises ValueError for a number of workers that this machine cannot have.
     """
     s, device = study.settings, study.teacher.model.device
     count = count_workers(workers, device) if "workers" in s.engine_loops else 0
@@ -143,24 +133,22 @@ class _Runner:
 
     def run(self, loop):
         """The metrics of one loop."""
-        num_layers = {"num_layers": self.study.num_layers}
         if loop == "workers":
-            return self._by_workers() | num_layers
-        self._plain(self.tokens.context, layers=1)
+            return self._by_workers()
+        self._plain(self.tokens.context, layers=1)  # loads what all loops need
         if self.teacher.device.type == "cuda":
             torch.compiler.reset()
         meter, begun = Meter(self.teacher, self.student), time.perf_counter()
         if loop == "plain":
-            metrics, peak = self._plain(self.common["num_tokens"]), None
+            metrics = self._plain(self.common["num_tokens"])
+            peak = meter.cost().peak_memory
         else:
             with self._temporary_engine(group=self.group(loop)) as engine:
                 scores = self._score(engine=engine, settings=self.eager if loop == "shared" else self.recorded,
                                      early_stop=self.early_stop if loop == "engine" else None)
             metrics, peak = _metrics(scores), scores.cost.peak_memory
         wait(self.teacher.device)
-        seconds = time.perf_counter() - begun
-        return metrics | num_layers | {"seconds": seconds,
-                                       "peak_bytes": meter.cost().peak_memory if peak is None else peak}
+        return metrics | {"seconds": time.perf_counter() - begun, "peak_bytes": peak}
 
     def _score(self, **options):
         return score_layers(self.student, self.teacher, self.tokens, direction="add",
@@ -173,7 +161,8 @@ class _Runner:
             model = restore(self.student, self.teacher, [layer])
             trained.append(match(model, self.teacher, self.tokens, num_tokens, settings=self.eager).tokens[-1])
             values.append(-heldout_kl(model, self.teacher, self.tokens)[0])
-        return {"tokens": sum(trained), "values": values, "history": [values], "history_tokens": trained[:1]}
+        return {"tokens": sum(trained), "values": values, "history": [values], "history_tokens": trained[:1],
+                "num_layers": self.study.num_layers}
 
     def _by_workers(self):
         """The loop whose tasks go to processes; these start and load before ``seconds`` begin."""
@@ -200,19 +189,18 @@ class _Runner:
 
 def _metrics(scores):
     return {"tokens": scores.tokens, "values": list(scores.values), "history": [list(h) for h in scores.history],
-            "history_tokens": list(scores.history_tokens)}
+            "history_tokens": list(scores.history_tokens), "num_layers": len(scores.values)}
 
 
 def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
     """The comparisons of a ledger as `compare_engines` gives them, one a student and setting; of a loop the latest.
 
-    Loops of one comparison may have been run at different times, by different code: each row has its ``commit``.
+    Each row has its ``commit``.
     """
     groups: dict[str, dict[str, dict]] = {}
     for record in ledger.find("scoring_speed"):
         row = record.parameters | record.metrics | {"commit": record.commit}
-        common = {name: row[name] for name in ("aligned", "direction", "num_tokens", "heldout_tokens", "settings",
-                                               "device")}
+        common = [row[name] for name in ("aligned", "direction", "num_tokens", "heldout_tokens", "settings", "device")]
         groups.setdefault(json.dumps(common, sort_keys=True), {})[row["loop"]] = row
     return [pd.DataFrame([group[loop] for loop in ENGINES if loop in group]) for group in groups.values()]
 
@@ -223,8 +211,7 @@ def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher:
 
     GA-S2 repeats itself in the plain loop and the one of recorded steps, which differ by rounding, wherever both are
     recorded; labels name the tokens of a candidate and the rate of its mixers, and the pair most alike comes last.
-    `scores` (title -> a number a layer, of a contest) stand beside the plain loop of that pair: the steadier GA-S2,
-    where there are several.
+    `scores` (title -> a number a layer) stand beside the plain loop of that pair.
     """
     repeats = {}
     for frame in recorded_scoring_speed(ledger):

@@ -1,7 +1,4 @@
-"""The speed study: what the notebook of speeds measures, and its records.
-
-Each part can be left out, by an empty list among the settings, and each number is a record as soon as it is measured.
-"""
+"""The speed study: what the notebook of speeds measures, and its records."""
 
 from __future__ import annotations
 
@@ -15,10 +12,9 @@ import torch
 
 from hybridlib.bench.decoding import time_decoding
 from hybridlib.bench.exactness import CASES, EXACT, cases_for, measure_exactness
-from hybridlib.bench.kernel_times import time_kernels
-from hybridlib.bench.objective import IMPLEMENTATIONS, SHAPE, time_objective
-from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, check_shape, time_operator
-from hybridlib.bench.step import LOOPS, STAGES, StepSettings, check_align_tokens, time_step
+from hybridlib.bench.objective import IMPLEMENTATIONS, time_objective
+from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, time_operator
+from hybridlib.bench.step import LOOPS, STAGES, time_step
 from hybridlib.bench.timing import DTYPES, Bench, time_copy
 from hybridlib.checks import check_choice, check_device, check_int, check_number
 from hybridlib.distill.corpus import load_tokens
@@ -32,10 +28,10 @@ __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "recorded_speed"]
 
 #: a table of `recorded_speed` -> the kind of its records
 KINDS = {"operators": "operator_speed", "exactness": "operator_exactness", "objectives": "objective_speed",
-         "steps": "step_speed", "decoding": "decoding_speed", "kernels": "kernel_speed"}
-_LISTS = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
-          "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS, "shapes": None, "objective_shapes": None,
-          "contexts": None, "shares": None, "kernel_shapes": None}
+         "steps": "step_speed", "decoding": "decoding_speed"}
+_NAMES = {"operators": OPERATORS[:2], "backends": BACKENDS, "stages": STAGES, "exactness_cases": CASES,
+          "exactness_dtypes": DTYPES[1:], "objectives": IMPLEMENTATIONS}
+_SHAPES = {"shapes": "batch, time, heads, dim", "objective_shapes": "tokens, width, vocab"}
 _EFFORT = ("repeats", "max_seconds", "steps", "new_tokens", "data", "revision", "cases", "align_tokens")
 
 
@@ -46,17 +42,14 @@ class SpeedSettings(NotebookSettings):
     Parameters
     ----------
     operators, backends, shapes : as `time_operator` takes them; ``"softmax"`` among the backends is softmax attention.
-    dtype : of operators, objectives and decoding; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
-    repeats : samples of a timing; max_seconds : its samples end sooner once they have taken this long.
+    dtype, repeats, max_seconds : of operators, objectives and decoding, see `Bench`.
     exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
     objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
-    stages : of the training step; steps : training steps timed.
-    step_align_tokens : of stage 1 before stage 2 is timed, 0 for none; plain_backend : of mixers in the plain loop.
-    contexts : prompts' lengths for decoding; shares : of softmax layers, 1 the teacher, 0 all linear.
-    decode_batch : prompts at once; new_tokens : generated for each.
-    kernel_shapes : shapes of the fused operators whose calls are timed kernel by kernel, on a GPU.
+    stages, steps, plain_backend : training steps to run of each stage, and the backend of mixers in the plain loop.
+    step_align_tokens : of stage 1, for the student that both loops of stage 2 begin with; 0 for none.
+    contexts, shares, decode_batch, new_tokens : as `time_decoding` takes them.
 
-    An empty list of shapes, exactness_cases, objective_shapes, stages, contexts or kernel_shapes leaves that part out.
+    An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
     """
 
     operators: list[str] = OPERATORS[:2]
@@ -79,19 +72,18 @@ class SpeedSettings(NotebookSettings):
     shares: list[float] = (1.0, 0.5, 0.25, 0.125)
     decode_batch: int = 1
     new_tokens: int = 16
-    kernel_shapes: list[list[int]] = ()
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in _LISTS.items():
+        for name in (*_NAMES, *_SHAPES, "contexts", "shares"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list")
-            for value in getattr(self, name) if allowed else ():
+        for name, allowed in _NAMES.items():
+            for value in getattr(self, name):
                 check_choice(name, value, allowed)
-        for shape in (*self.shapes, *self.kernel_shapes):
-            check_shape(shape)
-        for shape in self.objective_shapes:
-            check_shape(shape, SHAPE)
+        for name, sizes in _SHAPES.items():
+            for shape in getattr(self, name):
+                _check_shape(shape, sizes)
         for context in self.contexts:
             check_int("contexts", context, 1)
         for share in self.shares:
@@ -101,7 +93,16 @@ class SpeedSettings(NotebookSettings):
         for name, low in (("repeats", 1), ("steps", 1), ("decode_batch", 1), ("new_tokens", 2)):
             check_int(name, getattr(self, name), low)
         check_number("max_seconds", self.max_seconds, 0, open_low=True)
-        check_align_tokens("step_align_tokens", self.step_align_tokens, self.context)
+        if self.step_align_tokens != 0:
+            check_int("step_align_tokens", self.step_align_tokens, self.context)
+
+
+def _check_shape(shape, sizes):
+    """Raise ValueError unless `shape` has a whole number of at least 1 for each of `sizes`."""
+    count = len(sizes.split(", "))
+    if (not isinstance(shape, (list, tuple)) or len(shape) != count
+            or not all(type(n) is int and n > 0 for n in shape)):
+        raise ValueError(f"shape={shape!r} is not ({sizes}), {count} whole numbers of at least 1")
 
 
 class SpeedStudy:
@@ -131,15 +132,13 @@ class SpeedStudy:
         return time_copy(self.bench)
 
     def operators(self) -> pd.DataFrame:
-        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once.
-
-        Backends are timed one right after the other: a machine is not as fast at all times.
-        """
+        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once."""
         s = self.settings
         pairs = [(operator, backend) for backend in s.backends for operator in s.operators if backend != "softmax"]
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
         if s.shapes:
             self.copy()
+        # backends one right after the other: a machine is not as fast at all times
         rows = [time_operator(self.bench, operator, backend, shape, direction)
                 for shape, direction, (operator, backend) in itertools.product(s.shapes, DIRECTIONS, sorted(pairs))]
         return pd.DataFrame(sorted(rows, key=lambda row: pairs.index((row["operator"], row["backend"]))))
@@ -166,8 +165,7 @@ class SpeedStudy:
             return pd.DataFrame()
         needed = max((s.steps + 2) * s.batch_tokens, s.step_align_tokens)
         tokens = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=needed, heldout_tokens=s.context)
-        how = StepSettings(s.mixer, s.budget, s.batch_tokens, s.steps, s.plain_backend, s.step_align_tokens)
-        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage, loop, how, aligned)
+        return pd.DataFrame([time_step(self.bench, self.teacher, tokens, stage, loop, s, aligned)
                              for stage in s.stages for loop in LOOPS])
 
     def decoding(self) -> pd.DataFrame:
@@ -181,17 +179,11 @@ class SpeedStudy:
                                            batch=s.decode_batch, new_tokens=s.new_tokens)
                              for share in s.shares for context in s.contexts])
 
-    def kernels(self) -> pd.DataFrame:
-        """The fused operators kernel by kernel: see `time_kernels`. Last of all: a profiler slows later launches."""
-        return pd.DataFrame([time_kernels(self.bench, operator, shape)
-                             for operator in self.settings.operators for shape in self.settings.kernel_shapes])
-
 
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
     """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
 
-    Each row has its ``commit`` beside. Memory floors are those of the ledger's latest `copy_speed` of the same device,
-    not those of the record, so that all have one bandwidth. A table without records is empty.
+    Each row has its ``commit``. Memory floors are by the ledger's latest copy on the same device.
     """
     copies = {r.parameters["device"]: r.metrics for r in ledger.find("copy_speed") if r.metrics["reason"] is None}
     tables = {}

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from hybridlib.checks import check_choice, check_device, check_int, check_number
+from hybridlib.checks import check_device
 from hybridlib.records.ledger import Ledger
 from hybridlib.records.provenance import describe_device
 
-__all__ = ["Bench", "DTYPES", "error_line", "peak_memory", "time_calls", "time_copy", "wait"]
+__all__ = ["Bench", "DTYPES", "error_line", "peak_memory", "time_copy", "time_graph", "wait"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,9 @@ class Bench:
     Parameters
     ----------
     device : ``"auto"``, ``"cpu"`` or ``"cuda"``; a `torch.device` afterwards.
-    dtype : of inputs; ``"auto"`` becomes bfloat16 on a GPU and float32 on a CPU.
-    repeats, max_seconds : of `time_calls`. recompute : measure again, replacing records.
-
-    Raises ValueError for a value out of range.
+    dtype : of inputs, one of `DTYPES`; ``"auto"`` becomes bfloat16 on a GPU and float32 on a CPU.
+    repeats : samples of a timing; after `max_seconds` it takes no further one, but at least three.
+    recompute : measure again, replacing records.
     """
 
     ledger: Ledger
@@ -48,24 +48,31 @@ class Bench:
     recompute: bool = False
 
     def __post_init__(self):
-        check_choice("dtype", self.dtype, DTYPES)
-        check_int("repeats", self.repeats, 1)
-        check_number("max_seconds", self.max_seconds, 0, open_low=True)
         device = check_device(self.device)
         object.__setattr__(self, "device", device)
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", "bfloat16" if device.type == "cuda" else "float32")
 
     def time(self, calls: Sequence[Callable], together: int = 10) -> dict:
-        """`time_calls` here."""
-        return time_calls(calls, self.device, repeats=self.repeats, max_seconds=self.max_seconds, together=together)
+        """Time one call by two clocks: as launched from Python, and on the GPU alone.
+
+        Parameters
+        ----------
+        calls : functions without arguments, at least one. Each has inputs of its own, and they take turns, so that no
+            input is still in a cache from the call before.
+        together : calls in one sample on a GPU, at least; launches overlap the work before them, as in training.
+
+        Seconds of one call, median and quartiles: ``seconds``, ``low``, ``high`` and ``samples`` of calls that Python
+        launches one after the other, and those of `time_graph`.
+        """
+        launched = _quartiles(_launched_sampler(calls, self.device, together), self.repeats, self.max_seconds)
+        return launched | time_graph(calls, self.device, self.repeats, self.max_seconds, together)
 
     def record(self, kind: str, parameters: dict, compute: Callable[[], dict]) -> dict:
         """The record of `kind` with these parameters on this device, computed if there is none: parameters and metrics.
 
-        A speed is a fact of one device, so its name is a parameter: in the same folder another device is measured anew.
-        If `compute` raises, whatever it is (backends are other people's code), the record has ``reason``, one line, in
-        place of numbers, and the next call computes it again.
+        The device's name is a parameter. If `compute` raises, the record has ``reason``, one line, in place of numbers,
+        and the next call computes it again.
         """
         parameters = parameters | {"device": describe_device(str(self.device))}
         exists = self.ledger.path(kind, parameters).exists() and not self.recompute
@@ -73,7 +80,7 @@ class Bench:
         def attempt():
             try:
                 return {"reason": None} | compute()
-            except Exception as error:
+            except Exception as error:  # backends are other people's code
                 logger.warning("%s of %s failed", kind, parameters, exc_info=True)
                 return {"reason": error_line(error)}
             finally:
@@ -87,45 +94,20 @@ class Bench:
         return record.parameters | record.metrics
 
 
-def time_calls(calls: Sequence[Callable], device: str | torch.device = "cpu", *, repeats: int = 20,
-               max_seconds: float = 1.0, together: int = 10, launched: bool = True) -> dict:
-    """Time one call by two clocks: as launched from Python, and on the GPU alone.
+def time_graph(calls: Sequence[Callable], device: torch.device, repeats: int = 20, max_seconds: float = 1.0,
+               together: int = 10) -> dict:
+    """Time one call in a CUDA graph of all `calls`, whose replay needs nothing from Python; parameters of `Bench`.
 
-    Parameters
-    ----------
-    calls : functions without arguments, at least one. Each has inputs of its own, and they take turns, so that no
-        input is still in a cache from the call before.
-    repeats : samples of each clock.
-    max_seconds : a clock takes no further sample after this long, but at least three.
-    together : calls in one sample on a GPU, at least; launches overlap the work before them, as they do in training.
-    launched : whether the first clock is read.
-
-    Returns
-    -------
-    dict
-        Seconds of one call, median and quartiles of its samples. ``seconds``, ``low``, ``high`` and ``samples`` are of
-        calls that Python launches one after the other: whichever of Python and the GPU is slower. ``gpu_seconds``,
-        ``gpu_low`` and ``gpu_high`` are of a CUDA graph of all calls, whose replay needs nothing from Python.
-        ``gpu_seconds`` is None on a CPU and where no graph can be captured; ``graph_reason`` then says why.
-
-    Raises ValueError for no calls or a number out of range.
+    Seconds ``gpu_seconds`` with quartiles ``gpu_low`` and ``gpu_high``. ``gpu_seconds`` is None on a CPU and where no
+    graph can be captured; ``graph_reason`` then says why.
     """
-    if not calls:
-        raise ValueError(f"calls={calls!r} holds nothing to time; give at least one function without arguments")
-    check_int("repeats", repeats, 1)
-    check_int("together", together, 1)
-    check_number("max_seconds", max_seconds, 0, open_low=True)
-    device, timing = check_device(device), {}
-    if launched:
-        timing = _quartiles(_launched_sampler(calls, device, together), repeats, max_seconds)
-    timing["gpu_seconds"] = None
-    if device.type == "cuda":
-        try:
-            graph = _quartiles(_graph_sampler(calls, device, together), repeats, max_seconds)
-            timing |= {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
-        except Exception as error:  # calls may be other people's code
-            timing["graph_reason"] = error_line(error)
-    return timing
+    if device.type != "cuda":
+        return {"gpu_seconds": None}
+    try:
+        graph = _quartiles(_graph_sampler(calls, device, together), repeats, max_seconds)
+    except Exception as error:  # calls may be other people's code
+        return {"gpu_seconds": None, "graph_reason": error_line(error)}
+    return {f"gpu_{name}": graph[name] for name in ("seconds", "low", "high")}
 
 
 def _quartiles(sampler, repeats, max_seconds):
@@ -138,19 +120,18 @@ def _quartiles(sampler, repeats, max_seconds):
 
 def _launched_sampler(calls, device, together):
     """A function that launches calls and returns the seconds of one; it has run them once before."""
-    in_turn = list(calls) * -(-together // len(calls)) if device.type == "cuda" else list(calls[:1])
-    if device.type == "cpu":  # else the first calls of a process wait for pages of memory, which training does not
+    if device.type == "cuda":
+        batches = [list(calls) * -(-together // len(calls))]
+    else:  # the first calls of a process wait for pages of memory, which training does not
         torch.empty(_GLIBC_LIMIT, dtype=torch.uint8)
-    for call in in_turn:  # compiles, tunes, and fills the allocator's pool
+        batches = [[call] for call in calls]
+    for call in batches[0]:  # compiles, tunes, and fills the allocator's pool
         call()
     wait(device)
-    count = 0
+    turns = itertools.cycle(batches)
 
     def sample():
-        nonlocal count
-        batch = in_turn if device.type == "cuda" else [calls[count % len(calls)]]
-        count += 1
-        start = time.perf_counter()
+        batch, start = next(turns), time.perf_counter()
         for call in batch:
             call()
         wait(device)
@@ -209,9 +190,8 @@ def _no_waiting():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def peak_memory(call: Callable, device: str | torch.device) -> tuple:
+def peak_memory(call: Callable, device: torch.device) -> tuple:
     """The result of `call`, and the most bytes of GPU memory held beyond those held before it (None on a CPU)."""
-    device = check_device(device)
     if device.type != "cuda":
         return call(), None
     wait(device)
@@ -225,15 +205,15 @@ def peak_memory(call: Callable, device: str | torch.device) -> tuple:
 def time_copy(bench: Bench) -> dict:
     """Time a copy of 1 GiB on a GPU, or 64 MiB on a CPU. Record kind ``"copy_speed"``.
 
-    `Tensor.copy_` and an elementwise operation on float32 move memory in different ways; the faster one counts, and
-    ``by`` names it. Metrics: its timing and ``bytes_per_second``, read and written, on a GPU by its graph.
+    Metrics: the timing of the faster of ``"copy"`` and ``"negation"``, which ``by`` names, and ``bytes_per_second``,
+    read and written, on a GPU by its graph.
     """
     def compute():
-        numbers, timings = _COPY_BYTES[bench.device.type] // 4, []
+        numbers, timings, slow = _COPY_BYTES[bench.device.type] // 4, [], replace(bench, repeats=20, max_seconds=1.0)
         pairs = [tuple(torch.zeros(numbers, device=bench.device) for _ in range(2)) for _ in range(2)]
         for by, move in (("copy", lambda source, target: target.copy_(source)),
                          ("negation", lambda source, target: torch.neg(source, out=target))):
-            timing = time_calls([functools.partial(move, *pair) for pair in pairs], bench.device)
+            timing = slow.time([functools.partial(move, *pair) for pair in pairs])
             seconds = timing["gpu_seconds"] or timing["seconds"]
             timings.append(timing | {"bytes_per_second": 8 * numbers / seconds, "by": by})
         return max(timings, key=lambda timing: timing["bytes_per_second"])

@@ -1,7 +1,4 @@
-"""What the records of scoring loops show: tables, and a line a verdict.
-
-The rankings are compared with the plain loop's, so that speed is never shown without its cost.
-"""
+"""What the records of scoring loops show: tables of speed, with how well the rankings agree beside."""
 
 from __future__ import annotations
 
@@ -16,45 +13,30 @@ from hybridlib.report.style import mebibytes
 from hybridlib.selection.agreement import spearman, top_k_jaccard
 from hybridlib.selection.rules import budget_layers
 
-__all__ = ["AIM", "BUDGETS", "early_stop_table", "engine_table", "engine_verdict", "worker_table"]
+__all__ = ["early_stop_table", "engine_table", "worker_table"]
 
-BUDGETS = (0.125, 0.25, 0.5)  # at which the chosen sets are compared
-AIM = (5.0, 0.9)  # times as fast, at this Jaccard index at every budget
 _NONE = "\u2013"
 
 
-def engine_table(frame: pd.DataFrame) -> pd.DataFrame:
+def engine_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Of each loop: seconds, how many times as fast as the plain one, tokens, and how its ranking agrees with that.
 
-    ``commit`` tells loops of two runs apart, where records have it.
+    A row a loop of each comparison; ``commit`` tells loops of two runs apart, where records have it.
     """
-    rows = {}
-    for _, row in frame.iterrows():
-        if pd.notna(row["reason"]):
-            rows[ENGINES[row["loop"]]] = {"seconds": f"could not run: {row['reason']}"}
-            continue
-        agreement = _agreement(frame, row, "plain")
-        rows[ENGINES[row["loop"]]] = {
-            "seconds": f"{row['seconds']:,.1f}", **{name: f"{value:.2f}" for name, value in agreement.items()},
-            "tokens of training": f"{row['tokens']:,.0f}", "last measured after": f"{row['history_tokens'][-1]:,}",
-            "layers a task": f"{row['group']}", "peak memory (MiB)": mebibytes(row.get("peak_bytes")),
-            "commit": row["commit"][:7] if isinstance(row.get("commit"), str) else _NONE}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna(_NONE).rename_axis("loop")
-
-
-def engine_verdict(frame: pd.DataFrame) -> str:
-    """In a line: what was scored, and the loops that reach `AIM` against the plain one."""
-    if frame.empty:
-        return "The comparison of scoring loops was left out."
-    first, loops = frame.iloc[0], dict(_agreements(frame))
-    title = (f"{first['aligned']['teacher']}, {first['num_tokens']:,} tokens a candidate, mixers at "
-             f"{first['settings']['mixer_learning_rate']:g}")
-    if not loops:
-        return f"{title}: no loop was run beside the plain one."
-    winners = [name for name, one in loops.items() if one["times as fast"] >= AIM[0]
-               and min(value for key, value in one.items() if key.startswith("Jaccard")) >= AIM[1]]
-    return (f"{title}: {AIM[0]:g} times as fast at a Jaccard of at least {AIM[1]:g} at every budget is "
-            + (f"**reached** by: {', '.join(winners)}." if winners else "**not reached**."))
+    rows = []
+    for frame in frames:
+        for _, row in frame.iterrows():
+            which = _question(frame) | {"loop": ENGINES[row["loop"]]}
+            if pd.notna(row["reason"]):
+                rows.append(which | {"seconds": f"could not run: {row['reason']}"})
+                continue
+            rows.append(which | {
+                "seconds": f"{row['seconds']:,.1f}", **_agreement(frame, row, "plain"),
+                "tokens of training": f"{row['tokens']:,.0f}", "last measured after": f"{row['history_tokens'][-1]:,}",
+                "layers a task": f"{row['group']}", "peak memory (MiB)": mebibytes(row.get("peak_bytes")),
+                "commit": row["commit"][:7] if isinstance(row.get("commit"), str) else _NONE})
+    index = ["teacher", "tokens a candidate", "rate of mixers", "loop"]
+    return pd.DataFrame(rows).fillna(_NONE).set_index(index) if rows else pd.DataFrame()
 
 
 def worker_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -66,13 +48,13 @@ def worker_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     for frame in frames:
         loops = _loops(frame)
         alone = loops.get("recorded", loops.get("shared"))
-        if "workers" not in loops or alone is None:
+        many = loops.get("workers")
+        if many is None or alone is None:
             continue
-        many, agreement = loops["workers"], _agreement(frame, loops["workers"], alone["loop"])
         rows.append(_question(frame) | {
             "workers": int(many["workers"]), "seconds": f"{many['seconds']:,.1f}",
             "seconds to start": f"{many['start_seconds']:,.1f}", "seconds of one process": f"{alone['seconds']:,.1f}",
-            **{name: f"{value:.2f}" for name, value in agreement.items()},
+            **_agreement(frame, many, alone["loop"]),
             "scores apart": f"{max(abs(a - b) for a, b in zip(many['values'], alone['values'], strict=True)):.1g}"})
     return pd.DataFrame(rows).set_index("teacher") if rows else pd.DataFrame()
 
@@ -114,19 +96,13 @@ def _loops(frame):
     return {row["loop"]: row for _, row in frame.iterrows() if pd.isna(row["reason"])}
 
 
-def _agreements(frame):
-    """(name, agreement with the plain loop) of every other loop in one process."""
-    for loop, row in _loops(frame).items():
-        if loop not in ("plain", "workers") and (agreement := _agreement(frame, row, "plain")):
-            yield ENGINES[loop], agreement
-
-
 def _agreement(frame, row, loop):
     """A loop's `row` against another loop of `frame`: speed, Spearman, Jaccard at each budget; empty without it."""
     other = _loops(frame).get(loop)
     if other is None:
         return {}
     values, others = row["values"], other["values"]
-    return {"times as fast": other["seconds"] / row["seconds"], "Spearman": spearman(values, others),
-            **{f"Jaccard at {100 * b:g}%": top_k_jaccard(values, others, budget_layers(b, len(values)))
-               for b in BUDGETS}}
+    agreement = {"times as fast": other["seconds"] / row["seconds"], "Spearman": spearman(values, others),
+                 **{f"Jaccard at {100 * b:g}%": top_k_jaccard(values, others, budget_layers(b, len(values)))
+                    for b in (0.125, 0.25, 0.5)}}
+    return {name: f"{value:.2f}" for name, value in agreement.items()}

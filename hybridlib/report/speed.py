@@ -1,4 +1,4 @@
-"""What the records of the speed study show: tables to read, and a line for each comparison.
+"""What the records of the speed study show, as tables.
 
 Every function takes a table of `SpeedStudy` or `recorded_speed`, of one row a record; records that have a ``reason`` in
 place of numbers are left to `refusals`.
@@ -12,31 +12,28 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from hybridlib.bench.exactness import error_bound
-from hybridlib.bench.operators import DIRECTIONS, MODEL_BACKENDS
-from hybridlib.bench.step import LOOPS, PHASES
+from hybridlib.bench.step import PHASES
 from hybridlib.report.style import mebibytes, milliseconds
 
-__all__ = ["captioned", "decoding_table", "exactness_table", "kernel_table", "measured", "objective_table",
-           "operator_table", "record_table", "refusals", "step_table", "tensor_table", "verdicts"]
+__all__ = ["captioned", "decoding_table", "exactness_table", "measured", "objective_table", "operator_table",
+           "record_table", "refusals", "step_table", "tensor_table"]
 
 _SHAPE = ["batch", "time", "heads", "dim"]
-_CALL = ["operator", "direction", *_SHAPE, "dtype"]
 _NONE = "\u2013"
 
 
 def captioned(part: str, frame: pd.DataFrame) -> list[Styler]:
     """The tables of one part of the speed study (a key of `speed.KINDS`) with captions, refusals last; none empty."""
     tables = {
-        "operators": {f"operators, {direction}": lambda d=direction: operator_table(frame, d)
-                      for direction in DIRECTIONS},
-        "exactness": {"worst error of each backend": lambda: exactness_table(frame),
-                      "worst error of each tensor, over all cases": lambda: tensor_table(frame)},
-        "objectives": {"objective": lambda: objective_table(frame)},
-        "steps": {"steps": lambda: step_table(frame)},
-        "decoding": {"decoding": lambda: decoding_table(frame).round(3)},
-        "kernels": {"kernels of the fused operators, forward and backward": lambda: kernel_table(frame)}}[part]
-    tables[f"{part}: what could not run"] = lambda: refusals(frame)
-    return [table.style.set_caption(caption) for caption, build in tables.items() if len(table := build())]
+        "operators": {"operators, forward": operator_table,
+                      "operators, forward+backward": lambda frame: operator_table(frame, "forward+backward")},
+        "exactness": {"worst error of each backend": exactness_table,
+                      "worst error of each tensor, over all cases": tensor_table},
+        "objectives": {"objective": objective_table},
+        "steps": {"steps": step_table},
+        "decoding": {"decoding": lambda frame: decoding_table(frame).round(3)}}[part]
+    tables[f"{part}: what could not run"] = refusals
+    return [table.style.set_caption(caption) for caption, build in tables.items() if len(table := build(frame))]
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:
@@ -46,16 +43,14 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:
     """What could not run, and why: a row a reason and backend, implementation, softmax share, loop or case."""
-    columns = ["what", "reason"]
-    if frame.empty:
-        return pd.DataFrame(columns=columns)
-    what = next(name for name in ("backend", "implementation", "share", "loop") if name in frame)
-    rows = [(row[what], row["reason"]) for _, row in frame.iterrows() if pd.notna(row["reason"])]
+    rows = []
     for _, row in frame.iterrows():
-        reasons = row.get("reasons")
-        rows += [(f"{row[what]}, {case}", reason) for case, reason in
-                 (reasons.items() if isinstance(reasons, dict) and pd.isna(row["reason"]) else ())]
-    return pd.DataFrame(rows, columns=columns).drop_duplicates().reset_index(drop=True)
+        what = next(row[name] for name in ("backend", "implementation", "share", "loop") if name in row)
+        if pd.notna(row["reason"]):
+            rows.append((what, row["reason"]))
+        elif isinstance(row.get("reasons"), dict):
+            rows += [(f"{what}, {case}", reason) for case, reason in row["reasons"].items()]
+    return pd.DataFrame(rows, columns=["what", "reason"]).drop_duplicates(ignore_index=True)
 
 
 def record_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -68,24 +63,26 @@ def record_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                          for part, frame in tables.items()}).T.rename_axis("part")
 
 
-def _best(rows):
-    """Seconds on the GPU where it was timed, else as launched."""
-    return rows["gpu_seconds"].fillna(rows["seconds"]).astype(float)
+def _indexed(rows, *columns):
+    return pd.DataFrame(rows).set_index(list(columns)) if rows else pd.DataFrame()
+
+
+def _shape(row, names):
+    return f"({', '.join(str(int(row[name])) for name in names)})"
 
 
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
     """Operators: milliseconds as launched and on the GPU with quartiles, memory floor and peak memory.
 
-    ``of the floor`` and ``of the fastest`` say how many times as long a call takes as its floor and as the fastest
-    backend of the operator at this shape, on the GPU where that was timed.
+    ``of the floor`` and ``of the fastest`` (backend at this shape) are ratios of times, on the GPU where it was timed.
     """
     rows = measured(frame)
     rows = rows[rows["direction"] == direction] if len(rows) else rows
     if rows.empty:
         return rows
     rows = rows.sort_values(["operator", *_SHAPE], kind="stable")
-    best = _best(rows)
-    fastest = best.groupby([rows[name] for name in _CALL]).transform("min")
+    best = rows["gpu_seconds"].fillna(rows["seconds"]).astype(float)
+    fastest = best.groupby([rows[name] for name in ("operator", *_SHAPE, "dtype")]).transform("min")
     return pd.DataFrame({
         "operator": rows["operator"].str.replace("_", " "), "backend": rows["backend"],
         "shape": [_shape(row, _SHAPE) for _, row in rows.iterrows()],
@@ -106,19 +103,18 @@ def exactness_table(frame: pd.DataFrame) -> pd.DataFrame:
             "cases": errors.shape[1], "worst error": f"{worst.max():.1e}", "bound": f"{bound:.0e}",
             "cases beyond": int((worst > bound).sum()), "case": worst.idxmax(), "tensor": errors.max(axis=1).idxmax(),
             "two runs alike": f"{sum(row['equal'].values())} of {len(row['equal'])}"})
-    return pd.DataFrame(table).set_index(["operator", "backend", "dtype"]) if table else pd.DataFrame()
+    return _indexed(table, "operator", "backend", "dtype")
 
 
 def tensor_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The worst error of the output, the final state and each gradient, over all cases."""
     table = [_which(row) | dict(errors.max(axis=1).map("{:.1e}".format)) for row, errors in _errors(frame)]
-    return pd.DataFrame(table).set_index(["operator", "backend", "dtype"]).fillna(_NONE) if table else pd.DataFrame()
+    return _indexed(table, "operator", "backend", "dtype").fillna(_NONE)
 
 
 def _errors(frame):
     """(row, errors with a column a case and a row a tensor) of each record that has errors."""
-    for _, row in measured(frame).iterrows():
-        yield row, pd.DataFrame(row["errors"])
+    return [(row, pd.DataFrame(row["errors"])) for _, row in measured(frame).iterrows()]
 
 
 def _which(row):
@@ -132,22 +128,21 @@ def objective_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     ``of ours`` says how many times as long a call takes as hybridlib's, on the GPU where both were timed there.
     """
-    table = []
-    for _, row in measured(frame).iterrows():
-        ours = measured(frame).query("implementation == 'hybridlib'")
-        for name in ("tokens", "width", "vocab", "dtype", "direction"):
-            ours = ours[ours[name] == row[name]]
-        both = len(ours) and pd.notna(row["gpu_seconds"]) and pd.notna(ours["gpu_seconds"].iloc[-1])
+    table, call, rows = [], ["tokens", "width", "vocab", "dtype", "direction"], measured(frame)
+    ours = {tuple(row[call]): row for _, row in rows.iterrows() if row["implementation"] == "hybridlib"}
+    for _, row in rows.iterrows():
+        own = ours.get(tuple(row[call]))
+        both = own is not None and pd.notna(row["gpu_seconds"]) and pd.notna(own["gpu_seconds"])
         clock = "gpu_seconds" if both else "seconds"
         table.append({
-            "shape": f"{_shape(row, ['tokens', 'width', 'vocab'])}, {row['dtype']}",
+            "shape": f"{_shape(row, call[:3])}, {row['dtype']}",
             "implementation": row["implementation"], "direction": row["direction"],
             "launched, ms": milliseconds(row), "GPU, ms": milliseconds(row, "gpu_"),
-            "of ours": f"{row[clock] / ours[clock].iloc[-1]:.2f}" if len(ours) else _NONE,
+            "of ours": _NONE if own is None else f"{row[clock] / own[clock]:.2f}",
             "peak, MiB": mebibytes(row["peak_bytes"]),
             **{f"error, {name}": f"{row['errors'][name]:.1e}" if name in row["errors"] else _NONE
                for name in ("loss", "hidden", "head")}})
-    return pd.DataFrame(table).set_index(["shape", "implementation", "direction"]) if table else pd.DataFrame()
+    return _indexed(table, "shape", "implementation", "direction")
 
 
 def step_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -156,40 +151,38 @@ def step_table(frame: pd.DataFrame) -> pd.DataFrame:
     ``losses apart`` is the largest relative difference of a step's loss from the plain loop's; of the plain loop
     itself, from its losses in the other precision.
     """
-    rows = measured(frame)
-    if rows.empty:
-        return rows
+    table, rows = [], measured(frame)
     plain = {row["stage"]: row for _, row in rows.iterrows() if row["loop"] == "plain"}
-    table = []
     for _, row in rows.iterrows():
-        other = plain.get(row["stage"])
-        losses = row.get("noise_loss") if row["loop"] == "plain" else row["loss"]
+        other, ratio, apart = plain.get(row["stage"]), _NONE, _NONE
+        if other is not None:
+            ratio = f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
+            losses = row.get("noise_loss") if row["loop"] == "plain" else row["loss"]
+            if isinstance(losses, list):
+                apart = f"{max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, other['loss'])):.2g}"
         table.append({
             "stage": row["stage"], "loop": row["loop"], "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            "of the plain loop": (f"{row['tokens_per_second'] / other['tokens_per_second']:.2f}"
-                                  if other is not None else _NONE),
-            "step, ms": f"{1e3 * row['step_seconds']:.4g}",
+            "of the plain loop": ratio, "step, ms": f"{1e3 * row['step_seconds']:.4g}",
             "phases, ms": f"{1e3 * sum(row[f'{name}_seconds'] for name in PHASES):.4g}",
             "peak, MiB": mebibytes(row["peak_bytes"]),
             "aligned on": f"{row['align_tokens']:,.0f}" if pd.notna(row.get("align_tokens")) else _NONE,
-            "losses apart": (f"{max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(losses, other['loss'])):.2g}"
-                             if other is not None and isinstance(losses, list) else _NONE)})
-    return pd.DataFrame(table).set_index(["stage", "loop"])
+            "losses apart": apart})
+    return _indexed(table, "stage", "loop")
 
 
 def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Decoding with ``label`` (share of softmax layers), MiB of the cache and by type of layer, tokens a second.
+    """Decoding by share of softmax layers: MiB of the cache, tokens a second, seconds of prefill.
 
-    ``cache_of_teacher`` and ``speed_of_teacher`` are shares of the teacher's at the same context, the speed by GPU time
-    where it was timed.
+    ``cache_of_teacher`` and ``speed_of_teacher``, by GPU time where it was timed, are over the teacher's.
     """
     rows = measured(frame).reset_index(drop=True)
     if rows.empty:
         return rows
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows, "gpu_tokens_per_second"])))
     label = ["teacher" if share == 1 else f"{100 * share:g}% softmax" for share in rows["share"]]
-    gpu = rows["gpu_tokens_per_second"] if "gpu_tokens_per_second" in rows else rows["share"] * float("nan")
     rows = rows.assign(label=label, softmax_mib=rows["full_attention"] / 2**20,
-                       linear_mib=rows["linear_attention"] / 2**20, gpu_tokens_per_second=gpu.astype(float))
+                       linear_mib=rows["linear_attention"] / 2**20,
+                       gpu_tokens_per_second=rows["gpu_tokens_per_second"].astype(float))
     rows["cache_mib"] = rows["softmax_mib"] + rows["linear_mib"]
     speed = rows["gpu_tokens_per_second"].fillna(rows["tokens_per_second"])
     teacher = rows["share"] == 1
@@ -197,53 +190,3 @@ def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
         rows[name] = values / rows["context"].map(dict(zip(rows["context"][teacher], values[teacher])))
     return rows[["label", "context", "batch", "softmax_mib", "linear_mib", "cache_mib", "cache_of_teacher",
                  "tokens_per_second", "gpu_tokens_per_second", "speed_of_teacher", "prefill_seconds"]]
-
-
-def verdicts(tables: Mapping[str, pd.DataFrame]) -> str:
-    """A line of Markdown for each comparison that `tables` (by the names in `speed.KINDS`) can tell."""
-    lines, operators = [], measured(tables["operators"])
-    operators = operators[operators["backend"].isin(MODEL_BACKENDS)] if len(operators) else operators
-    if len(operators):
-        fastest = _best(operators).groupby([operators[name] for name in _CALL]).idxmin()
-        counts = operators.loc[fastest, "backend"].value_counts()
-        lines.append(f"Operators: of the backends that models run with, fastest of {len(fastest)} calls: "
-                     + ", ".join(f"`{backend}` in {count}" for backend, count in counts.items()))
-    within = [ok for row, errors in _errors(tables["exactness"])
-              for ok in errors.max() <= error_bound(row["backend"], row["dtype"])]
-    if within:
-        lines.append(f"Exactness: within its bound in {sum(within)} of {len(within)} cases")
-    loops = measured(tables["steps"])
-    loops = loops.pivot(index="stage", columns="loop", values="tokens_per_second") if len(loops) else loops
-    for stage, row in loops.dropna().iterrows() if set(LOOPS) <= set(loops) else ():
-        lines.append(f"Training step, {stage}: hybridlib's loop is **{row[LOOPS[0]] / row[LOOPS[1]]:.2f} times** as "
-                     "fast as the plain one")
-    decoding = decoding_table(tables["decoding"])
-    decoding = decoding[decoding["context"] == decoding["context"].max()] if len(decoding) else decoding
-    for _, row in decoding.dropna(subset="cache_of_teacher").iterrows() if len(decoding) else ():
-        if row["label"] != "teacher":
-            lines.append(f"Decoding after {row['context']:,} tokens, {row['label']}: "
-                         f"**{row['cache_of_teacher']:.2f} times** the teacher's cache, "
-                         f"**{row['speed_of_teacher']:.2f} times** its speed")
-    return "\n".join(f"- {line}." for line in lines)
-
-
-def kernel_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every launch of a call: its time with quartiles, its share of all, bytes and FLOPs, and the rates of both."""
-    table = []
-    for _, row in measured(frame).iterrows():
-        for number, one in enumerate(row["kernels"], 1):
-            low, median, high = (1e6 * one[name] for name in ("low", "seconds", "high"))
-            rate = _NONE if one["flops"] is None else f"{one['flops'] / one['seconds'] / 1e12:.3g}"
-            table.append({
-                "operator": row["operator"].replace("_", " "), "shape": _shape(row, _SHAPE), "launch": number,
-                "kernel": f"{one['name'].split('.')[1]} ({one['pass']})",
-                "time, \u00b5s": f"{median:.3g} [{low:.3g}, {high:.3g}]",
-                "share": f"{100 * one['seconds'] / row['kernel_seconds']:.0f}%",
-                "MB": f"{one['bytes'] / 1e6:.3g}", "GB/s": f"{one['bytes'] / one['seconds'] / 1e9:,.0f}",
-                "GFLOP": _NONE if one["flops"] is None else f"{one['flops'] / 1e9:.3g}", "TFLOP/s": rate,
-                "programs": one["programs"], "registers": one["registers"]})
-    return pd.DataFrame(table).set_index(["operator", "shape", "launch"]) if table else pd.DataFrame()
-
-
-def _shape(row, names):
-    return f"({', '.join(str(int(row[name])) for name in names)})"

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 
 from hybridlib.bench.operators import OPERATORS
 from hybridlib.bench.step import PHASES
-from hybridlib.checks import check_choice
 from hybridlib.report import plots
 from hybridlib.report.speed import decoding_table, measured
 
@@ -19,13 +18,11 @@ _CLOCKS = {"seconds": "microseconds a token, as launched", "gpu_seconds": "micro
 
 
 def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
-    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and microseconds a token.
+    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and ``microseconds`` a token.
 
-    Columns ``microseconds``, of the clock ``"seconds"`` (as launched) or ``"gpu_seconds"``, and ``floor``. Shapes with
-    the heads and dim that most shapes have; of those of one length, the one with most tokens. Softmax attention is
-    repeated beside each operator. Empty if nothing was timed by that clock.
+    The clock is ``"seconds"`` (as launched) or ``"gpu_seconds"``. Shapes have the heads and dim that most shapes have;
+    of those of one length, the one with most tokens. Softmax attention is repeated beside each operator.
     """
-    check_choice("clock", clock, ("seconds", "gpu_seconds"))
     rows = measured(frame)
     rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
     if rows.empty:
@@ -66,11 +63,7 @@ def loss_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
-    """Losses by stage and loop: (tokens trained on, losses), as `plots.loss_curves` takes them.
-
-    Beside the loops stands the plain one in the other precision, e.g. ``"plain loop, float32"``, where it was recorded.
-    Of several records of one stage and loop, the last.
-    """
+    """Losses by stage and loop, e.g. ``"plain loop, float32"``: (tokens trained on, losses)."""
     stages = {}
     for _, row in measured(frame).iterrows():
         curves = stages.setdefault(row["stage"], {})

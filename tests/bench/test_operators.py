@@ -17,7 +17,6 @@ import hybridlib as hl
 from hybridlib import kernels
 from hybridlib.bench import operators, peers, timing
 from hybridlib.bench.exactness import relative_error
-from hybridlib.bench.speed import SpeedSettings
 from hybridlib.bench.timing import Bench
 
 FLASH_QLA = ("flash_qla", "gated_delta_rule", 128, "bfloat16")
@@ -74,7 +73,6 @@ def test_what_is_timed_is_the_operator_and_its_gradients():
     o = operators._call("softmax_attention", "softmax", {"q": q, "k": k, "v": v}, False)()
     last = (q[0, -1, 0] @ k[0, :, 0].T / 8**0.5).softmax(-1) @ v[0, :, 0]
     assert torch.allclose(o[0, -1, 0], last, atol=1e-6)
-    assert len(operators.calls_in_turn("gated_delta_rule", "chunked", (1, 16, 2, 8), "forward", "float32", "cpu")) == 8
 
 
 def test_a_record_has_its_floor_and_one_copy_serves_all(bench):
@@ -94,22 +92,8 @@ def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(bench, monk
     row = operators.time_operator(*call)
     assert row["reason"] == "it is not here" and "seconds" not in row
     monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": None})
-    monkeypatch.setattr(kernels, "gated_delta_rule", lambda *a, **k: 1 / 0)
-    assert operators.time_operator(*call)["reason"] == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
     assert operators.time_operator(*call)["reason"] is None
-
-
-@pytest.mark.parametrize("arguments, sentence", [
-    (("delta", "chunked", (1, 2, 3, 4)), "operator='delta' is unknown"),
-    (("gated_delta_rule", "softmax", (1, 2, 3, 4)), "backend='softmax' is unknown"),
-    (("gated_delta_rule", "chunked", (1, 2, 3)), r"shape=\(1, 2, 3\) is not \(batch, time, heads, dim\), 4 whole"),
-    (("gated_delta_rule", "chunked", (1, 0, 3, 4)), r"shape=\(1, 0, 3, 4\) is not"),
-    (("gated_delta_rule", "chunked", (1, 2, 3, 4), "up"), "direction='up' is unknown")])
-def test_bad_arguments_are_refused_before_any_compute(bench, arguments, sentence):
-    with pytest.raises(ValueError, match=f"^{sentence}"):
-        operators.time_operator(bench, *arguments)
-    assert not bench.ledger.folder.exists()
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -133,8 +117,6 @@ def test_models_cannot_run_with_peers():
     inputs = operators.operator_inputs("gated_delta_rule", (1, 4, 1, 8))
     with pytest.raises(ValueError, match="^backend='flash_qla' is unknown"):
         kernels.gated_delta_rule(*inputs.values(), backend="flash_qla")
-    with pytest.raises(ValueError, match="^plain_backend='flash_qla' is unknown"):
-        SpeedSettings(plain_backend="flash_qla")
 
 
 def test_the_peer_is_the_pytorch_form_where_transformers_would_run_kernels(monkeypatch):

@@ -9,29 +9,29 @@ from hybridlib.bench import exactness, operators, speed, timing
 from hybridlib.bench.step import LOOPS
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"backends": ["cuda"]}, "backends='cuda' is unknown"), ({"shapes": 3}, "shapes=3 is not a list"),
-    ({"shapes": [[1, 2]]}, r"shape=\[1, 2\] is not"), ({"contexts": [0]}, "contexts=0 is not a whole number"),
-    ({"shares": [1.5]}, "shares=1.5 is not a number"), ({"stages": ["score"]}, "stages='score' is unknown"),
-    ({"batch_tokens": 8}, "batch_tokens=8 is not a whole number of at least 256"), ({"steps": 0}, "steps=0"),
-    ({"step_align_tokens": 8}, "step_align_tokens=8 is neither 0 nor a whole number of at least 256"),
-    ({"exactness_cases": ["wild"]}, "exactness_cases='wild' is unknown"), ({"exactness_dtypes": ["auto"]},
-                                                                           "exactness_dtypes='auto' is unknown"),
-    ({"objectives": ["theirs"]}, "objectives='theirs' is unknown"), ({"objective_shapes": [[1, 2]]},
-                                                                      r"shape=\[1, 2\] is not \(tokens, width, vocab"),
-    ({"new_tokens": 1}, "new_tokens=1 is not"), ({"budget": 0}, "budget=0 is not a count"),
-    ({"recompute": "yes"}, "recompute='yes' is neither"), ({"plain_backend": "softmax"}, "plain_backend='softmax'"),
-])
-def test_bad_settings_are_refused(change, sentence):
+@pytest.mark.parametrize("name, value, sentence", [
+    ("backends", ["cuda"], "backends='cuda' is unknown"), ("shapes", 3, "shapes=3 is not a list"),
+    ("shapes", [[1, 2]], r"shape=\[1, 2\] is not \(batch"), ("shapes", [[1, 0, 3, 4]], r"shape=\[1, 0, 3, 4\] is"),
+    ("contexts", [0], "contexts=0 is not"), ("shares", [1.5], "shares=1.5 is not a number"),
+    ("stages", ["score"], "stages='score' is unknown"), ("exactness_cases", ["wild"], "exactness_cases='wild' is"),
+    ("exactness_dtypes", ["auto"], "exactness_dtypes='auto' is"), ("objectives", ["theirs"], "objectives='theirs' is"),
+    ("objective_shapes", [[1, 2]], r"shape=\[1, 2\] is not \(tokens, width, vocab"), ("budget", 0, "budget=0 is not a"),
+    *[(name, low - 1, f"{name}={low - 1} is not a whole number of at least {low}") for name, low in (
+        ("repeats", 1), ("steps", 1), ("decode_batch", 1), ("new_tokens", 2), ("batch_tokens", 256))],
+    *[("step_align_tokens", value, f"step_align_tokens={value} is not a") for value in (8, None, True)],
+    ("max_seconds", 0, "max_seconds=0 is not"), ("recompute", "yes", "recompute='yes' is neither"),
+    *[(name, "softmax", f"{name}='softmax' is unknown") for name in ("plain_backend", "dtype", "mixer")],
+    ("plain_backend", "flash_qla", "plain_backend='flash_qla' is unknown")])
+def test_bad_settings_are_refused(name, value, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
-        speed.SpeedSettings(**change)
+        speed.SpeedSettings(**{name: value})
 
 
 def test_parts_left_out_are_empty(tmp_path):
     settings = speed.SpeedSettings(shapes=[], exactness_cases=[], objective_shapes=[], stages=[], contexts=[],
                                    results=str(tmp_path), device="cpu")
     study = speed.SpeedStudy(settings)
-    parts = study.operators, study.exactness, study.objectives, study.steps, study.decoding, study.kernels
+    parts = study.operators, study.exactness, study.objectives, study.steps, study.decoding
     assert all(part().empty for part in parts) and not list(tmp_path.iterdir())
     assert set(speed.recorded_speed(study.bench.ledger)) == set(speed.KINDS)
     assert all(frame.empty for frame in speed.recorded_speed(study.bench.ledger).values())

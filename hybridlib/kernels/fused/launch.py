@@ -6,7 +6,6 @@ A launch that is not in the table may compute wrong results: the book's page on 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ class Launch(NamedTuple):
 override: dict[str, Launch] = {}  # before the table; all the same in a forward pass and its backward pass
 override_segments: int | None = None  # before `segments_of`
 override_follows: bool | None = None  # before `follows`
-watch: Callable | None = None  # called after each launch with (kernel, how, grid, arguments, compiled)
 
 _HALF: dict[str, Launch | tuple[Launch, Launch]] = {  # kernel: up to 64 dims, 128 dims
     "delta_rule.invert": (Launch(1, 1), Launch(1, 1)),
@@ -121,9 +119,7 @@ class Place:
 
     def launch(self, kernel, use, grid, *arguments, part=0):
         """Run a kernel, whose arguments may differ in size, not in kind, from another's of equal `key` and part."""
-        compiled = run(kernel, use, grid, arguments, None if self.key is None else (part, self.key))
-        if watch is not None:
-            watch(kernel, use, grid, arguments, compiled)
+        run(kernel, use, grid, arguments, None if self.key is None else (part, self.key))
 
 
 def run(kernel, use, grid, arguments, key):
@@ -138,7 +134,6 @@ def run(kernel, use, grid, arguments, key):
                                 **({"launch_pdl": True} if use.follows else {}))
         if key is not None and compiled is not None:  # None from Triton's interpreter
             _compiled[key] = kernel, compiled
-    return compiled
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
