@@ -86,13 +86,9 @@ def measure_exactness(bench: Bench, operator: str, backend: str, cases: Iterable
     cases : names among `CASES`. q, k, v and beta are of `bench`'s dtype; log_decay and the initial state are float32.
     truths : a dict of truths by case that the next backend can share; of one operator, dtype and device.
 
-    Metrics, each by a case's name: ``errors``, by tensor's name, infinite for what is not finite; ``equal``, whether
-    two runs gave the same bits; ``reasons``, why a case could not be run. ``reason`` is None if any case was run.
-
-    The truth, from the same rounded inputs, is backend ``"reference"`` in float64, beyond 1,000 tokens ``"chunked"`` in
-    float64.
-
-    Raises ValueError if no case is left.
+    Metrics, each by a case's name: ``errors``, by tensor's name, infinite for what is not finite, against backend
+    ``"reference"`` in float64 (beyond 1,000 tokens ``"chunked"``) from the same rounded inputs; ``equal``, whether two
+    runs gave the same bits; ``reasons``, why a case could not be run. Raises ValueError if no case is left.
     """
     dtype, device = bench.dtype, bench.device
     allowed = cases_for(operator, backend, dtype, cases)

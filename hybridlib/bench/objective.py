@@ -35,9 +35,8 @@ def time_objective(bench: Bench, implementation: str, shape: Iterable[int], dire
     direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of the student's two tensors.
     truths : a dict of truths by shape that the next implementation can share.
 
-    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs, logits and gradients included;
-    ``errors``, by `relative_error`, of the ``loss`` and, with the backward pass, of the gradients by ``hidden`` states
-    and ``head``, against the plain formula in float64 on the same inputs.
+    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs; ``errors`` of the ``loss`` and, with the
+    backward pass, of the gradients by ``hidden`` states and ``head``, against the plain formula in float64.
     """
     tokens, width, vocab = shape = tuple(shape)
     parameters = {"implementation": implementation, "tokens": tokens, "width": width, "vocab": vocab,

@@ -209,9 +209,8 @@ def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher:
                  mixer: str = "gdn") -> dict[str, tuple]:
     """Pairs of scores, label -> (values, values): GA-S2 of a teacher with itself, and each of `scores` with GA-S2.
 
-    GA-S2 repeats itself in the plain loop and the one of recorded steps, which differ by rounding, wherever both are
-    recorded; labels name the tokens of a candidate and the rate of its mixers, and the pair most alike comes last.
-    `scores` (title -> a number a layer) stand beside the plain loop of that pair.
+    GA-S2 repeats itself in the plain loop and the one of recorded steps, which differ by rounding; the pair most alike
+    comes last. `scores` (title -> a number a layer) stand beside the plain loop of that pair.
     """
     repeats = {}
     for frame in recorded_scoring_speed(ledger):

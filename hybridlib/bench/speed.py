@@ -14,7 +14,7 @@ from hybridlib.bench.decoding import time_decoding
 from hybridlib.bench.exactness import CASES, EXACT, cases_for, measure_exactness
 from hybridlib.bench.objective import IMPLEMENTATIONS, time_objective
 from hybridlib.bench.operators import BACKENDS, DIRECTIONS, MODEL_BACKENDS, OPERATORS, time_operator
-from hybridlib.bench.step import LOOPS, STAGES, time_step
+from hybridlib.bench.step import LOOPS, STAGES, StepSettings, time_step
 from hybridlib.bench.timing import DTYPES, Bench, time_copy
 from hybridlib.checks import check_choice, check_device, check_int, check_number
 from hybridlib.distill.corpus import load_tokens
@@ -22,7 +22,6 @@ from hybridlib.models.teachers import Teacher, load_teacher
 from hybridlib.records.folders import results_folder
 from hybridlib.records.ledger import Ledger
 from hybridlib.selection.rules import budget_layers
-from hybridlib.study.settings import NotebookSettings
 
 __all__ = ["KINDS", "SpeedSettings", "SpeedStudy", "recorded_speed"]
 
@@ -36,8 +35,8 @@ _EFFORT = ("repeats", "max_seconds", "steps", "new_tokens", "data", "revision", 
 
 
 @dataclass(frozen=True)
-class SpeedSettings(NotebookSettings):
-    """The parameters of the notebook ``mixers_and_speed``: those of `NotebookSettings`, of the step, and these.
+class SpeedSettings(StepSettings):
+    """The parameters of the notebook ``mixers_and_speed``: those of `StepSettings`, and these.
 
     Parameters
     ----------
@@ -45,8 +44,6 @@ class SpeedSettings(NotebookSettings):
     dtype, repeats, max_seconds : of operators, objectives and decoding, see `Bench`.
     exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
     objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
-    stages, steps, plain_backend : training steps to run of each stage, and the backend of mixers in the plain loop.
-    step_align_tokens : of stage 1, for the student that both loops of stage 2 begin with; 0 for none.
     contexts, shares, decode_batch, new_tokens : as `time_decoding` takes them.
 
     An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
@@ -64,10 +61,6 @@ class SpeedSettings(NotebookSettings):
     exactness_dtypes: list[str] = ("float32", "bfloat16")
     objectives: list[str] = tuple(IMPLEMENTATIONS)
     objective_shapes: list[list[int]] = ((256, 64, 4096), (1024, 64, 4096))
-    stages: list[str] = STAGES
-    steps: int = 4
-    step_align_tokens: int = 16_384
-    plain_backend: str = "chunked"
     contexts: list[int] = (128, 256, 512, 1024)
     shares: list[float] = (1.0, 0.5, 0.25, 0.125)
     decode_batch: int = 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,17 +22,32 @@ from hybridlib.models.hybrid import linear_layers, linearize, restore
 from hybridlib.models.passes import attention_io, compiled_if, last_hidden
 from hybridlib.models.teachers import Teacher
 from hybridlib.selection.rules import select
+from hybridlib.study.settings import NotebookSettings
 
-if TYPE_CHECKING:
-    from hybridlib.bench.speed import SpeedSettings
-
-__all__ = ["LOOPS", "PHASES", "STAGES", "time_step"]
+__all__ = ["LOOPS", "PHASES", "STAGES", "StepSettings", "time_step"]
 
 PHASES = ("teacher", "student", "objective", "backward", "optimizer")
 STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 
 
-def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: str, how: SpeedSettings,
+@dataclass(frozen=True)
+class StepSettings(NotebookSettings):
+    """What is timed of a training step, beside `NotebookSettings`.
+
+    Parameters
+    ----------
+    stages : of `STAGES`. steps : to run of each; a GPU's first four, where a step is recorded, are not timed.
+    step_align_tokens : of stage 1, for the student that both loops of ``"match"`` begin with; 0 for none. Not timed.
+    plain_backend : of the mixers in the plain loop.
+    """
+
+    stages: list[str] = STAGES
+    steps: int = 4
+    step_align_tokens: int = 16_384
+    plain_backend: str = "chunked"
+
+
+def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: str, how: StepSettings,
               aligned: MutableMapping | None = None) -> dict:
     """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
 
@@ -41,8 +57,6 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
     stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid).
     loop : ``"hybridlib"`` is `align` or `match`, compiled and recorded on a GPU. ``"plain"``, never compiled, takes the
         KL from all logits of both models, and has one backward pass and torch's default AdamW.
-    how : its mixer, budget, batch_tokens, plain_backend and step_align_tokens; its steps, of which a GPU's first four,
-        where a step is recorded, are not timed.
     aligned : a dict of the mixers that `align` trained, which the next loop can share; of one teacher and text.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
