@@ -128,16 +128,20 @@ def encode_recall(example: RecallExample, tokenizer: PreTrainedTokenizerBase
 
 
 def score_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[RecallExample], *,
-                 batch_size: int = 16) -> RecallScore:
-    """Score a causal LM of transformers on recall, `batch_size` examples at a time, teacher-forced.
+                 mode: str = "teacher_forced", batch_size: int = 16) -> RecallScore:
+    """Score a causal LM of transformers on recall, `batch_size` examples at a time.
 
-    An answer is right if each of its tokens is the arg max after the true text before it. Raises ValueError if there
-    are no examples, or one is longer than the model's context.
+    In mode ``"teacher_forced"`` an answer is right if each of its tokens is the arg max after the true text before it;
+    in mode ``"greedy"`` the model writes the first answer of each example itself, token by token. Raises ValueError if
+    there are no examples, or one is longer than the model's context.
     """
+    check_choice("mode", mode, ("teacher_forced", "greedy"))
     encoded = encode_all(examples, tokenizer, model.config)
     with evaluation_mode(model):
-        exact_match, stderr = recall_of_members(model, tokenizer, encoded, batch_size)[0]
-    return RecallScore(exact_match, stderr, sum(len(spans) for _, spans in encoded))
+        if mode == "greedy":
+            return RecallScore(*_share(_written(model, tokenizer, encoded, batch_size)), len(encoded))
+        score = recall_of_members(model, tokenizer, encoded, batch_size)[0]
+    return RecallScore(*score, sum(len(spans) for _, spans in encoded))
 
 
 def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase, config
@@ -172,17 +176,39 @@ def recall_of_members(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
                 shift = len(true) - len(row)
                 answers += [torch.equal(likeliest[start + shift - 1:end + shift - 1], true[start + shift:end + shift])
                             for start, end in spans]
-    shares = [sum(answers) / len(answers) for answers in right]
-    return [(p, (p * (1 - p) / len(answers)) ** 0.5) for p, answers in zip(shares, right, strict=True)]
+    return [_share(answers) for answers in right]
+
+
+@torch.no_grad()
+def _written(model, tokenizer, encoded, batch_size):
+    """Whether the model writes the first answer of each example."""
+    right = []
+    for i in range(0, len(encoded), batch_size):
+        part = encoded[i:i + batch_size]
+        answers = [row[slice(*spans[0])] for row, spans in part]
+        ids, mask = _pad_left([row[:spans[0][0]] for row, spans in part], tokenizer, next(model.parameters()).device)
+        texts = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(map(len, answers)),
+                               do_sample=False, pad_token_id=_pad_id(tokenizer))[:, ids.shape[1]:].tolist()
+        right += [text[:len(answer)] == answer for text, answer in zip(texts, answers, strict=True)]
+    return right
+
+
+def _share(right):
+    """The share of answers that are right, and its binomial standard error."""
+    p = sum(right) / len(right)
+    return p, (p * (1 - p) / len(right)) ** 0.5
+
+
+def _pad_id(tokenizer):
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
+    return next(i for i in ids if i is not None)
 
 
 def _pad_left(rows, tokenizer, device):
     """Return rows as ids (rows, width) and mask (rows, width), of the longest's width."""
-    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
-    pad = next(i for i in ends if i is not None)
     return (pad_sequence(list(map(torch.tensor, parts)), batch_first=True, padding_value=value,
                          padding_side="left").to(device)
-            for parts, value in ((rows, pad), ([[1] * len(row) for row in rows], 0)))
+            for parts, value in ((rows, _pad_id(tokenizer)), ([[1] * len(row) for row in rows], 0)))
 
 
 def _logits(model, ids, mask):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybridlib.distill.recall import RecallTask, _is_heldout, encode_recall, generate_recall, score_recall
+from hybridlib.distill.recall import (RecallExample, RecallTask, _is_heldout, encode_recall, generate_recall,
+                                      score_recall)
 
 
 class Letters:
@@ -41,6 +42,13 @@ class Oracle(torch.nn.Module):
                 c = self.next.get(prefix, "~")
                 logits[b, t, ord("#" if any(prefix.endswith(w) for w in self.wrong) else c)] = 1.0
         return SimpleNamespace(logits=logits)
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
+        for _ in range(max_new_tokens):
+            step = self(input_ids, attention_mask).logits[:, -1].argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, step), 1)
+            attention_mask = torch.cat((attention_mask, torch.ones_like(step)), 1)
+        return input_ids
 
 
 TASKS = [RecallTask(name, pairs=5, queries=3, hops=hops, filler=1)
@@ -80,12 +88,13 @@ def test_no_pair_is_in_both_splits():
     assert not pairs["train"] & pairs["heldout"] and len(pairs["heldout"]) > 1000
 
 
-def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer():
+@pytest.mark.parametrize("mode", ["teacher_forced", "greedy"])
+def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer(mode):
     examples = generate_recall(RecallTask("key_value", pairs=4, filler=1), 6, seed=0)
-    perfect = score_recall(Oracle([e.text for e in examples]), Letters(), examples, batch_size=4)
+    perfect = score_recall(Oracle([e.text for e in examples]), Letters(), examples, mode=mode, batch_size=4)
     assert (perfect.exact_match, perfect.answers, perfect.stderr) == (1.0, 6, 0.0)
     wrong = [e.prompt + e.turns[0][0] + e.turns[0][1][:3] for e in examples[:2]]  # the last digit of two answers
-    score = score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, batch_size=4)
+    score = score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples, mode=mode, batch_size=4)
     assert score.exact_match == pytest.approx(4 / 6)
     assert score.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
 
@@ -106,6 +115,9 @@ def test_padding_changes_no_answer_of_a_model_of_transformers(tiny_teacher):
     examples = generate_recall(RecallTask("key_value", pairs=2, queries=2, digits=2), 60)
     batched, single = (score_recall(teacher, Small(), examples, batch_size=size) for size in (8, 1))
     assert batched == single and 0 < single.exact_match < 1
+    first = [RecallExample(e.prompt, e.turns[:1]) for e in examples]  # written right if right after the true text
+    written = score_recall(teacher, Small(), examples, mode="greedy", batch_size=8)
+    assert written == score_recall(teacher, Small(), first) and 0 < written.exact_match < 1
 
 
 def test_bad_tasks_and_calls_are_refused():

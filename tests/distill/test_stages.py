@@ -88,16 +88,17 @@ def test_attention_io_is_what_the_layer_computes(teacher, tiny_tokens):
         teacher.model.layers[1].post_attention_layernorm(before + y)))
 
 
+class Killed(hl.Tokens):
+    def rows(self, position, count):
+        if position >= 8 * 7:
+            raise KeyboardInterrupt
+        return super().rows(position, count)
+
+
 @pytest.mark.parametrize("stage", ["align", "match"])
 def test_a_stopped_run_resumes_to_the_same_numbers(teacher, hybrid, tiny_tokens, tmp_path, stage):
     run = getattr(hl, stage)
     settings = {"align": hl.AlignSettings, "match": hl.MatchSettings}[stage](batch_tokens=128, checkpoint_every=384)
-
-    class Killed(hl.Tokens):
-        def rows(self, position, count):
-            if position >= 8 * 7:
-                raise KeyboardInterrupt
-            return super().rows(position, count)
 
     (broken, resumed), path = (copy.deepcopy(hybrid) for _ in range(2)), tmp_path / "c.safetensors"
     expected = run(hybrid, teacher, tiny_tokens, 1280, settings=settings)
@@ -107,6 +108,25 @@ def test_a_stopped_run_resumes_to_the_same_numbers(teacher, hybrid, tiny_tokens,
     assert history.losses == expected.losses and history.tokens == expected.tokens
     assert all(torch.equal(a, b) for a, b in zip(hybrid.parameters(), resumed.parameters(), strict=True))
     assert [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("stage", ["align", "match"])
+def test_a_run_that_breaks_off_leaves_modes_flags_and_gradients(teacher, tiny_tokens, stage):
+    hybrid = hl.restore(hl.linearize(teacher), teacher, [1]).train()
+    hybrid.model.layers[0].mlp.eval()
+    hybrid.model.norm.weight.requires_grad_(False)
+    modes = {name: module.training for name, module in hybrid.named_modules()}
+    settings = {"align": hl.AlignSettings, "match": hl.MatchSettings}[stage](batch_tokens=128)
+    killed = Killed(tiny_tokens.train, tiny_tokens.heldout)
+    for tokens, error in ((killed, KeyboardInterrupt), (tiny_tokens, DistillationDiverged)):
+        with pytest.raises(error):
+            getattr(hl, stage)(hybrid, teacher, tokens, 1280, settings=settings)
+        assert {name: module.training for name, module in hybrid.named_modules()} == modes
+        assert [name for name, p in hybrid.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+        assert all(p.grad is None for p in hybrid.parameters())
+        with torch.no_grad():
+            hybrid.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
+
 
 
 def test_foreign_and_truncated_checkpoints_are_refused(teacher, tiny_tokens, tmp_path):
