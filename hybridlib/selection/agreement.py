@@ -48,10 +48,7 @@ def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, floa
 
 
 def contiguity_distribution(k: int, num_layers: int) -> np.ndarray:
-    """The share of all sets of `k` layers that have p pairs of neighbours, for each p: (k,).
-
-    k layers in r runs have k - r pairs (runs test of Wald and Wolfowitz, 1940).
-    """
+    """The share of all sets of `k` layers with p pairs of neighbours, for each p: (k,) (Wald and Wolfowitz, 1940)."""
     check_int("k", k, 1, num_layers)
     sets = comb(num_layers, k)
     return np.array([comb(k - 1, r - 1) * comb(num_layers - k + 1, r) / sets for r in range(k, 0, -1)])
@@ -67,13 +64,13 @@ def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) 
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
-    """Spearman's rank correlation, (..., n) -> (...); equal values share their mean rank, a constant gives nan."""
+    """Spearman's rank correlation, (..., n) -> (...); equal values share a rank; nan and ValueError as in `kendall`."""
     x, y = _pair("x", x, "y", y, 2)
     return _correlation(*(2 * stats.rankdata(values, axis=-1) - values.shape[-1] - 1 for values in (x, y)))
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
-    """Kendall's tau-b, (..., n) -> (...); nan and ValueError as in `spearman`."""
+    """Kendall's tau-b, (..., n) -> (...); nan for a constant, ValueError for unlike lengths or a value not finite."""
     x, y = _pair("x", x, "y", y, 2)
     orders = (np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y))
     return _correlation(*(order.reshape(*order.shape[:-2], -1) for order in orders))

@@ -19,7 +19,7 @@ OFFSETS = ("centre", "start", "end")
 
 
 def budget_layers(budget: float | int, num_layers: int) -> int:
-    """K, the number of layers that stay softmax, from a share (float, halves round to even) or a count (int)."""
+    """K, how many layers stay softmax: a count (int), or a share (float), rounded, at least 1; else ValueError."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) or a count")
     if isinstance(budget, int) and not 1 <= budget <= num_layers:

@@ -1,4 +1,4 @@
-"""Searches over layer sets by a measure, which takes the softmax layers, ascending, and gives a number to lower."""
+"""Searches over layer sets by a measure: a function of the softmax layers, ascending, that is lower for better."""
 
 from __future__ import annotations
 
@@ -135,7 +135,6 @@ def _of_size(layers, values):
 
 
 def _checked(measure, num_layers, budget, executor):
-    """K, once the arguments of a search are what they should be."""
     if not callable(measure):
         raise ValueError(f"measure={measure!r} cannot be called; give a function of layers, such as distilled_kl makes")
     check_int("num_layers", num_layers, 1)
@@ -144,7 +143,6 @@ def _checked(measure, num_layers, budget, executor):
 
 
 def _measured(measure, sets, executor):
-    """{layers: value} of a round's `sets`, all of one size."""
     futures = [executor.submit(measure, layers) for layers in sets] if executor is not None else []
     calls = [future.result for future in futures] or [partial(measure, layers) for layers in sets]
     values = {}

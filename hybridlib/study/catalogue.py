@@ -113,7 +113,6 @@ def score_parameters(settings, direction: str, metric: str, normalize: bool = Tr
 
 
 def _by_scores(name, title, source, *texts, **fields):
-    """Declare a selector by the rule of its name on `Study.scores`."""
     kinds = SCORES_NEEDED[name]
 
     def choose(study, mixer, seed, normalize=True, **options):
@@ -146,11 +145,7 @@ def recall_over_sense(study, mixer, seed, own):
 
 
 def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0):
-    """Parameters of a record of `gate_slopes`; `at`, `order` and `steps` as in `gate_gradient`.
-
-    `share` caps all costs as a share of GA-S2's FLOPs by fewer held-out rows (None: all). `train`, 0 for none, is the
-    share of a candidate's tokens and batch that the common stage 2 first takes, with mixers at `rate` times their rate.
-    """
+    """Parameters for `gate_slopes`, whose cost is at most `share` of GA-S2's FLOPs; `train` scales its stage 2."""
     check_number("train", train, 0, 1)
     own = {"selector": "gate-gradient", "at": float(at), "order": order, "steps": steps}
     if share is not None:

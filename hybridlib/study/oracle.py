@@ -267,10 +267,7 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
 
 
 def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:
-    """The oracle of a ledger with most sets measured, a record a seed, and the choices that `judge` takes.
-
-    Both are empty if there is none. `mixer` None takes any.
-    """
+    """The oracle with most sets measured, a record a seed, and the choices that `judge` takes; empty if none."""
     ledger_records = list(ledger)
     settings: dict[str, dict[int, Record]] = {}
     for record in (r for r in ledger_records if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):

@@ -42,7 +42,6 @@ class Selector:
     options : keywords of `choose` and `record` with their defaults.
     record : the own parameters of its ``"score"`` record, or a function ``record(settings, num_layers, seed,
         **options)`` that gives them; of a list the first that the teacher allows is made.
-    control : whether it is there to compare with, not to be used.
     """
 
     title: str

@@ -41,7 +41,6 @@ class Study:
 
     Parameters
     ----------
-    settings : `StudySettings`; its defaults if None.
     executor : scores layers by tasks, as in `Engine`; its workers must see the folder of records.
     group : layers that are scored together, as in `Engine`. No record depends on it.
 
@@ -220,13 +219,12 @@ class Study:
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
-        """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
         folder = self._folder(kind, parameters).with_suffix(".checkpoint")
         yield folder if num_tokens > settings.checkpoint_every else None
         shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
-        """The record of (kind, parameters), computed if there is none, a file of it is `missing`, or to recompute."""
+        """The record of (kind, parameters), computed if it or a file of it is `missing`, or the study recomputes."""
         path = str(self.ledger.path(kind, parameters))
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
@@ -234,16 +232,12 @@ class Study:
 
 
 def _absolute(name):
-    """`name`, as an absolute path if it is a path."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
 class StudyRecords:
-    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`.
-
-    `parameters` are those of the scoring's own record.
-    """
+    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`."""
 
     def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters

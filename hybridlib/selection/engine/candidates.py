@@ -108,10 +108,7 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
 
 
 def measure_set(job: Job, layers: Layers, until: int | None = None, since: int = 0) -> dict:
-    """The figures of one candidate, as `measure_sets` gives them; raises what went wrong.
-
-    Where `shares_step` says so, it takes its turn in one recorded step (`Switched`).
-    """
+    """The figures of one candidate, as `measure_sets` gives them; raises what went wrong."""
     job, until = replace(job, inputs=job.inputs.load()), job.num_tokens if until is None else until
     key = "step", job.num_tokens, job.settings
     if until and shares_step(job) and job.inputs.alive.get("without") != key:
@@ -135,8 +132,7 @@ def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, setting
     Parameters
     ----------
     student : aligned and all linear; it is left as it was.
-    num_tokens : tokens of stage 2 for each set; 0 measures it untrained.
-    heldout_tokens : held-out tokens to measure on, None for all.
+    num_tokens, heldout_tokens : of stage 2 for each set (0: untrained), and held out to measure on (None: all).
     inputs : where an executor's workers load their inputs; without them every call carries both models.
     """
     check_int("num_tokens", num_tokens, 0)

@@ -66,7 +66,7 @@ class ScoringInputs:
     student : folder of the aligned student, one that every worker sees.
     student_sha256, fingerprint : of its weights (see `weights_sha256`) and of the tokens; a worker refuses others.
     teacher, corpus, context, seed, device : as `load_teacher` and `load_tokens` take them.
-    max_tokens, heldout_tokens : training and held-out tokens to load; measured are `heldout_rows` (first, end).
+    max_tokens, heldout_tokens : training and held-out tokens to load; `heldout_rows` (first, end) are measured on.
     memory : bytes for the teacher's states, see `TeacherStates`.
     """
 

@@ -185,7 +185,6 @@ def _points(job, early_stop):
 
 
 def _summed(first, last):
-    """The `last` of two measurements of a candidate, at the cost of both."""
     both = {"seconds": first["seconds"] + last["seconds"]}
     if "cost" in first and "cost" in last:
         both["cost"] = Cost.total(map(Cost.from_dict, (first["cost"], last["cost"]))).to_dict()

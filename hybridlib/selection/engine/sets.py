@@ -98,7 +98,6 @@ def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
 
 
 def _match_group(job, sets, measure_at):
-    """Results of `match_sets` of sets that are trained at once."""
     step = job.settings.step_rows(job.inputs.context) * job.inputs.context
     last = max(1, job.num_tokens // step) * step
     stops = [min(last, -(-point // step) * step) for point in measure_at]

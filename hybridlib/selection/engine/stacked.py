@@ -70,7 +70,7 @@ def _copies(weight, count):
 
 
 class StackedAttention(BothBranches):
-    """A layer's attention: the mixer for some candidates, softmax for those `chosen`; a branch no one uses is None."""
+    """A layer's attention: the mixer for some candidates, softmax for those `chosen`; an unused branch is None."""
 
     def __init__(self, linear: nn.Module, softmax: nn.Module, chosen: list[bool]):
         super().__init__(linear, softmax)

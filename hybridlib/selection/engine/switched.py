@@ -1,7 +1,4 @@
-"""A hybrid that can become any other: a switch in every layer, a number on the GPU, says which branch counts.
-
-So one step, recorded as a CUDA graph, serves all candidates; the branch that does not count has gradient 0.
-"""
+"""A hybrid that can become any other by a switch in every layer, so that one CUDA graph serves all candidates."""
 
 from __future__ import annotations
 
@@ -25,10 +22,7 @@ __all__ = ["Switched"]
 
 
 class Switched(Cohort):
-    """One candidate at a time, in a model, a step and a CUDA graph that all of them share.
-
-    After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
-    """
+    """One candidate at a time, the one that `take` took, in a model, a step and a CUDA graph that all of them share."""
 
     clip, trained, silence = Run.clip, Run.trained, Run.silence  # there is one
 
@@ -69,7 +63,6 @@ class Switched(Cohort):
         return room, copy.deepcopy(self.histories[0]), self.step
 
     def _state(self):
-        """The candidate's weights and their moments, once the optimizer has any."""
         named, state = self.member(0)
         return [p for _, p in named] + [state[p][key] for key in MOMENTS for _, p in named]
 

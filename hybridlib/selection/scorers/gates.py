@@ -102,7 +102,6 @@ def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: i
 
 
 def _passes(num_layers, order, steps):
-    """Passes of the gated model, forward and backward."""
     return steps if order == 1 else 1 + 2 * num_layers
 
 

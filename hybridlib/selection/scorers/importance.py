@@ -33,8 +33,7 @@ def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
         layer l alone in the teacher, I(l) = KL (GR-S2).
     metric : ``"kl"``, held-out KL after a stage 2 of `num_tokens` a layer; or ``"mse"``, the stage-1 error left at
         layer l on held-out text (GA-S1), which trains nothing and knows only direction ``"add"``.
-    num_tokens : tokens of stage 2 for each layer's candidate; 0 measures the candidates untrained.
-    heldout_tokens : held-out tokens to measure on, None for all.
+    num_tokens, heldout_tokens : of stage 2 for each candidate (0: untrained), and held out to measure on (None: all).
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
     early_stop : for ``"kl"``, measure candidates along their training and stop once the top-K set has settled.
     engine : for ``"kl"``, how candidates are run; None for one after the other, here.

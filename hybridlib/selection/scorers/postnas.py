@@ -36,7 +36,7 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
     """Train a student with both branches in every layer, each step under a random placement of the budget's size.
 
     All weights but those of the two branches are frozen; the models given are left as they were. `mixer_learning_rate`
-    of `settings` is for the mixers, `learning_rate` for the softmax branches; they run without CUDA graphs and
+    of `settings` is for the mixers, `learning_rate` for the softmax branches; training runs without CUDA graphs and
     ``torch.compile``. Returns (model, `distill.History`).
     """
     count = budget_layers(budget, student.config.num_hidden_layers)

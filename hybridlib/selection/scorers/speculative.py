@@ -1,7 +1,4 @@
-"""Redundant layers by self-speculation: attention that a draft of the teacher can skip is attention to linearize.
-
-A drafted token is accepted with probability sum(min(p, q)), p the teacher's and q the draft's (arXiv 2211.17192).
-"""
+"""Redundant layers by self-speculation: attention that a draft of the teacher can skip is attention to linearize."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ def throughput(acceptance: float, cost: float, gamma: int) -> float:
 
 
 def draft_cost(model, skipped: Iterable[int]) -> float:
-    """Share of the teacher's weights that a draft reads, output head included: its share of the time to decode."""
+    """Share of the teacher's weights that a draft reads, output head included, hence of the time to decode."""
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
