@@ -1,8 +1,4 @@
-"""How far two rankings or two layer sets agree, and how sure a number over a few seeds is.
-
-Intervals are (value, low, high) of 95 percent. What is not defined (the spread of one seed, the correlation of a
-constant ranking) is nan.
-"""
+"""How far two rankings or layer sets agree, and how sure a number is: 95 percent intervals (value, low, high)."""
 
 from __future__ import annotations
 
@@ -44,7 +40,7 @@ def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, floa
     """Whether layers cluster: (pairs, expected, probability), for pairs of neighbours l and l + 1 in the set.
 
     `expected` is the mean number of pairs over all sets of as many layers, K (K - 1) / L; `probability` is the share of
-    those sets with at least as many pairs. Raises ValueError if there is no layer, or one that is out of range.
+    those sets with at least as many pairs. Raises ValueError for no layer, or one out of range.
     """
     layers = check_layers(layers, num_layers)
     pairs, k = sum(l + 1 in layers for l in layers), len(layers)
@@ -52,11 +48,7 @@ def contiguity(layers: Iterable[int], num_layers: int) -> tuple[int, float, floa
 
 
 def contiguity_distribution(k: int, num_layers: int) -> np.ndarray:
-    """The share of all sets of `k` layers that have p pairs of neighbours, for each p: (k,).
-
-    k layers in r runs have k - r pairs, and C(k - 1, r - 1) C(L - k + 1, r) of the C(L, k) sets have r runs (the runs
-    test of Wald and Wolfowitz, 1940).
-    """
+    """The share of all sets of `k` layers with p pairs of neighbours, for each p: (k,) (Wald and Wolfowitz, 1940)."""
     check_int("k", k, 1, num_layers)
     sets = comb(num_layers, k)
     return np.array([comb(k - 1, r - 1) * comb(num_layers - k + 1, r) / sets for r in range(k, 0, -1)])
@@ -72,16 +64,13 @@ def top_k_jaccard(scores_a: Sequence[float], scores_b: Sequence[float], k: int) 
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
-    """Spearman's rank correlation, (..., n) -> (...); equal values share their mean rank.
-
-    nan if `x` or `y` is constant. Raises ValueError for unlike lengths, less than two values or one that is not finite.
-    """
+    """Spearman's rank correlation, (..., n) -> (...); equal values share a rank; nan and ValueError as in `kendall`."""
     x, y = _pair("x", x, "y", y, 2)
     return _correlation(*(2 * stats.rankdata(values, axis=-1) - values.shape[-1] - 1 for values in (x, y)))
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | np.ndarray:
-    """Kendall's tau-b, (..., n) -> (...); nan and ValueError as in `spearman`."""
+    """Kendall's tau-b, (..., n) -> (...); nan for a constant, ValueError for unlike lengths or a value not finite."""
     x, y = _pair("x", x, "y", y, 2)
     orders = (np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y))
     return _correlation(*(order.reshape(*order.shape[:-2], -1) for order in orders))
@@ -95,10 +84,9 @@ def _correlation(x, y):
 
 
 def interval(values: Sequence[float], within: tuple[float, float] | None = None) -> tuple[float, float, float]:
-    """Mean and Student's t interval of a quantity over seeds, ``mean +- t * s / sqrt(n)``.
+    """Mean and Student's t interval over seeds, ``mean +- t * s / sqrt(n)``; one value v gives (v, nan, nan).
 
-    It holds for independent, roughly normal values; one value v gives (v, nan, nan). `within` (least, largest) is what
-    the quantity can be, see `RANGES`: the interval is cut to it, and is rough where it was cut.
+    `within` (least, largest) is what the quantity can be, see `RANGES`; the interval is cut to it.
     """
     values = _finite("values", values, 1)
     if values.ndim != 1:
@@ -122,9 +110,8 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], *samples: Sequence[
                        seed: int = 0) -> tuple[float, float, float]:
     """Value and percentile bootstrap interval of ``statistic(*samples)``, a map from arrays (..., n) to (...).
 
-    All samples, of one length n >= 2, are resampled with the same indices, drawn with `seed`. Draws whose statistic is
-    nan are left out, which scipy's `bootstrap` cannot do; if they are at least half, low and high are nan. The interval
-    is rough for few layers, and narrow at the ends of a bounded statistic.
+    All samples are resampled with the same indices. Draws whose statistic is nan are left out; if they are at least
+    half, low and high are nan.
     """
     arrays = [_finite(f"samples[{i}]", s, 2) for i, s in enumerate(samples)]
     if len({a.shape for a in arrays}) != 1:

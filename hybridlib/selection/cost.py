@@ -1,7 +1,4 @@
-"""What a score costs: tokens, passes, estimated FLOPs, seconds, peak memory and device, counted alike for every scorer.
-
-The alignment of the student is not counted: all scores that need the student share it.
-"""
+"""What a score costs, counted alike for every scorer; the alignment that scores share is not counted."""
 
 from __future__ import annotations
 
@@ -24,14 +21,11 @@ class Cost:
 
     Parameters
     ----------
-    forward_tokens : tokens that a whole model (teacher, student, hybrid, gated model) read without a backward pass.
+    forward_tokens : tokens that a whole model read without a backward pass.
     training_tokens : tokens that went forward and backward, whether weights or only gates were trained.
     passes : how often a model went over a body of text (held-out rows, prompts, training rows).
     flops : estimated, see `forward_flops` and `training_flops`.
-    seconds : wall time.
-    peak_memory : most bytes that tensors of this work held on the GPU; None on a CPU. In older records other work's
-        tensors count too.
-    device : what it ran on.
+    peak_memory : most bytes that tensors held on the GPU, in older records also other work's; None on a CPU.
     """
 
     forward_tokens: int = 0
@@ -64,9 +58,8 @@ class Cost:
 class Meter:
     """A counter of what models read; `cost` gives the sum.
 
-    Memory is watched on the device of the first model, less the `beside` bytes that are not this work's, `held_beside`
-    of the models by default; the parts of a larger job share the value from the job's start. A new meter resets the
-    GPU's peak of memory, also for a meter that is still in use.
+    Memory is watched on the first model's device, less `beside` bytes that are not this work's (None: `held_beside`).
+    A new meter resets the GPU's peak of memory, also for a meter that is still in use.
     """
 
     def __init__(self, *models: nn.Module, beside: int | None = None):
@@ -132,10 +125,8 @@ def forward_flops(module: nn.Module, context: float) -> float:
     """Estimated floating point operations of a forward pass, a token, in rows of `context` tokens.
 
     - A linear layer, the output head too: 2 x inputs x outputs.
-    - Softmax attention: 4 x heads x head_dim x context, over the whole square of scores; a causal kernel needs down to
-      half of it.
-    - A mixer, per entry of its heads x head_dim x head_dim state, by the recurrence: decay 1, writing 2, reading 2, and
-      2 more for the delta rule. Kernels in chunks do more than that.
+    - Softmax attention: 4 x heads x head_dim x context, over the whole square of scores.
+    - A mixer, per entry of its heads x head_dim x head_dim state: decay 1, writing 2, reading 2, the delta rule 2 more.
 
     Norms, activations, rotary embeddings, biases and the input embedding's look-up are left out.
     """
@@ -144,10 +135,7 @@ def forward_flops(module: nn.Module, context: float) -> float:
 
 
 def training_flops(module: nn.Module, context: float, *, frozen: bool = False) -> float:
-    """As `forward_flops`, forward and backward: 3 times as much, 2 times for weights that are `frozen`.
-
-    The optimizer and activations that are computed again are left out.
-    """
+    """As `forward_flops`, forward and backward without the optimizer: 3 times that, 2 times for `frozen` weights."""
     products, mixing = _flops(module, context)
     return (2 if frozen else 3) * products + 3 * mixing
 

@@ -19,11 +19,7 @@ OFFSETS = ("centre", "start", "end")
 
 
 def budget_layers(budget: float | int, num_layers: int) -> int:
-    """K, the number of layers that stay softmax: round(share x layers), at least 1, or the count itself.
-
-    A float is a share, 0 < budget <= 1; an int is a count, 1 to `num_layers`. Halves round to even. Raises ValueError
-    for anything else.
-    """
+    """K, how many layers stay softmax: a count (int), or a share (float), rounded, at least 1; else ValueError."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"budget={budget!r} is not a number; give a share of layers (0 < budget <= 1.0) or a count")
     if isinstance(budget, int) and not 1 <= budget <= num_layers:
@@ -45,27 +41,19 @@ def select(name: str, budget: float | int | None = None, *, scores: LayerScores 
         - ``"ga-s2"``, ``"gr-s2"``, ``"ga-s1"``: the K best by `scores` of that kind (paper section 4);
         - ``"avg"``: the K best by the mean of their ranks in GA-S2's and GR-S2's `scores`; ties go to GA-S2;
         - ``"ga-s2-spaced"``: layer by layer, the best by GA-S2's `scores` less a `penalty` for a neighbour;
-        - ``"smart"``: Zebra-Llama's placement on `scores` of GA-S2's kind, see below;
+        - ``"smart"``: on GA-S2's `scores`, the best of the first and of the last L // K layers; the others lie the mean
+          gap apart, rounded down or up, with the largest sum of scores (Zebra-Llama, arXiv 2505.17272);
         - ``"uniform"``: even spacing, see `offset`;
-        - ``"random"``: K of all layers, drawn with `seed`;
-        - ``"first"``, ``"last"``: the first or the last K, as controls;
+        - ``"random"``, ``"first"``, ``"last"``: K of all layers, drawn with `seed`, the first or the last;
         - ``"manual"``: `layers`, checked.
     budget : see `budget_layers`; not for ``"manual"``.
     num_layers : of the teacher; needed only without `scores`.
-    offset : layers of even spacing: ``"centre"`` and ``"end"``, the middle or the last ones of K equal blocks;
-        ``"start"``, every n-th from layer 0 with n = (L - 1) // (K - 1). The published uniform sets are ``"end"`` for
-        Llama-3.2-3B where K divides L, else ``"start"``.
+    offset : ``"centre"`` and ``"end"``, the middle or the last layers of K equal blocks; ``"start"``, every n-th from
+        layer 0 with n = (L - 1) // (K - 1).
     penalty : what a layer loses, once, if a layer already chosen is at most `distance` from it, in units of the
         scores' spread, largest less smallest.
 
     Raises ValueError for an unknown name, a bad budget, or scores that are missing or of another kind.
-
-    Notes
-    -----
-    SMART (arXiv 2505.17272): of the first L // K layers the best stays, and of the last L // K. Between these two,
-    neighbours lie the mean gap apart, rounded down or up; of all such placements the one with the largest sum of scores
-    is taken, of equals the one with the lower layers. The source says "near-uniform"; how near is chosen here, and all
-    published SMART sets satisfy it.
     """
     check_choice("name", name, RULES)
     scores = [scores] if isinstance(scores, LayerScores) else list(scores or ())

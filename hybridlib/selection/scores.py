@@ -16,13 +16,11 @@ class LayerScores:
     Parameters
     ----------
     direction, metric : as in `score_layers`, or the metric that another scorer names.
-    values : (layers,).
     measured, stderr : (layers,), the measurement behind each value, with its standard error over held-out rows: the KL
         of a candidate in nats a token (``"kl"``), the alignment error (``"mse"``), or what the scorer says.
     tokens, seconds : of training, forward and backward; of scoring.
     cost : all that scoring cost; None in old records.
-    history, history_tokens : the values at every measurement along training, the last among them, and after how many
-        tokens; those before the last may be of fewer held-out tokens, see `EarlyStop`.
+    history, history_tokens : the values at every measurement along training, and after how many tokens each was.
     """
 
     direction: str

@@ -1,8 +1,4 @@
-"""Searches over layer sets: which set is best by a measure, when layers are not judged one by one.
-
-A measure takes the layers that stay softmax, ascending, and gives a number, lower for better, as `distilled_kl` does.
-A search goes in rounds, whose sets can be measured side by side; no set is measured twice.
-"""
+"""Searches over layer sets by a measure: a function of the softmax layers, ascending, that is lower for better."""
 
 from __future__ import annotations
 
@@ -49,10 +45,7 @@ def greedy_forward(measure: Measure, num_layers: int, budget: float | int, *,
 
 def greedy_backward(measure: Measure, num_layers: int, budget: float | int, *,
                     executor: Executor | None = None) -> SearchResult:
-    """From all layers, remove the one that is missed least until K are kept; (L - K) (L + K + 1) / 2 evaluations.
-
-    See `beam`.
-    """
+    """From all layers, remove the one that is missed least until K are kept; (L - K) (L + K + 1) / 2 evaluations."""
     return beam(measure, num_layers, budget, 1, "remove", executor=executor)
 
 
@@ -63,16 +56,12 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
     Parameters
     ----------
     measure : takes layers, ascending, and gives a number, lower for better.
-    num_layers, budget : L layers of the teacher, and the share or count K of them to keep.
-    width : sets that each round leaves; 1 is greedy.
+    budget : share or count K of the layers to keep.
     direction : ``"add"`` grows sets from none, ``"remove"`` shrinks them from all.
     executor : anything with the `submit` of a `concurrent.futures.Executor`, which gets a round's sets at once.
 
-    Of sets of equal value the first in the order of their layers goes on. If measuring fails, the error carries a note
-    that names the layers. Raises ValueError for a bad argument, or a value that is no number or nan.
-
-    Cost: at most L + width (K - 1)(2L - K) / 2 evaluations in K rounds if adding, at most
-    L + width (L - K - 1)(L + K) / 2 in L - K rounds if removing.
+    At most L + width (K - 1)(2L - K) / 2 evaluations in K rounds if adding, L + width (L - K - 1)(L + K) / 2 in L - K
+    if removing. If measuring fails, the error carries a note that names the layers.
     """
     check_choice("direction", direction, ("add", "remove"))
     check_int("width", width, 1)
@@ -93,7 +82,7 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
 
 def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = None, *,
                executor: Executor | None = None) -> SearchResult:
-    """Measure every set of K layers, L! / (K! (L - K)!) of them, or with `budget` None all 2 ** L sets. See `beam`.
+    """Measure all L! / (K! (L - K)!) sets of K layers, or with `budget` None all 2 ** L sets; see `beam`.
 
     Then `path` has the best set of each size, and `layers` is the best of all; of equals, the smallest.
     """
@@ -109,9 +98,8 @@ def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = N
 def interactions(values: Mapping[Layers, float], num_layers: int) -> np.ndarray:
     """What two layers bring together less what each brings alone: (num_layers, num_layers), symmetric.
 
-    I(i, j) = v(i) + v(j) - v() - v(i, j), in the measure's units: above 0 if the two help one another, below 0 if one
-    stands in for the other. nan on the diagonal and where a set was not measured. Raises ValueError without
-    ``values[()]``.
+    I(i, j) = v(i) + v(j) - v() - v(i, j), in the measure's units: above 0 if the two help one another. It is nan on the
+    diagonal and where a set was not measured. Raises ValueError without ``values[()]``.
     """
     check_int("num_layers", num_layers, 1)
     v = {check_layers(layers, num_layers): value for layers, value in values.items()}
@@ -147,7 +135,6 @@ def _of_size(layers, values):
 
 
 def _checked(measure, num_layers, budget, executor):
-    """K, once the arguments of a search are what they should be."""
     if not callable(measure):
         raise ValueError(f"measure={measure!r} cannot be called; give a function of layers, such as distilled_kl makes")
     check_int("num_layers", num_layers, 1)
@@ -156,7 +143,6 @@ def _checked(measure, num_layers, budget, executor):
 
 
 def _measured(measure, sets, executor):
-    """{layers: value} of a round's `sets`, all of one size."""
     futures = [executor.submit(measure, layers) for layers in sets] if executor is not None else []
     calls = [future.result for future in futures] or [partial(measure, layers) for layers in sets]
     values = {}

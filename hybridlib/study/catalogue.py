@@ -1,8 +1,4 @@
-"""Every selector, declared once beside the function that does its work.
-
-Above each function stand the selector's name, title, source, needs, assumptions and cost, then its options and the
-parameters of its record, see `hybridlib.study.selector`.
-"""
+"""Every selector, declared above the function that does its work; for the fields see `hybridlib.study.selector`."""
 
 from __future__ import annotations
 
@@ -117,7 +113,6 @@ def score_parameters(settings, direction: str, metric: str, normalize: bool = Tr
 
 
 def _by_scores(name, title, source, *texts, **fields):
-    """Declare a selector by the rule of its name on `Study.scores`."""
     kinds = SCORES_NEEDED[name]
 
     def choose(study, mixer, seed, normalize=True, **options):
@@ -150,12 +145,7 @@ def recall_over_sense(study, mixer, seed, own):
 
 
 def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0):
-    """Parameters of a record of `gate_slopes`; `at`, `order` and `steps` as in `gate_gradient`.
-
-    `share`: all costs at most this share of GA-S2's FLOPs, by fewer held-out rows, but at least two; None reads all.
-    `train`: a candidate's tokens and batch times this, for the stage 2 that all layers share first, 0 for none, with
-    mixers at `rate` times the rate that hybrids' have.
-    """
+    """Parameters for `gate_slopes`, whose cost is at most `share` of GA-S2's FLOPs; `train` scales its stage 2."""
     check_number("train", train, 0, 1)
     own = {"selector": "gate-gradient", "at": float(at), "order": order, "steps": steps}
     if share is not None:
@@ -281,10 +271,7 @@ _by_scores("avg", "AVG", PAPER, "stage 2", "the ranks of GA-S2 and GR-S2 err apa
 
 
 def _distilled_kl(study, mixer, seed, costs):
-    """A measure for searches: held-out KL of a set after the stage 2 of a candidate of GA-S2; costs go into `costs`.
-
-    The scores of GA-S2 and GR-S2 serve for single layers and for all layers but one.
-    """
+    """A measure for searches: held-out KL of a set after the stage 2 of a candidate of GA-S2; costs go into `costs`."""
     s, num_layers = study.settings, study.num_layers
     inputs = cache(lambda: LoadedInputs(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)))
 

@@ -1,7 +1,4 @@
-"""All selectors on one teacher: what each chose, how good its hybrid is after equal distillation, what choosing cost.
-
-A contest is one record, made of those of scores and hybrids, from which other notebooks draw.
-"""
+"""All selectors on one teacher: what each chose, how good its hybrid is after equal distillation, and the cost."""
 
 from __future__ import annotations
 
@@ -49,10 +46,9 @@ class Contest:
     Parameters
     ----------
     rows : a line a selector and seed: ``selector`` (its title), ``name``, ``needs``, ``seed``, ``layers``, ``values``
-        (a number a layer, or None), ``note`` (of its `Selection`), the metrics of its hybrid, and the fields of its
-        `Cost` (nan if unknown). The hybrid that keeps no layer is among them as `FLOOR`, with the name ``"none"``.
-    refused : selectors that the teacher does not allow, title -> why. teacher : the teacher's own metrics.
-    settings : the parameters of the record.
+        (a number a layer, or None), ``note``, the metrics of its hybrid, and the fields of its `Cost` (nan if unknown).
+        The hybrid that keeps no layer is among them as `FLOOR`, with the name ``"none"``.
+    refused : selectors that the teacher does not allow, title -> why.
     """
 
     rows: pd.DataFrame
@@ -89,7 +85,6 @@ def run_contest(study: Study) -> Contest:
     """Let every selector of the study's `SelectorSettings` choose with every seed, and distil what each chose alike.
 
     Record kind ``"contest"``. A selector by a recall task that is beyond the teacher is named in `Contest.refused`.
-    Cost: that of the selectors, and a stage 2 for each distinct set.
     """
     s = study.settings
     names = asdict(SelectorSettings()).keys() - {"device", "results", "recompute"}
@@ -114,10 +109,7 @@ def run_contest(study: Study) -> Contest:
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:
-    """The contests in `ledger`; those whose settings differ in nothing but the selectors are one, by the latest runs.
-
-    The deepest teacher is first, then the budget and the mixer that `StudySettings` starts from, then most rows.
-    """
+    """The contests in `ledger`, merged where only the selectors differ; the deepest teacher is first."""
     groups: dict[str, list[Contest]] = {}
     for record in sorted(ledger.find("contest"), key=lambda r: r.started):
         common = {k: v for k, v in record.parameters.items() if k != "selectors"}

@@ -1,7 +1,4 @@
-"""The oracle: every layer set of a small teacher distilled and measured, and selectors judged by it.
-
-`oracle_record` measures sets in pieces, each a record of its own; a killed run goes on. Records are of one seed.
-"""
+"""The oracle: every layer set of a small teacher distilled and measured, and selectors judged by it."""
 
 from __future__ import annotations
 
@@ -45,10 +42,9 @@ class OracleSettings(StudySettings):
     Parameters
     ----------
     sizes : how many layers the sets have that are distilled; empty for all, from none to every layer.
-    oracle_tokens : tokens of stage 2 for each set.
+    oracle_tokens, oracle_heldout_tokens : tokens of stage 2 for each set, and test tokens to measure on.
     oracle_points : shares of `oracle_tokens`, 0 to 1, after which every set is measured on the way to the end.
-    oracle_heldout_tokens : test tokens to measure on, at most `heldout_tokens`.
-    recall_examples : prompts of the recall task for each measurement. piece : sets to a record.
+    piece : sets to a record.
     selectors : what is judged: names that `Study.select` takes, and those of `SEARCHES`.
     """
 
@@ -96,9 +92,8 @@ def oracle_record(study: Study, seed: int) -> Record:
     """Distil and measure every set of the sizes that `study`, of `OracleSettings`, names. Record kind ``"oracle"``.
 
     The record's ``sets`` has for each set: layers, kl (nats a token), kl_stderr, perplexity, top1_agreement,
-    recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None. A set
-    that a record of this kind or of ``"oracle_piece"`` has, measured alike, is not measured again, unless the study
-    recomputes. Cost: `oracle_tokens` for each set, and a pass over test rows and prompts for each measurement.
+    recall_exact, recall_stderr, curve, and, where it could not be trained, ``error`` with figures that are None. Sets
+    are measured in pieces, each a record, so that a killed run goes on.
     """
     s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
     tokens, sets = s.oracle_tokens, sets_of_sizes(study.num_layers, s.sizes)
@@ -133,8 +128,8 @@ def oracle_record(study: Study, seed: int) -> Record:
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
     """A row a set and seed: ``seed``, ``size``, ``layers``, the figures; none for a set that could not be trained.
 
-    Among the ``sets`` of its size and seed a set has for each metric its ``{metric}_regret`` (0 for the best, in units
-    of the metric) and its ``{metric}_rank`` (1 is best, equals share it); nan where it was not measured.
+    Among its size and seed, each metric has a ``{metric}_regret`` (0 for the best, in units of the metric) and a
+    ``{metric}_rank`` (1 is best, equals share it).
     """
     table = pd.DataFrame([{"seed": record.seed, "size": len(row["layers"]), "layers": tuple(row["layers"]),
                            **{name: row[name] for name in _FIGURES}}
@@ -149,10 +144,7 @@ def oracle_table(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dict[tuple[int, ...], float]:
-    """{layers: value}, lower for better, as the functions of `search` take it: the KL, or the share of recall missed.
-
-    `tokens` takes the value of the curve there instead of that of the end. Sets without a number are left out.
-    """
+    """{layers: value}, lower for better: the KL, or the share of recall missed, after `tokens` or at the end."""
     check_choice("metric", metric, METRICS)
     by_set = {}
     for row in record.metrics["sets"]:
@@ -165,9 +157,9 @@ def values(record: Record, metric: str = "kl", tokens: int | None = None) -> dic
 def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """Whether the ranking of sets has settled: a row a seed, size and point of the curve before the end.
 
-    Columns: ``tokens``; ``spearman_next`` and ``spearman_end``, of the sets' values there and at the next point, or the
-    end; ``early_regret``, of the set that is best here, at the end; and of the values at the end, how many share the
-    best, ``tied``, and how many are ``distinct``. Sizes of fewer than three sets are left out.
+    Columns: ``tokens``; ``spearman_next`` and ``spearman_end``, of the values there and at the next point or the end;
+    ``early_regret``, at the end, of the set that is best here; and of the values at the end, how many share the best,
+    ``tied``, and how many are ``distinct``. Sizes of fewer than three sets are left out.
     """
     rows = []
     for record in records:
@@ -191,8 +183,7 @@ def settling(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
 def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
     """The set that each selector keeps at every size that `record` has in full. Record kind ``"choices"``.
 
-    A name of `SEARCHES` searches the record's own KL, and is left out at sizes for which a set that it asks for was not
-    measured. Others are `Study.select`'s; those whose task is beyond the teacher are left out.
+    Searches that ask for a set not measured, and selectors whose task is beyond the teacher, are left out.
     """
     p, s, table, num_layers = record.parameters, study.settings, values(record), study.num_layers
     selectors, counts = list(selectors), Counter(map(len, table))
@@ -223,9 +214,8 @@ def choices(study: Study, selectors: Iterable[str], record: Record) -> Record:
 def judge(table: pd.DataFrame, chosen: Iterable[Record | Mapping]) -> pd.DataFrame:
     """Every chosen set against all sets of its size: a row a selector, seed and size, with the columns of `table`.
 
-    `table` is that of `oracle_table`; `chosen` has records of `choices`, or mappings with ``seed`` and ``choices``,
-    {selector, layers} each. With several seeds there are rows of `OTHER_SEEDS` too: their regret in KL is what noise
-    between seeds costs. Raises ValueError for a set that was not measured.
+    `chosen` has records of `choices`, or mappings with ``seed`` and ``choices``, {selector, layers} each. Rows of
+    `OTHER_SEEDS` show what noise between seeds costs. Raises ValueError for a set that was not measured.
     """
     rows, seeds = [], table["seed"].nunique()
     for choice in chosen:
@@ -255,9 +245,8 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
     """How far layers add up: a row a seed and size from 2 on.
 
     Predicted is v(none) less the gain of each layer alone, v(none) - v(l). Columns: ``error``, the mean of measured
-    less predicted (above 0: layers bring less together than alone), ``rmse`` and ``spearman`` of the two; ``r2``, the
-    share of the variance that the best fit of one number a layer explains (nan where the sets are too few to tell); and
-    ``pick_regret`` of the set that is predicted best. A record without the sets of no and of one layer is left out.
+    less predicted; ``rmse`` and ``spearman`` of the two; ``r2``, the share of the variance that the best fit of one
+    number a layer explains; and ``pick_regret`` of the set that is predicted best.
     """
     rows, columns = [], ["seed", "size", "sets", "error", "rmse", "spearman", "r2", "pick_regret"]
     for record in records:
@@ -278,11 +267,7 @@ def additivity(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
 
 
 def recorded_oracle(ledger: Ledger, mixer: str | None = None) -> tuple[list[Record], list[Record | dict]]:
-    """The oracle of a ledger with most sets measured, a record a seed, and the choices that `judge` takes.
-
-    The choices are those of most selectors, of equals the latest, and, where they have nothing, those of contests of
-    the same aligned students. Both are empty if there is none. `mixer` None takes any.
-    """
+    """The oracle with most sets measured, a record a seed, and the choices that `judge` takes; empty if none."""
     ledger_records = list(ledger)
     settings: dict[str, dict[int, Record]] = {}
     for record in (r for r in ledger_records if r.kind == "oracle" and mixer in (None, r.parameters["mixer"])):
@@ -324,6 +309,5 @@ def _depth(v):
 
 
 def _without_losses(row):
-    """What a record holds of a result of `match_sets`."""
     figures = {name: row[name] for name in (*_FIGURES, "tokens", "seconds", "error") if name in row}
     return {"layers": list(row["layers"]), **figures, "curve": [dict(point) for point in row["curve"]]}

@@ -17,10 +17,9 @@ __all__ = ["SELECTORS", "Selection", "Selector", "find_selector", "full_paramete
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selector chose: `layers`, ascending, and its `cost` (None if it reads scores recorded without one).
+    """What a selector, by its name in `SELECTORS`, chose: `layers`, ascending, and its `cost` (None if unknown).
 
-    `values` has one number a layer, higher for more worth keeping, or is None; the set need not be the best by them.
-    `note` says what the selector settled on along the way. `selector` is its name in `SELECTORS`.
+    `values` has one number a layer, higher for more worth keeping, or is None; `note` says what it settled on.
     """
 
     layers: tuple[int, ...]
@@ -36,17 +35,13 @@ class Selector:
 
     Parameters
     ----------
-    title, source : its name in figures and tables, and where it comes from.
-    needs : ``"nothing"``, ``"teacher"``, ``"student"`` (all linear and aligned; none of its weights is trained) or
-        ``"stage 2"`` (the student, and training of candidates' weights).
-    assumes : what must hold for it to choose well.
+    needs : ``"nothing"``, ``"teacher"``, ``"student"`` (all linear, aligned) or ``"stage 2"`` (and trains candidates).
     cost : what it computes, in words, for L layers of which K are kept; "held-out" are the rows that layers are scored
         on, T the study's ``score_tokens``, and a candidate is trained on T tokens and then measured.
     choose : ``choose(study, mixer, seed, **options)`` gives the `Selection`.
     options : keywords of `choose` and `record` with their defaults.
     record : the own parameters of its ``"score"`` record, or a function ``record(settings, num_layers, seed,
-        **options)`` that gives them; None if it has none. Of a list the first that the teacher allows is made.
-    control : whether it is there to compare with, not to be used.
+        **options)`` that gives them; of a list the first that the teacher allows is made.
     """
 
     title: str
@@ -90,8 +85,7 @@ def run_selector(name: str, study, mixer: str, seed: int, options: Mapping[str, 
 
 
 def full_parameters(own: Mapping, settings, origin: Mapping) -> dict:
-    """All parameters of a record that scores layers: its `own`, the held-out tokens, and the `origin` of its models,
-    the parameters of the aligned student or those of the teacher and its text."""
+    """All parameters of a record that scores layers: its `own`, the held-out tokens, and the `origin` of its models."""
     if "mixer" in origin:
         origin = {"aligned": origin, "mixer": origin["mixer"], "seed": origin["seed"]}
     return {"heldout_tokens": settings.heldout_tokens, **origin, **own}
@@ -109,9 +103,8 @@ def scorer(name: str, title: str, source: str, needs: str, assumes: str, cost: s
            note: str = "", **fields):
     """Declare selector `name` by the decorated function ``measure(study, mixer, seed, own)``, remembered as a record.
 
-    It gives `LayerScores`, or metrics with ``cost`` and with ``layers``, ``values`` or both, by nothing but the study's
-    models and text and the record's `own` parameters. Where it gives no layers, `rule` of `select` chooses them by the
-    scores, or the K best are chosen. `note` is a format for the note, filled from `own`.
+    It gives `LayerScores`, or metrics with ``cost`` and with ``layers``, ``values`` or both. Where it gives no layers,
+    `rule` of `select` chooses them, or the K best are. `note` is a format, filled from `own`.
     """
     def declare(measure):
         def choose(study, mixer, seed, **options):

@@ -20,10 +20,8 @@ class NotebookSettings:
 
     Parameters
     ----------
-    teacher, mixer, corpus : as `load_teacher`, `linearize` and `load_tokens` take them.
     context, batch_tokens : tokens a row and a step.
     budget : share (float) or count (int) of softmax layers.
-    device : ``"auto"``, ``"cpu"`` or ``"cuda"``.
     results : folder of records; ``""`` is ``data/results/local`` of the checkout.
     recompute : run everything again, replacing its records.
     """
@@ -60,7 +58,6 @@ class StudySettings(NotebookSettings):
     align_tokens, match_tokens, score_tokens : tokens of stage 1, of stage 2, and of stage 2 for a layer's candidate.
     seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
     heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
-    align_learning_rate : of stage 1; match_learning_rate, mixer_learning_rate : of stage 2, see `MatchSettings`.
     recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
     """
 
@@ -100,9 +97,8 @@ class StudySettings(NotebookSettings):
 def notebook_settings(namespace: Mapping, form: type = StudySettings):
     """Settings from a notebook's variables, called as ``notebook_settings(globals())`` right after its parameters.
 
-    `form` is the dataclass of settings that the notebook takes; parameters of `StudySettings` that it lacks are passed
-    over, so that one profile can serve several notebooks. Raises ValueError for a value out of range and for any other
-    plain variable (number, text, list, truth value), of which papermill only warns.
+    `form` is the dataclass of settings; parameters of `StudySettings` that it lacks are passed over. Raises ValueError
+    for a value out of range and for any other plain variable (number, text, list, truth value).
     """
     names = {f.name for f in fields(form)}
     plain = {name: value for name, value in namespace.items()

@@ -35,17 +35,13 @@ __all__ = ["Study", "StudyRecords"]
 
 
 class Study:
-    """The steps of the paper under one `StudySettings`, each a record in `ledger`.
+    """The steps of the paper under one `StudySettings`, each a record in `ledger`, read where it was run before.
 
-    A step that was run before, in this notebook or another, is read from its record; with ``recompute=True`` each is
-    run once more in the life of this object. Aligned students lie beside the records, in ``models/``, as do checkpoints
-    of runs of more than `checkpoint_every` tokens, from which the same call continues a killed run.
+    Aligned students and checkpoints of long runs lie beside the records, in ``models/``.
 
     Parameters
     ----------
-    settings : `StudySettings`; its defaults if None.
-    executor : scores layers by tasks, as in `Engine`. Workers load teacher, corpus and aligned student by the names in
-        `settings`, on its device, and must see the folder of records.
+    executor : scores layers by tasks, as in `Engine`; its workers must see the folder of records.
     group : layers that are scored together, as in `Engine`. No record depends on it.
 
     Raises ValueError if the teacher has a shorter context or fewer layers than `settings` ask for.
@@ -78,8 +74,7 @@ class Study:
         return range(self.settings.seeds)
 
     def tokens(self, seed: int, num_tokens: int, part: str = "test") -> Tokens:
-        """Rows of `num_tokens` training tokens in the order of `seed`, and one half of the held-out rows: layers are
-        scored on `part` ``"score"`` and hybrids measured on ``"test"``. Raises ValueError if one is empty."""
+        """Training rows of `num_tokens` in the order of `seed`, and the held-out half ``"score"`` or ``"test"``."""
         s = self.settings
         key = seed, max(num_tokens, s.context)
         if key not in self._tokens:
@@ -118,10 +113,7 @@ class Study:
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
                normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:
-        """Scores of all layers of the aligned student, as in `score_layers`. Record kind ``"score"``.
-
-        With metric ``"kl"``, every candidate is recorded too, see `StudyRecords`.
-        """
+        """Scores of all layers of the aligned student, as in `score_layers`. Record kind ``"score"``."""
         check_choice("direction", direction, ("add", "remove"))
         check_choice("metric", metric, ("kl", "mse"))
         s, settings = self.settings, self.match_settings
@@ -145,8 +137,7 @@ class Study:
         return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
-        """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget; `mixer` is the
-        student's, None for the study's, and `options` are the selector's own."""
+        """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget."""
         return self.selection(selector, mixer, seed, **options).layers
 
     def selection(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> Selection:
@@ -155,8 +146,7 @@ class Study:
 
     def remember(self, parameters: Mapping, compute: Callable[[], dict], mixer: str | None = None, seed: int = 0, *,
                  kind: str = "score") -> Record:
-        """The record of a selector's measurement with these `parameters`, of the student aligned with `mixer` and
-        `seed` or, without a mixer, of the teacher."""
+        """The record of a measurement of the aligned student or, without `mixer`, of the teacher."""
         s = self.settings
         if mixer is not None:
             origin = self.aligned_parameters(mixer, seed)
@@ -192,8 +182,7 @@ class Study:
             self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
-        """Distil every selection, {name: {seed: layers}}: a table with one row a selection and seed, of ``selector``,
-        ``seed``, ``layers`` and the metrics of `hybrid`."""
+        """Distil every selection, {name: {seed: layers}}: a row each of ``selector``, ``seed``, ``layers``, metrics."""
         rows = []
         for name, by_seed in selections.items():
             for seed, layers in by_seed.items():
@@ -230,14 +219,12 @@ class Study:
 
     @contextmanager
     def _checkpoint(self, kind, parameters, num_tokens, settings):
-        """The folder where a run longer than one checkpoint interval saves its state; removed when the run ends."""
         folder = self._folder(kind, parameters).with_suffix(".checkpoint")
         yield folder if num_tokens > settings.checkpoint_every else None
         shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:
-        """The record of (kind, parameters), computed if there is none, if a file that belongs to it is `missing`, or if
-        the study recomputes and has not yet computed this one."""
+        """The record of (kind, parameters), computed if it or a file of it is `missing`, or the study recomputes."""
         path = str(self.ledger.path(kind, parameters))
         again = (self.settings.recompute or missing) and path not in self._done
         self._done.add(path)
@@ -245,17 +232,12 @@ class Study:
 
 
 def _absolute(name):
-    """`name`, as an absolute path if it is a path."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
 
 
 class StudyRecords:
-    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`.
-
-    `parameters` are those of the scoring's own record. With an early stop there is a record a measurement: those before
-    the last have ``until``, their tokens, and those on fewer held-out tokens ``measured_tokens``.
-    """
+    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`."""
 
     def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters

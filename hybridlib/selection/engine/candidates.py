@@ -1,8 +1,4 @@
-"""Candidates: sets of layers go in; each is restored, trained and measured, and its KL, recall and cost come out.
-
-This is the one path of scores, searches, the oracle and finished hybrids. Candidates train one by one, in turn in one
-recorded step, or together in one stacked model, to the same figures up to rounding.
-"""
+"""Candidates, sets of layers, are restored, trained and measured: one by one, in turn in one step, or stacked."""
 
 from __future__ import annotations
 
@@ -50,7 +46,6 @@ class Job:
     num_tokens, settings : of stage 2; 0 tokens measure candidates untrained.
     heldout_tokens : held-out tokens to measure on, None for all.
     evaluation : measure all figures of `evaluate.evaluate`, not the KL alone, and give the losses of training.
-    recall, recall_examples : as `evaluate` takes them, for an evaluation.
     checkpoints : folder in which candidates leave their state; None for nowhere.
     """
 
@@ -81,23 +76,16 @@ def one_layer_sets(direction: str, num_layers: int) -> list[Layers]:
 
 def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, since: int = 0, *,
                  stack: bool | None = None) -> dict[Layers, dict]:
-    """Train the candidates with these softmax layers from `since` tokens to `until`, and measure each.
+    """Train the candidates with these softmax layers from `since` tokens to `until` (None: the end), and measure each.
 
-    Parameters
-    ----------
-    until : tokens of the whole run; None for its end.
-    stack : train them together, as a `Cohort`; None does if there are several.
+    They train together, as a `Cohort`, if `stack` says so (None: if there are several), else in turn.
 
     Returns
     -------
     dict
         {layers: figures}: ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` and ``cost``
         (a dict) of this call, ``device``; for an evaluation the other figures of `evaluate`, and ``loss``,
-        ``loss_tokens`` and ``train_seconds``. Of a candidate that failed, ``error``, why, in place of figures: it does
-        not stop the others.
-
-    Checkpoints of candidates that train together are those of runs alone, so that either way goes on from the other's.
-    The teacher's pass is on the first one's bill. A group that cannot be trained as one is measured in turn.
+        ``loss_tokens`` and ``train_seconds``. A candidate that failed has only ``error``, the reason.
     """
     sets = [tuple(layers) for layers in sets]
     if job.num_tokens and (len(sets) > 1 if stack is None else stack):
@@ -120,11 +108,7 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
 
 
 def measure_set(job: Job, layers: Layers, until: int | None = None, since: int = 0) -> dict:
-    """The figures of one candidate, as `measure_sets` gives them; raises what went wrong.
-
-    Where `shares_step` says so, it takes its turn in one recorded step (`Switched`): the same bits in every process, if
-    its mixers run the fused kernels. Without checkpoints its state then stays in memory.
-    """
+    """The figures of one candidate, as `measure_sets` gives them; raises what went wrong."""
     job, until = replace(job, inputs=job.inputs.load()), job.num_tokens if until is None else until
     key = "step", job.num_tokens, job.settings
     if until and shares_step(job) and job.inputs.alive.get("without") != key:
@@ -145,14 +129,11 @@ def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, setting
                  heldout_tokens: int | None = None, inputs: ScoringInputs | None = None) -> Measure:
     """A measure for searches: the held-out KL, in nats a token, of the hybrid with these layers after a short stage 2.
 
-    With it, `greedy_forward` scores the remaining layers anew given the chosen ones, where GA-S2 scores each once.
-
     Parameters
     ----------
-    student : aligned and all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
-    num_tokens : tokens of stage 2 for each set; 0 measures it untrained.
-    heldout_tokens : held-out tokens to measure on, None for all.
-    inputs : where the workers of an executor load their inputs; without them every call carries both models.
+    student : aligned and all linear; it is left as it was.
+    num_tokens, heldout_tokens : of stage 2 for each set (0: untrained), and held out to measure on (None: all).
+    inputs : where an executor's workers load their inputs; without them every call carries both models.
     """
     check_int("num_tokens", num_tokens, 0)
     for name, value in (("num_tokens", num_tokens or None), ("heldout_tokens", heldout_tokens)):
@@ -177,7 +158,7 @@ def shares_step(job: Job) -> bool:
 
 
 def _sums_in_order(student):
-    """Whether a step of it has no operator that `repeatable` refuses: its mixers run the fused kernels."""
+    """Whether no operator of its step is refused by `repeatable`: its mixers run the fused kernels."""
     mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
     return fused.why_not() is None and all(mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS
                                            for mixer in mixers)
@@ -309,7 +290,6 @@ def _bar(run, end):
 
 
 def _training(history):
-    """What an evaluation gives of training."""
     return {"loss": history.losses, "loss_tokens": history.tokens, "train_seconds": history.seconds}
 
 

@@ -20,11 +20,7 @@ __all__ = ["Cohort"]
 
 
 class Cohort(Run):
-    """The hybrids of one student with these `sets` of softmax layers, in training together.
-
-    Candidate c is trained as ``match(restore(student, teacher, sets[c]), teacher, tokens, num_tokens, ...)`` would
-    train it, to rounding, and so is its checkpoint; ``settings.compile`` has no effect.
-    """
+    """The hybrids of one student with these `sets` of softmax layers, trained together as `match` would train each."""
 
     compiled = False  # layers run as they are
 
@@ -44,10 +40,7 @@ class Cohort(Run):
         super().train(end, **how)
 
     def figures(self, tokens, heldout_tokens: int | None = None, examples=None) -> list[dict]:
-        """Each candidate's figures of `evaluate.evaluate`, with recall if there are `examples` of it.
-
-        Those of a candidate in `errors` mean nothing.
-        """
+        """Each candidate's figures of `evaluate`, with recall if there are `examples`; void for one in `errors`."""
         count = len(self.sets)
         with evaluation_mode(self.stack):
             recall = (recall_of_members(self.stack, tokens.tokenizer, examples, max(1, 128 // count), count)

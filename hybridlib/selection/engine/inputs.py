@@ -22,8 +22,8 @@ __all__ = ["LoadedInputs", "ScoringInputs", "weights_sha256"]
 class LoadedInputs:
     """Inputs of candidates as they lie in this process.
 
-    `states`, the teacher's, are shared by the candidates; None computes them in every step, which suits a long run.
-    `alive` has what the next task may go on with, and does not travel; `beside` is for `Meter`.
+    `states`, the teacher's, are shared by the candidates; None computes them in every step. `alive` has what the next
+    task may go on with, and does not travel; `beside` is for `Meter`.
     """
 
     student: PreTrainedModel
@@ -64,12 +64,9 @@ class ScoringInputs:
     Parameters
     ----------
     student : folder of the aligned student, one that every worker sees.
-    student_sha256 : of its weights, see `weights_sha256`; a worker refuses others.
-    teacher, corpus, context, seed : as `load_teacher` and `load_tokens` take them.
-    max_tokens, heldout_tokens : training and held-out tokens to load; of the latter `heldout_rows` (first, end) are
-        measured on.
-    fingerprint : of the tokens; a worker that reads others refuses.
-    device : to compute on, as `load_teacher` takes it: ``"cuda"`` is the first GPU that the worker sees.
+    student_sha256, fingerprint : of its weights (see `weights_sha256`) and of the tokens; a worker refuses others.
+    teacher, corpus, context, seed, device : as `load_teacher` and `load_tokens` take them.
+    max_tokens, heldout_tokens : training and held-out tokens to load; `heldout_rows` (first, end) are measured on.
     memory : bytes for the teacher's states, see `TeacherStates`.
     """
 

@@ -46,18 +46,14 @@ class ScoringFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Stop scoring once the set of the K best layers has stopped changing.
+    """Stop scoring once the set of the K best layers has stopped changing (paper, section on token cost).
 
     Parameters
     ----------
     budget : share or count of layers, K; see `rules.budget_layers`.
     measure_every : tokens of a candidate's training between two measurements; at least a step's.
     window : measurements, at least 2, whose sets must have a Jaccard of at least `threshold`, any two of them.
-    threshold : above 0 and at most 1, which asks for equal sets.
-    heldout_tokens : held-out tokens for measurements on the way; None for as many as for scores. Where fewer say that
-        the set has settled, candidates are measured once more on all.
-
-    Source: paper, section on token cost (rolling Jaccard of the top-K set).
+    heldout_tokens : held-out tokens for measurements on the way; None for as many as for scores.
     """
 
     budget: float | int
@@ -92,8 +88,7 @@ class EarlyStop:
 
 
 class CandidateRecords(Protocol):
-    """Where the figures of candidates are recorded, by place among them, tokens trained, and held-out tokens if fewer
-    than those of the scores were read."""
+    """Where figures are recorded, by candidate, tokens trained and, if fewer than scores read, held-out tokens."""
 
     def find(self, candidate: int, tokens: int, heldout_tokens: int | None = None) -> dict | None:
         """The recorded figures, or None; ValueError naming what is damaged."""
@@ -108,13 +103,12 @@ class Engine:
 
     Parameters
     ----------
-    executor : runs candidates as tasks: a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()``
-        or one of submitit. None runs them here.
+    executor : a `concurrent.futures.Executor`, dask.distributed's ``client.get_executor()`` or one of submitit. None
+        runs candidates here.
     group : candidates that train together, in one stacked model; None for the rule of `group_of`.
     memory : bytes for the teacher's hidden states, see `TeacherStates`.
     records : where the figures of candidates are read from, or recorded as soon as they are measured.
-    checkpoints : folder, seen by all workers, for the state of candidates between measurements, three times their
-        weights; None for a temporary one.
+    checkpoints : folder, seen by all workers, for the state of candidates; None for a temporary one.
     inputs : where workers load student, teacher and tokens; without them a task carries both models with it.
     """
 
@@ -132,11 +126,7 @@ class Engine:
         check_int("memory", self.memory, 0)
 
     def group_of(self, student, tokens, settings: MatchSettings) -> int:
-        """Candidates a task: `group` or, where it is None, as many as memory holds where launches take longest.
-
-        That is on a GPU, without an executor, where a step needs fewer than `SMALL_STEP` FLOPs; elsewhere it is one.
-        Candidates that draw random numbers (dropout) train alone in any case.
-        """
+        """Candidates a task: `group` or, where it is None, as many as memory holds on a GPU whose steps are small."""
         num_layers = student.config.num_hidden_layers
         if student.config.attention_dropout:
             return 1
@@ -153,11 +143,8 @@ def run_candidates(job: Job, sets: Sequence[Layers], engine: Engine, group: int 
                    early_stop: EarlyStop | None = None) -> dict[int, list[dict]]:
     """Measure the candidate of every set: {tokens a candidate: the figures of `measure_sets`, in the order of `sets`}.
 
-    There is one entry without `early_stop`, else one a round. `sign` makes a KL a score, higher for keep. Between
-    rounds a candidate's state is in its checkpoint; or in memory, where one process computes all in one model and a
-    candidate takes no more tokens than lie between two checkpoints.
-
-    Raises ScoringFailed, once all other candidates of the round are recorded, and ValueError for a bad `early_stop`.
+    There is one entry, or one a round of `early_stop`; `sign` makes a KL a score, higher for keep. Raises ScoringFailed
+    once all other candidates of the round are recorded, and ValueError for a bad `early_stop`.
     """
     rounds: dict[int, list[dict]] = {}
     with ExitStack() as stack:
@@ -198,7 +185,6 @@ def _points(job, early_stop):
 
 
 def _summed(first, last):
-    """The `last` of two measurements of a candidate, at the cost of both."""
     both = {"seconds": first["seconds"] + last["seconds"]}
     if "cost" in first and "cost" in last:
         both["cost"] = Cost.total(map(Cost.from_dict, (first["cost"], last["cost"]))).to_dict()

@@ -27,19 +27,16 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
                recall_examples: int = 200, measure_at: Sequence[int] = ()) -> list[dict]:
     """Stage 2 and evaluation of many layer sets of one aligned student, a group of them at once.
 
-    Each set is trained as ``match(restore(student, teacher, set), teacher, tokens, num_tokens)`` would train it, and
-    measured as `evaluate` would measure it; the numbers differ by rounding only.
+    The figures are those of `match` and `evaluate` for each set alone, up to rounding.
 
     Parameters
     ----------
-    student : aligned and all linear, from `hybrid.linearize` and `distill.align`; it is left as it was.
-    teacher : the model that it was made from, on the same device.
+    student : aligned and all linear; it is left as it was.
     tokens : from `corpus.load_tokens`; with a tokenizer, if `recall` is given.
     sets : for each candidate, the layers that are softmax: none to all, in any order.
     num_tokens : tokens to train each candidate on, at least one row.
     settings : of stage 2; `compile` and `checkpoint_every` have no effect.
     group : candidates at a time, on which the figures do not depend; None for `group_size`.
-    recall, recall_examples : a task to score as `evaluate` does, None to leave recall out, and examples of it.
     measure_at : tokens after which to measure on the way, 0 to `num_tokens`; rounded up to whole steps.
 
     Returns
@@ -47,11 +44,8 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     list of dict, one for each set in the order given
         ``layers``; `FIGURES`, as in `evaluate.Evaluation`; ``tokens`` trained on; ``losses`` of the steps and
         ``loss_tokens``, the tokens at the end of each; ``curve``, for each of `measure_at` a dict of ``tokens``,
-        ``kl``, ``recall_exact``; ``seconds``, its share of its group's. Where `distill.match` would raise
-        `DistillationDiverged`, the sentence is in ``error``, the figures are None, and losses and curve end before.
-
-    Raises ValueError for arguments outside these, a student with softmax layers or a teacher of another shape. Meant
-    for small teachers: a candidate that fills the GPU alone gains nothing.
+        ``kl``, ``recall_exact``; ``seconds``, its share of its group's. Of a set that diverged, ``error`` says how, and
+        the figures are None.
     """
     settings, num_layers = settings or MatchSettings(), student.config.num_hidden_layers
     if len(linear_layers(student.config)) != num_layers:
@@ -89,11 +83,7 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
 
 
 def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
-    """How many candidates, up to `most`, half of a GPU's free memory or a quarter of a machine's memory holds.
-
-    By an estimate: weights, gradients and AdamW's two moments, and for each layer and token of a micro batch four bytes
-    times 16 widths, 10 widths of all heads and 4 of the MLP.
-    """
+    """How many candidates, up to `most`, half of a GPU's free memory or a quarter of a machine's holds, by estimate."""
     config, parameter = student.config, next(student.parameters())
     weights = sum(p.numel() for p in student.parameters())
     rows = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.context)
@@ -108,7 +98,6 @@ def group_size(student, tokens, settings: MatchSettings, most: int) -> int:
 
 
 def _match_group(job, sets, measure_at):
-    """Results of `match_sets` of sets that are trained at once."""
     step = job.settings.step_rows(job.inputs.context) * job.inputs.context
     last = max(1, job.num_tokens // step) * step
     stops = [min(last, -(-point // step) * step) for point in measure_at]

@@ -1,9 +1,4 @@
-"""Many hybrids of one student as one model: the weights of all candidates, one for each layer set, are stacked.
-
-Activations of C candidates are the batch of an ordinary hybrid: all rows of the first candidate, then those of the
-second. Only modules that hold weights know of candidates. A layer sends to each branch the rows of its own candidates,
-so that none computes, or holds weights of, a branch that it does not use.
-"""
+"""Many hybrids of one student as one model, with stacked weights; the batch holds the rows of each in turn."""
 
 from __future__ import annotations
 
@@ -22,8 +17,7 @@ __all__ = ["own_weights", "stacked", "stacked_weights"]
 def stacked(student: nn.Module, teacher: nn.Module, sets: Sequence[Sequence[int]]) -> nn.Module:
     """A hybrid of the same family whose weights are stacks of those of ``restore(student, teacher, set)``, a set each.
 
-    Called as a hybrid is, with the rows of all candidates one after the other, as many of each; it keeps no cache and
-    is not for saving. Student and teacher are left as they were. Raises ValueError as `hybrid.restore` does.
+    It is called with the rows of all candidates one after the other, as many of each, and keeps no cache.
     """
     stack = both_branches(student, teacher, ChosenAttention)
     for l, layer in enumerate(stack.model.layers):
@@ -35,10 +29,7 @@ def stacked(student: nn.Module, teacher: nn.Module, sets: Sequence[Sequence[int]
 
 
 def stacked_weights(stack: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """(name, parameter, members) of each weight of a `stacked` model: the candidates that its first dimension is of.
-
-    In the name, ``self_attn.linear`` or ``self_attn.softmax`` says of which branch it is.
-    """
+    """(name, parameter, members) of each weight of a `stacked` model: the candidates that its first dimension is of."""
     everyone = torch.arange(len(stack.lm_head.weight), device=stack.lm_head.weight.device)
     for name, p in stack.named_parameters():
         layer, _, own = name.partition(".self_attn.")
@@ -49,8 +40,7 @@ def stacked_weights(stack: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch
 
 
 def own_weights(stack: nn.Module, candidate: int) -> Iterator[tuple[str, nn.Parameter, tuple]]:
-    """(name, parameter, index) of each weight of one candidate: ``parameter[index]`` is the weight that its hybrid has
-    under `name`."""
+    """(name, parameter, index) of each weight of a candidate: ``parameter[index]`` is its hybrid's weight `name`."""
     for name, p, members in stacked_weights(stack):
         for place in (members == candidate).nonzero().flatten().tolist():
             own = re.sub(r"self_attn\.(linear|softmax)\.(stacked\.)?", "self_attn.", name)
@@ -80,10 +70,7 @@ def _copies(weight, count):
 
 
 class StackedAttention(BothBranches):
-    """A layer's attention: the mixer for some candidates, softmax for the others; `chosen` says for which it is.
-
-    A branch that no candidate uses is None.
-    """
+    """A layer's attention: the mixer for some candidates, softmax for those `chosen`; an unused branch is None."""
 
     def __init__(self, linear: nn.Module, softmax: nn.Module, chosen: list[bool]):
         super().__init__(linear, softmax)
@@ -118,8 +105,7 @@ class StackedAttention(BothBranches):
 
 
 def _first_rows(value, batch, rows):
-    """The part of an argument that belongs to `rows` of the batch's rows: all candidates share one value a row, so the
-    first rows of it serve any of them."""
+    """The part of an argument for the first `rows` of the batch: all candidates share one value a row."""
     if isinstance(value, tuple):
         return tuple(_first_rows(x, batch, rows) for x in value)
     return value[:rows] if isinstance(value, torch.Tensor) and len(value) == batch else value

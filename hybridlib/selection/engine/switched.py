@@ -1,9 +1,4 @@
-"""A hybrid that can become any other: every layer has both branches, and a switch says which of them counts.
-
-Where a step is recorded as a CUDA graph, each set of softmax layers would have to be compiled and recorded anew. A
-switch is a number on the GPU, so that one recorded step serves all candidates: their weights are written into the one
-model, one candidate after the other. The branch that does not count costs its share of the step, and its gradient is 0.
-"""
+"""A hybrid that can become any other by a switch in every layer, so that one CUDA graph serves all candidates."""
 
 from __future__ import annotations
 
@@ -27,11 +22,7 @@ __all__ = ["Switched"]
 
 
 class Switched(Cohort):
-    """One candidate at a time, in a model, a step and a CUDA graph that all of them share.
-
-    Parameters as those of `Cohort`, without sets. Layers are compiled if ``settings.compile`` says so and there is a
-    GPU. After `take`, candidate 0 is the one that was taken, trained as `distill.match` would train it, to rounding.
-    """
+    """One candidate at a time, the one that `take` took, in a model, a step and a CUDA graph that all of them share."""
 
     clip, trained, silence = Run.clip, Run.trained, Run.silence  # there is one
 
@@ -72,7 +63,6 @@ class Switched(Cohort):
         return room, copy.deepcopy(self.histories[0]), self.step
 
     def _state(self):
-        """The candidate's weights and their moments, once the optimizer has any."""
         named, state = self.member(0)
         return [p for _, p in named] + [state[p][key] for key in MOMENTS for _, p in named]
 
@@ -111,11 +101,7 @@ class Switched(Cohort):
 
 
 def _room_for(tensors):
-    """Room for a copy of each, in one block: a block for each would be many requests to the driver, which are slow.
-
-    It is on the GPU if an eighth of that would still be free at the peak since the last `cost.Meter` began: where a GPU
-    is nearly full, every allocation of the next step first gives back what torch has cached.
-    """
+    """Room for a copy of each, in one block; on the GPU if that leaves an eighth of it free at the peak."""
     device, sizes = tensors[0].device, [-(-t.nbytes // 16) * 16 for t in tensors]
     block = None
     if device.type == "cuda":

@@ -1,8 +1,4 @@
-"""Processes of one machine that score layers, each with a GPU of its own where there are any.
-
-A pool is a `concurrent.futures.ProcessPoolExecutor` in which each process sees one GPU, and all have loaded the inputs
-before the first candidate.
-"""
+"""Processes of one machine that score layers, each with a GPU of its own where there are any."""
 
 from __future__ import annotations
 
@@ -40,16 +36,9 @@ def count_workers(workers: int, device: str | torch.device) -> int:
 
 @contextmanager
 def pool_of_workers(job: Job, workers: int, warm_up: int = 0) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose `workers` processes have all loaded `job`'s inputs, by name, and seen their GPU work.
+    """A pool whose processes have all loaded the `ScoringInputs` of `job` and seen their GPU (device ``"cuda"``) work.
 
-    Parameters
-    ----------
-    job : with `ScoringInputs` for inputs, so that it is small; on a GPU its device is ``"cuda"``, the one that a
-        process sees.
-    workers : processes; see `count_workers`.
-    warm_up : tokens that each trains a throw-away candidate on.
-
-    Raises RuntimeError if a process did not come up.
+    Each trains a throw-away candidate on `warm_up` tokens. Raises RuntimeError if a process did not come up.
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     places, ready = context.Queue(), context.Barrier(workers)

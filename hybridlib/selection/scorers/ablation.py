@@ -1,7 +1,4 @@
-"""Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced.
-
-Nothing is trained, and the models are left as they were.
-"""
+"""Scores for layers from ablations of the teacher: what is lost where one layer's attention is silenced or replaced."""
 
 from __future__ import annotations
 
@@ -34,10 +31,7 @@ class TaskTooHard(ValueError):
 
 @contextmanager
 def ablate(model, layers: Iterable[int]) -> Iterator[None]:
-    """Within the context, the attention of `layers` adds nothing, nor its bias, to the residual stream of `model`.
-
-    Raises ValueError for a layer out of range or named twice.
-    """
+    """Within the context, the attention of `layers` adds nothing, nor its bias, to the residual stream of `model`."""
     layers = check_layers(layers, model.config.num_hidden_layers)
 
     def silence(module, args, output):
@@ -55,8 +49,8 @@ def silence_each(teacher, tokens, batch_tokens: int, metric: str,
                  prepare: Callable[[list[torch.Tensor]], Callable[[], torch.Tensor]]) -> LayerScores:
     """Measure the held-out rows of `tokens`, `batch_tokens` a pass, with the attention of each layer silenced alone.
 
-    `prepare` takes the rows in batches, lets the intact teacher read them once, and gives a function that lets the
-    silenced teacher read them and gives a number a row, (rows,). `values` and `measured` are its mean over rows.
+    `prepare` takes the rows in batches and gives a function that lets the silenced teacher read them and gives a
+    number a row, (rows,); `values` and `measured` are its mean over rows.
     """
     check_family(teacher.config)
     num_layers = teacher.config.num_hidden_layers
@@ -74,10 +68,9 @@ def silence_each(teacher, tokens, batch_tokens: int, metric: str,
 
 
 def score_perplexity(teacher, tokens, *, batch_tokens: int = 8192) -> LayerScores:
-    """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced.
+    """PPL: how much harder held-out text gets for the teacher with layer l's attention silenced (arXiv 2512.20569).
 
-    Metric ``"ppl"``: `values` and `measured` are the rise of the mean cross-entropy in nats a token; its standard error
-    is over rows, each against itself. Source: a baseline of arXiv 2512.20569.
+    `values` and `measured` are the rise of the mean cross-entropy in nats a token, with its standard error over rows.
     """
     def prepare(batches):
         intact = _row_nats(teacher, batches)
@@ -88,22 +81,14 @@ def score_perplexity(teacher, tokens, *, batch_tokens: int = 8192) -> LayerScore
 
 def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None, *, num_examples: int = 200,
                              seed: int = 0) -> LayerScores:
-    """AR and AR-MH: how much of its recall the teacher loses with layer l's attention silenced.
+    """AR, of one hop, and AR-MH, of more: how much recall the teacher loses with layer l silenced (arXiv 2512.20569).
 
-    An answer is right if each of its tokens is the arg max given the true text before it. The paper's code counts any
-    answer that contains the right one. Source: baselines of arXiv 2512.20569.
-
-    Parameters
-    ----------
-    task : what to recall, None for ``RecallTask("key_value")``. One hop gives AR, more give AR-MH.
-    num_examples, seed : prompts of the task, and the seed that draws them.
-
-    Returns `LayerScores` of metric ``"ar"`` or ``"ar-mh"``. `measured` is the exact match with the layer silenced, with
-    its binomial standard error. `values` is the exact match lost, and x / (2 + 2 abs(x)) answers more for a log
-    likelihood lower by x nats an answer token, less than half an answer, which orders ties.
+    `task` None is ``RecallTask("key_value")``. `measured` is the exact match (each answer token the arg max given the
+    true text before it) with the layer silenced, with its binomial standard error; `values` is the exact match lost,
+    where ties are ordered by log likelihood.
 
     Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher's exact match
-    is not above 1 / pairs, a guess among the prompt's answers, by more than two standard errors of such guessing.
+    is within two standard errors of guessing among the prompt's answers.
     """
     check_family(teacher.config)
     meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)
@@ -126,18 +111,9 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
                batch_tokens: int = 8192) -> LayerScores:
     """HALO: recall lost over common sense lost, where layer l of the teacher alone is replaced by its aligned mixer.
 
-    See `halo_values`: r(l) is the exact match on recall, c(l) the share of held-out tokens that the model predicts
-    first (arg max), where the authors take question sets. The ratio is noisy where c(l) is near the highest c, and
-    layers at the cap tie. Source: arXiv 2601.22156.
-
-    Parameters
-    ----------
-    student : all linear, from `linearize` and `align` of `teacher`.
-    tokens : all held-out rows are read, `batch_tokens` a pass; their tokenizer encodes the recall task.
-    task, num_examples, seed : as in `score_associative_recall`.
-
-    Returns `LayerScores` of metric ``"halo"``; `measured` is r(l) with its binomial standard error. Raises as
-    `score_associative_recall` does, and ValueError if the student is not all linear.
+    Recall, r(l), is the exact match of `score_associative_recall`, and raises as it does; common sense, c(l), is the
+    share of held-out tokens predicted first, where the authors take question sets (arXiv 2601.22156). `values` are
+    `halo_values`, and `measured` is r(l) with its binomial standard error. The student is all linear and aligned.
     """
     check_family(teacher.config)
     num_layers = student.config.num_hidden_layers

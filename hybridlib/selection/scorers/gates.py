@@ -1,9 +1,4 @@
-"""Selectors by gates: both branches in every layer, h_l(x) = (1 - g_l) linear_l(x) + g_l softmax_l(x).
-
-The KL of the gated model is a differentiable function of the gates that meets the KL of every hybrid at a corner of
-the cube: g = 0 is the all-linear student, g = 1 holds the teacher's attention in every layer. `gate_gradient` takes its
-slope at one of these two, or along the diagonal between them; `learned_gates` goes downhill inside the cube.
-"""
+"""Selectors by gates: both branches in every layer, h_l(x) = (1 - g_l) linear_l(x) + g_l softmax_l(x)."""
 
 from __future__ import annotations
 
@@ -40,29 +35,19 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     tokens : `corpus.Tokens`, whose held-out rows are used, or an integer tensor (rows, context) without padding.
     at : gate of all layers: 0 adds attention to the linear student, 1 removes it from the all-softmax model.
     order : 1, the slope g' = dKL/dg_l; 2, the change of KL as gate l alone goes from 0 to 1, to second order,
-        g' + (1 - 2 at) h / 2 with the curvature h = d2KL/dg_l^2.
-    steps : 1 takes the slope at `at`. More take its mean over so many midpoints of the diagonal from all 0 to all 1
-        (integrated gradients), which over layers sums to KL(all 1) - KL(all 0). Only with order 1 and at 0.
-    skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
+        g' + (1 - 2 at) h / 2 with h = d2KL/dg_l^2, the central difference of slopes.
+    steps : 1 takes the slope at `at`; more, with order 1 at 0, its mean over as many midpoints of the diagonal from all
+        0 to all 1 (integrated gradients, arXiv 1703.01365).
+    skip : positions at the start of each row whose KL does not count.
     num_tokens : tokens to measure on, None for all rows; batch_tokens : tokens a forward pass.
-    train_tokens : tokens of a stage 2 of copies of the weights, all in one gated model, before the slope is taken: each
-        row has one layer's gate open, the layers taking turns. Only at 0 and with `corpus.Tokens`.
+    train_tokens : tokens of a stage 2 of copies of the weights before the slope is taken, at 0 only: each row has one
+        layer's gate open, the layers taking turns.
     settings : of that stage 2; it runs without CUDA graphs and ``torch.compile``.
 
     Returns
     -------
     `LayerScores` of metric ``"gate"``, direction ``"remove"`` if `at` is 1 and ``"add"`` otherwise. `measured` is the
     slope or the predicted change in nats a token, mean and standard error over rows; `values` is its negative.
-
-    Raises ValueError for arguments outside these, or a student as `gated_model` refuses it.
-
-    Cost: for each token, one forward pass of the teacher and `steps` passes of the gated model, forward and backward,
-    with frozen weights; order 2 takes 1 + 2 L of them, for the curvature is the central difference of slopes at
-    eps^(1/3) to either side (eps of the weights' dtype): attention's kernels offer no second backward pass.
-
-    Assumes that the slope at a corner stands for the whole way to the next one, and that layers do not interact. Where
-    student and teacher share all weights but attention, KL is 0, its least, at gates of 1: the slope there is rounding,
-    and only order 2 ranks layers for removal. Source: ours; the diagonal is that of arXiv 1703.01365.
     """
     check_number("at", at, 0, 1)
     check_int("order", order, 1, 2)
@@ -110,15 +95,13 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
 
 def gate_gradient_flops(student, teacher, context: int, order: int = 1, steps: int = 1, *,
                         frozen: bool = True) -> float:
-    """Estimated FLOPs of `gate_gradient`, a token measured on (or, not `frozen`, a token trained on with order and
-    steps 1), in rows of `context` tokens; nothing is computed."""
+    """Estimated FLOPs of `gate_gradient`, a token measured on or, not `frozen`, trained on, in rows of `context`."""
     passes = _passes(student.config.num_hidden_layers, order, steps)
     return (forward_flops(teacher, context)
             + passes * training_flops(gated_model(student, teacher), context, frozen=frozen))
 
 
 def _passes(num_layers, order, steps):
-    """Passes of the gated model, forward and backward."""
     return steps if order == 1 else 1 + 2 * num_layers
 
 
@@ -153,9 +136,7 @@ class GateSettings:
 class LearnedGates:
     """The result of `learned_gates`: `layers`, the K of the largest gates, ascending; `scores.values`, the gates.
 
-    After `history_tokens[i]` tokens, the step's KL was `kl[i]` nats a token and the gates it ran with summed to
-    `total[i]`. `scores.tokens` and `scores.seconds` are what training cost; the standard errors are nan, for there is
-    one training.
+    After `history_tokens[i]` tokens, the step's KL was `kl[i]` nats a token and its gates summed to `total[i]`.
     """
 
     scores: LayerScores
@@ -169,25 +150,18 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
                   settings: GateSettings | None = None) -> LearnedGates:
     """Train one gate a layer, all weights frozen, under a budget; the layers of the K largest gates stay softmax.
 
-    With g = sigmoid(a), Adam on a lowers KL(teacher || gated model) + penalty ((sum g - K) / L)^2.
+    With g = sigmoid(a), Adam on a lowers KL(teacher || gated model) + penalty ((sum g - K) / L)^2. Source: FlashMorph
+    (arXiv 2606.30562); the sigmoid, the start, the KL and the penalty are chosen here, its code not being public.
 
     Parameters
     ----------
     student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
     tokens : `corpus.Tokens`, whose training rows are read, or an integer tensor (rows, context), over and over.
-    budget : share or count of softmax layers, see `selection.budget_layers`; it gives K.
+    budget : share or count K of softmax layers, see `selection.budget_layers`.
     num_tokens : tokens to train on, in whole steps of ``settings.batch_tokens``.
-    skip : positions at the start of each row whose KL does not count; a prompt's length leaves only its answer.
+    skip : positions at the start of each row whose KL does not count.
 
-    Returns `LearnedGates` of direction ``"add"`` and metric ``"learned_gate"``. Raises ValueError for arguments outside
-    these or a student as `gated_model` refuses it, `DistillationDiverged` at the first loss that is not finite.
-
-    Cost: for each token, a pass of the teacher and one of the gated model forward and backward.
-
-    Source: FlashMorph (arXiv 2606.30562): one gate a layer, weights frozen, trained on synthetic long-context retrieval
-    with a regularizer towards linear, then cut to the budget. Chosen here, its code not being public: the sigmoid, the
-    start at K / L, KL to the teacher, the penalty that holds the sum at K from both sides, ties to the lower layer.
-    Assumes that gates between 0 and 1 order the layers as whole ones would.
+    Raises `DistillationDiverged` at the first loss that is not finite.
     """
     settings = settings or GateSettings()
     num_layers = student.config.num_hidden_layers
@@ -263,10 +237,7 @@ def _divergence(model, teacher, skip, target, ids):
 
 @torch.enable_grad()
 def _slope(model, teacher, skip, target, ids, gates):
-    """dKL/dg of each layer and row at `gates` (layers,): (layers, rows), float64. One pass forward and backward.
-
-    Each row is given gates of its own, so that one backward pass tells rows apart.
-    """
+    """dKL/dg of each layer and row at `gates` (layers,): (layers, rows), float64, in one pass forward and backward."""
     own = gates.to(ids.device)[:, None].repeat(1, len(ids)).requires_grad_()
     set_gates(model, own)
     slope, = torch.autograd.grad(_divergence(model, teacher, skip, target, ids), own)
@@ -274,7 +245,6 @@ def _slope(model, teacher, skip, target, ids, gates):
 
 
 def _rows(tokens, num_tokens):
-    """The rows to measure on, (rows, context), an integer tensor."""
     rows = _check_rows(tokens.heldout if hasattr(tokens, "heldout") else tokens)
     if num_tokens is None:
         return rows

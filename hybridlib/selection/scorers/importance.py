@@ -24,31 +24,21 @@ def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
                  metric: str = "kl", num_tokens: int = 500_000, heldout_tokens: int | None = None,
                  settings: MatchSettings | None = None, normalize: bool = True, early_stop: EarlyStop | None = None,
                  engine: Engine | None = None) -> LayerScores:
-    """Score every layer of an aligned all-linear student.
+    """Score every layer of an aligned all-linear student (paper section 4, algorithm 1, and its ablations).
 
     Parameters
     ----------
-    student : from `hybrid.linearize` and `distill.align`; it is left as it was.
+    student : all linear and aligned; it is left as it was.
     direction : ``"add"`` restores layer l alone in the linear student, I(l) = -KL (GA-S2); ``"remove"`` linearizes
         layer l alone in the teacher, I(l) = KL (GR-S2).
     metric : ``"kl"``, held-out KL after a stage 2 of `num_tokens` a layer; or ``"mse"``, the stage-1 error left at
         layer l on held-out text (GA-S1), which trains nothing and knows only direction ``"add"``.
-    num_tokens : tokens of stage 2 for each layer's candidate; 0 measures the candidates untrained.
-    heldout_tokens : held-out tokens to measure on, None for all.
-    settings : of stage 2. Every candidate sees the same rows in the same order.
+    num_tokens, heldout_tokens : of stage 2 for each candidate (0: untrained), and held out to measure on (None: all).
     normalize : for ``"mse"``, divide each layer's error by its output's power (the rankings differ).
     early_stop : for ``"kl"``, measure candidates along their training and stop once the top-K set has settled.
-    engine : for ``"kl"``, how candidates are run: where, how many at once, what is recorded; None for one after the
-        other, here.
+    engine : for ``"kl"``, how candidates are run; None for one after the other, here.
 
     A candidate that fails does not stop the others; then `ScoringFailed` names the layers that failed, and why.
-
-    Cost of ``"kl"``, with L layers: L times `num_tokens` of training, less if stopped early; L times the held-out
-    tokens at every measurement; and one pass of the teacher over both, as far as ``engine.memory`` holds its states.
-    Of ``"mse"``: one pass of the teacher, without its output head, and of each mixer over the held-out tokens.
-
-    Assumes that layers can be scored one at a time, though they are kept together, and that a short stage 2 ranks them
-    as a long one would. Source: paper section 4, algorithm 1, and its ablations (GR-S2, GA-S1).
     """
     check_choice("direction", direction, ("add", "remove"))
     check_choice("metric", metric, ("kl", "mse"))

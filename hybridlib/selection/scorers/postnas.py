@@ -22,10 +22,7 @@ __all__ = ["PostNAS", "search_once_for_all", "train_once_for_all"]
 
 @dataclass(frozen=True)
 class PostNAS:
-    """The result of `search_once_for_all`: `layers`, what the `search` measured, and the training's loss.
-
-    After `history_tokens[i]` tokens the step's KL, of the placement that it drew, was `losses[i]` nats a token.
-    """
+    """The result of `search_once_for_all`: after `history_tokens[i]` tokens the KL was `losses[i]` nats a token."""
 
     layers: tuple[int, ...]
     search: SearchResult
@@ -38,16 +35,9 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
                        settings: MatchSettings | None = None, seed: int = 0):
     """Train a student with both branches in every layer, each step under a random placement of the budget's size.
 
-    Parameters
-    ----------
-    student : all linear and aligned; teacher : the model it was made from. Both are left as they were.
-    budget : share or count of softmax layers; it gives K, see `selection.budget_layers`.
-    num_tokens : tokens to train on, in the order of `tokens`.
-    settings : of stage 2; `mixer_learning_rate` for the mixers, `learning_rate` for the softmax branches. It runs
-        without CUDA graphs and ``torch.compile``, for a placement changes what is run.
-    seed : draws the placements.
-
-    Returns (model, `distill.History`). All weights but those of the two branches are frozen.
+    All weights but those of the two branches are frozen; the models given are left as they were. `mixer_learning_rate`
+    of `settings` is for the mixers, `learning_rate` for the softmax branches; training runs without CUDA graphs and
+    ``torch.compile``. Returns (model, `distill.History`).
     """
     count = budget_layers(budget, student.config.num_hidden_layers)
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
@@ -68,17 +58,10 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
 
 def search_once_for_all(student, teacher, tokens, budget: float | int, num_tokens: int, *, width: int = 4,
                         settings: MatchSettings | None = None, seed: int = 0) -> PostNAS:
-    """PostNAS: `train_once_for_all`, then a beam search for the K layers of the lowest held-out KL, untrained.
+    """PostNAS: `train_once_for_all`, then a beam search (`width` sets) for the K layers of the lowest held-out KL.
 
-    `width` is of the search, see `search.beam`; the other parameters are as for `train_once_for_all`.
-
-    Cost: `num_tokens` forward through the teacher, forward and backward through the student; at most
-    L + width (K - 1)(2L - K) / 2 times the held-out rows through both.
-
-    Assumes that weights shared by all placements rank them as weights trained for each would, also those of fewer
-    layers that the search measures on its way. Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code
-    not being public: KL to the teacher in training and search (theirs searches by a task's score); sets of the budget's
-    size, drawn evenly; all weights but attention and mixers frozen.
+    Source: Jet-Nemotron (arXiv 2508.15884). Chosen here, its search code not being public: KL to the teacher in
+    training and search (theirs searches by a task's score), sets of the budget's size, and what is frozen.
     """
     check_int("width", width, 1)
     num_layers, context = student.config.num_hidden_layers, tokens.context

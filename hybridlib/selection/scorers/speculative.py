@@ -1,8 +1,4 @@
-"""Redundant layers by self-speculation: attention that a draft of the teacher can skip is attention to linearize.
-
-A draft is the teacher with the attention of some layers silenced. Speculative decoding accepts a drafted token with
-probability sum(min(p, q)) over the vocabulary, p the teacher's distribution and q the draft's (arXiv 2211.17192).
-"""
+"""Redundant layers by self-speculation: attention that a draft of the teacher can skip is attention to linearize."""
 
 from __future__ import annotations
 
@@ -30,8 +26,7 @@ __all__ = ["SkipSearch", "acceptance", "draft_cost", "maximize_over_sets", "scor
 class SkipSearch:
     """The result of `search_skips`: `layers` are to stay softmax, and the draft skips the others.
 
-    `acceptance` and `throughput` are the draft's, `scores` are of single layers, `evaluations` is the number of sets
-    that were tried, `cost` that of scores and search together.
+    `acceptance` and `throughput` are the draft's, `scores` those of single layers; `evaluations` counts sets tried.
     """
 
     layers: tuple[int, ...]
@@ -50,17 +45,14 @@ def acceptance(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
 def throughput(acceptance: float, cost: float, gamma: int) -> float:
     """Tokens in the time of one teacher pass: (1 - a^(gamma+1)) / ((1 - a)(gamma c + 1)) (arXiv 2211.17192, thm 3.8).
 
-    `gamma` tokens are drafted before the teacher checks all in one pass, each is accepted with the probability
-    `acceptance`, a, independently, and `cost`, c, is the time of a draft's pass over that of a teacher's.
+    `gamma` tokens are drafted at a time, each is accepted with probability `acceptance`, a, and `cost`, c, is the time
+    of a draft's pass over that of a teacher's.
     """
     return sum(acceptance ** i for i in range(gamma + 1)) / (gamma * cost + 1)  # the geometric sum, for a = 1 too
 
 
 def draft_cost(model, skipped: Iterable[int]) -> float:
-    """Share of the teacher's weights that a draft reads, hence of the time to decode one sequence.
-
-    The output head is read, input embeddings are not. Keys and values are left out.
-    """
+    """Share of the teacher's weights that a draft reads, output head included, hence of the time to decode."""
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
@@ -71,8 +63,8 @@ def draft_cost(model, skipped: Iterable[int]) -> float:
 def score_acceptance(teacher, tokens, *, batch_tokens: int = 8192) -> LayerScores:
     """RAD, layer by layer: the share of drafted tokens that is refused if the draft skips layer l's attention alone.
 
-    Metric ``"rad"``: `values` is 1 - acceptance, `measured` the `acceptance` on held-out text with its standard error
-    over rows. Source: arXiv 2505.22135, which searches sets; a score for each layer is ours.
+    `measured` is the share accepted on held-out text, with its standard error over rows; `values` is 1 - `measured`.
+    Source: arXiv 2505.22135, which searches sets; a score for each layer is ours.
     """
     def prepare(batches):
         states = [last_hidden(teacher, ids) for ids in batches]
@@ -86,11 +78,8 @@ def search_skips(teacher, tokens, budget: float | int, *, gamma: int = 4, evalua
                  batch_tokens: int = 8192) -> SkipSearch:
     """RAD: keep the layers that the best draft of L - K skipped layers, of the highest `throughput`, does not skip.
 
-    `budget` is of the layers to keep, see `budget_layers`; `gamma` as in `throughput`; at most `evaluations` sets are
-    tried, in a search with `seed`. Chosen here, where the source leaves it open: exactly L - K layers are skipped, and
-    the search starts from the set that `score_acceptance` suggests.
-
-    Source: arXiv 2505.22135; Bayesian optimization of skipped layers: arXiv 2309.08168.
+    At most `evaluations` sets are tried, from the one that `score_acceptance` suggests; that start, and that exactly
+    L - K layers are skipped, is chosen here. Sources: arXiv 2505.22135 and, for the search, 2309.08168.
     """
     check_int("gamma", gamma, 1)
     check_int("evaluations", evaluations, 1)
@@ -119,12 +108,9 @@ def maximize_over_sets(value: Callable[[tuple[int, ...]], float], num_layers: in
                        seed: int = 0, first: Iterable[int] | None = None) -> tuple[tuple[int, ...], float]:
     """The best set of `size` layers, and its value, by Bayesian optimization over [0, 1]^L.
 
-    A point stands for the set of its `size` largest coordinates. A Gaussian process models `value` on sets: mean 0 and
-    variance 1 after standardizing, covariance exp(-d / (2 s^2)) for sets that differ in d layers, s by its likelihood.
-    After the `first` set and as many random sets as there are layers (at most half of `evaluations`), each evaluation
-    goes to the set with the highest expected improvement among random points and points near the best one.
-
-    `value` is called once for a set, an ascending tuple, and at most `evaluations` times. `seed` draws the points.
+    A point stands for the set of its `size` largest coordinates; a Gaussian process, with covariance exp(-d / (2 s^2))
+    for sets that differ in d layers, models `value`. After the `first` set and random ones, each evaluation goes to the
+    set with the highest expected improvement. `value` is called once for a set, an ascending tuple.
     """
     rng, values, sets = np.random.default_rng(seed), {}, math.comb(num_layers, size)
 
