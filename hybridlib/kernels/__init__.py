@@ -7,11 +7,12 @@ backend          meaning                                               where it 
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
 ``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64
 ``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
-``"auto"``       ``"fused"``, ``"fla"`` for half precision only, or    everywhere
-                 ``"chunked"``: the first that can run
+``"auto"``       the first that can run: ``"fused"`` on a GPU,         everywhere
+                 ``"fla"`` there in half precision, ``"chunked"``
 ===============  ====================================================  =============================================
 
-``"fla"`` multiplies float32 in TF32, the others exactly. ``"fused"`` takes packed sequences at once, others in turn.
+``"auto"`` never gives float32 to ``"fla"``, which multiplies it in TF32; ``"fused"`` is exact to float32's own error.
+``"fused"`` takes packed sequences at once, the others one after another.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def _why_not_fla(operator, inputs, initial_state):
 
 
 def check_tensors(tensors: dict, shapes: dict[str, str], sizes: dict[str, int]) -> None:
-    """Raise ValueError unless all are floating, on v's device, and each letter (of `_SIZES`) of `shapes` is one size."""
+    """Raise ValueError unless all are floating, on v's device, and a letter (of `_SIZES`) in `shapes` is one size."""
     device = getattr(tensors["v"], "device", None)
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():

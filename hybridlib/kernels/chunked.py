@@ -263,7 +263,7 @@ def _lower_blocks(x, half):
 
 
 def _inverse(a):
-    """Return (I + lower part of a)^-1 (all, C, C); [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]."""
+    """Return (I + strictly lower part of a)^-1; [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]."""
     size, half = a.shape[-1], 1
     if a.device.type == "cpu":
         identity = torch.eye(size, dtype=a.dtype).expand_as(a)

@@ -15,7 +15,7 @@ __all__ = ["gated_delta_rule", "gated_linear_attention", "why_not"]
 
 @functools.cache
 def why_not(delta_rule_gradients: bool = False) -> str | None:
-    """Return why flash-linear-attention, or its delta rule's gradients, cannot run here; None if they can."""
+    """Return why flash-linear-attention, or also its delta rule's gradients, cannot run here; None if it can."""
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install flash-linear-attention)"
     if importlib.util.find_spec("triton") is None:

@@ -2,7 +2,8 @@
 
 With R = beta (v - in k S), the tokens' writes are N = T R, T = (I + A)^-1; then O = scale (in q) S + P N and
 S' = in_C S + (out k)^T N. The backward pass takes T, the states and N (`written`) in the inputs' dtype, with the part
-of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat.
+of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat. Sums of log_decay from the chunk's start
+(`sums`) and beta (`strengths`) lie by chunk, in float32.
 """
 
 from __future__ import annotations

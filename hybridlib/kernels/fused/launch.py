@@ -71,7 +71,7 @@ _compiled: dict = {}  # kernels by the key of a call: Triton's own look-up takes
 
 
 class Place:
-    """Sizes of a call; those of equal `key` run the same compiled kernels. None: a tensor not aligned to 16 bytes."""
+    """Sizes of a call; calls of equal `key` run the same compiled kernels (None: a tensor not aligned to 16 bytes)."""
 
     def __init__(self, tokens, states, cu_seqlens, keep=None):
         """Take q, k, v and the other tensors by token; the initial state and the last one's gradient, or None."""
