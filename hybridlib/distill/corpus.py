@@ -61,10 +61,7 @@ class Tokens:
                 f"train={self.train.numel():,} tokens, heldout={self.heldout.numel():,} tokens)")
 
     def rows(self, position: int, count: int) -> torch.Tensor:
-        """Return rows `position` to `position + count` of the endless training order, as int64 (count, context).
-
-        Each epoch is a permutation of all training rows, drawn from (seed, epoch).
-        """
+        """Return rows of the endless training order, int64 (count, context), each epoch permuted by (seed, epoch)."""
         check_int("position", position, 0)
         check_int("count", count, 1)
         parts = []
@@ -97,12 +94,11 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     ----------
     source : ``"lab"``, a local folder or file, or a data set of the hub (see the module).
     context : tokens in a row.
-    seed : of the order of training rows.
     max_tokens : the most training tokens; all if None (20,000,000 from the hub). It does not change the held-out rows.
     heldout_tokens : the most held-out tokens; 131,072 if None.
 
-    Raises ValueError for an unknown source, no column ``text``, a file that cannot be read, or too little text for one
-    row of either kind.
+    Raises ValueError for a source that cannot be read, has no column ``text``, or has too little text for one row of
+    either kind.
     """
     check_int("context", context, 2)
     check_int("seed", seed, 0)
@@ -134,10 +130,7 @@ def _end(tokenizer):
 
 
 def _tokenize(documents, tokenizer, most, apart):
-    """Return token arrays and their sizes by kind (held out or not), read until both kinds have their `most`.
-
-    If `apart`, held-out documents come first, and training tokens alone decide where to stop.
-    """
+    """Return token arrays and sizes by kind (held out or not), `most` of each; `apart`: held-out documents first."""
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     sizes, end, dtype = {False: 0, True: 0}, _end(tokenizer), np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     heldout_keys = set()  # checksums of held-out texts, which may not come again as training text
@@ -163,7 +156,6 @@ def _tokenize(documents, tokenizer, most, apart):
 
 
 def _batches(documents, characters):
-    """Yield lists of (text, heldout) of about `characters` characters."""
     batch, size = [], 0
     for text, heldout in documents:
         batch.append((text, heldout))
@@ -204,7 +196,6 @@ def _open(source):
 
 
 def _lab():
-    """Return the documents of the shipped corpus, held-out ones first, after a check of its sha256."""
     file = data_folder("corpus") / "lab.parquet"
     manifest = file.with_name("manifest.json")
     try:

@@ -40,14 +40,9 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
              recall_examples: int = 200, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> Evaluation:
     """Measure `model` (a hybrid, or the teacher itself) against `teacher` on the held-out rows of `tokens`.
 
-    Parameters
-    ----------
-    recall, recall_examples : a task to score by teacher-forced exact match, and on how many examples; None for none.
-    heldout_tokens : held-out tokens to measure on, None for all.
-    batch_tokens : tokens a forward pass.
-
-    Raises ValueError if there are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
-    Perplexity is over all next tokens of a row.
+    `recall` is a task to score by teacher-forced exact match. `heldout_tokens` are those to measure on, None for all,
+    and `batch_tokens` those of a forward pass. Perplexity is over all next tokens of a row. Raises ValueError if there
+    are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
     """
     answers = None
     with evaluation_mode(model):
@@ -93,8 +88,7 @@ def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens,
                states: TeacherStates | None = None, measure: Callable | None = None) -> tuple[float, float]:
     """Return mean and standard error over rows of KL(teacher || model) in nats a token on held-out rows.
 
-    `states`, of this teacher, spare its pass. `measure` is a faster `row_kl` of both models, called with ids and the
-    teacher's last hidden states.
+    `states`, of this teacher, spare its pass. `measure` is a faster `row_kl`, called with ids and teacher states.
     """
     values = []
     with evaluation_mode(model):
@@ -106,10 +100,7 @@ def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens,
 
 def row_kl(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, teacher_states: torch.Tensor, *,
            compiled: bool = False) -> torch.Tensor:
-    """Return KL(teacher || model) in nats a token of each row, (rows,), with logits of a row at a time.
-
-    `ids` (rows, time); `teacher_states`, the teacher's last hidden states, (rows, time, width).
-    """
+    """Return KL(teacher || model) in nats a token, (rows,), of ids (rows, time), teacher_states (rows, time, width)."""
     with _autocast(ids.device):
         states = last_hidden(model, ids, compiled=compiled)
         return torch.stack([divergence_from_hidden(t, teacher.lm_head.weight, s, model.lm_head.weight)
@@ -141,6 +132,5 @@ def _nats(logits, ids):
 
 
 def _mean_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error, which is nan for a single value."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor.mean().item(), tensor.std().item() / len(tensor) ** 0.5 if len(tensor) > 1 else math.nan

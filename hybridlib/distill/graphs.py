@@ -12,9 +12,8 @@ __all__ = ["Graphed", "Update"]
 class Graphed:
     """`compute(*batch)`, recorded on a GPU at its third call and replayed from then on.
 
-    `compute` takes tensors and returns tensors, in any nesting. It must do the same work at every call and never wait
-    for the GPU; what it returns, and the gradients it leaves, are overwritten by the next call. ValueError if a
-    tensor's shape or dtype is not that of the first call.
+    `compute` must do the same work at every call and never wait for the GPU; tensors of another shape or dtype than the
+    first call's raise ValueError. What it returns, and the gradients it leaves, are overwritten by the next call.
     """
 
     def __init__(self, compute: Callable):
@@ -54,8 +53,7 @@ class Graphed:
 class Update:
     """`optimizer.step()` at a share of each group's ``"peak"`` rate, recorded once its gradients are and then replayed.
 
-    If `gradients` is given, the optimizer must be of a kind that can be ``capturable``, and its state, once there, be
-    written in place only.
+    If `gradients` is given, the optimizer must be one that can be ``capturable`` and writes its state in place.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, gradients: Graphed | None = None):

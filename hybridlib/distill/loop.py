@@ -38,7 +38,6 @@ class Run:
 
     Parameters
     ----------
-    stage : name of the run, for messages and checkpoints.
     num_tokens : tokens of the whole run; `steps` of `step_tokens` each, at least one.
     groups : pairs of a list of (name, weight) to train and the peak of their learning rate.
     step_loss : takes the share of a step that some of its rows are, these rows (rows, context), and what `targets` gave
@@ -198,10 +197,7 @@ class Run:
 def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings: _Settings, groups,
                 step_loss: Callable, *, checkpoint: str | Path | None = None, until: int | None = None,
                 targets: Callable | None = None) -> History:
-    """Train the weights in `groups` of one `model`: arguments and errors of `Run` and of `stages.match`.
-
-    The model's mode and its weights' `requires_grad` are put back.
-    """
+    """Train `groups` of one `model` as `Run` and `stages.match` do; its mode and `requires_grad` are put back."""
     check_int("num_tokens", num_tokens, tokens.context)
     if until is not None:
         check_int("until", until, tokens.context)
@@ -232,7 +228,6 @@ def train_steps(stage: str, model: nn.Module, tokens, num_tokens: int, settings:
 
 @contextlib.contextmanager
 def _trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Put `model` in training mode, gradients for `weights` alone, and both back."""
     chosen, modules = {id(p) for p in weights}, [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -248,7 +243,6 @@ def _trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
 
 
 def _rate_at(step: int, steps: int, settings: _Settings) -> float:
-    """The share of its peak that a learning rate has at a step."""
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -315,7 +309,6 @@ def steps_done(checkpoint: Path | None) -> int:
 
 
 def _read_checkpoint(path, weights=False):
-    """(state, {name: tensor}) of a checkpoint; no tensors unless `weights`."""
     try:
         with safe_open(path, "pt") as f:
             return (json.loads(f.metadata()["state"]),

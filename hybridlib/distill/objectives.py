@@ -22,12 +22,9 @@ _SMALLEST_EXPONENT = 0.01
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: bool = True) -> torch.Tensor:
     """Return the mean squared error of a mixer's output against that of the attention it replaces (stage 1).
 
-    Parameters
-    ----------
-    student, teacher : (batch, time, width), outputs of the mixer and of the teacher's attention for the same input.
-    normalize : divide by the mean square of `teacher`, so that 1 is as bad as silence at every depth.
-
-    Returns a scalar, float32. Source: paper section 3, stage 1; RADLADS (arXiv 2505.03005), step 1.
+    Both are (batch, time, width), for the same input; the loss is a scalar, float32. `normalize` divides it by the mean
+    square of `teacher`, so that 1 is as bad as silence at every depth.
+    Source: paper section 3, stage 1; RADLADS (arXiv 2505.03005), step 1.
     """
     error = (student.float() - teacher.float()).square().mean()
     return error / teacher.float().square().mean() if normalize else error
@@ -85,11 +82,10 @@ def divergence_from_hidden(teacher_hidden: torch.Tensor, teacher_head: torch.Ten
     ----------
     teacher_hidden, student_hidden : (..., width), after the final norm; widths may differ.
     teacher_head, student_head : (vocab, width), output weights. Gradients go to the student's two tensors only.
-    kind, alpha, beta, temperature : as in `divergence`.
     chunk : tokens at a time, well above the width: each chunk reads and writes the gradient of the head. Two matrices
         (chunk, vocab) are held, with ``"torch"`` two to six more in float32.
     backend : ``"torch"``, ``"triton"`` (our kernel, on CUDA GPUs, not in float64) or ``"auto"``: the kernel where it
-        can run. Products are in autocast's dtype or the student's hidden states', the rest in float32 or wider.
+        can run. Products are in autocast's dtype or the student's hidden states'.
 
     Returns a scalar in nats, float32 or wider. Raises ValueError for arguments or a backend that do not fit.
     """
@@ -145,7 +141,6 @@ def _check_shapes(teacher_hidden, teacher_head, student_hidden, student_head):
 
 
 def _choose_backend(backend, compute, hidden):
-    """Return the function that turns a chunk's student logits into their gradient; ValueError if it cannot run."""
     check_choice("backend", backend, ("auto", "torch", "triton"))
     reason = _why_not_triton(compute, hidden)
     if backend == "triton" and reason is not None:
@@ -213,10 +208,7 @@ def _add_product(total, a, b, scale):
 
 
 def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temperature):
-    """Return the divergence of each row, without temperature squared; student_logits become its gradient.
-
-    By logits / temperature, that is g - q sum g, with g the derivative by log q up to a multiple of q.
-    """
+    """Return each row's divergence, without temperature squared; student_logits become its gradient, g - q sum g."""
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
                     for x in (teacher_logits, student_logits))

@@ -27,8 +27,7 @@ class _Settings:
     warmup : share of the steps over which the rates rise from 0.
     clip : largest norm of the gradient over all trained weights.
     checkpoint_every : tokens between two checkpoints.
-    compile : on a GPU, run the layers through ``torch.compile``, which costs a minute once.
-    cuda_graph : on a GPU, record a step once and replay it, which saves the time to launch it and takes its memory.
+    compile, cuda_graph : on a GPU, ``torch.compile`` the layers (a minute, once), and replay a recorded step.
     divergence_factor : stop if a step's loss is this many times the mean of the first ten steps, or `loss_floor`.
     """
 
@@ -85,9 +84,8 @@ class AlignSettings(_Settings):
 class MatchSettings(_Settings):
     """Stage 2 (paper: 600M tokens at context 4096, constant rates, 7e-6 and 1e-4).
 
-    `mixer_learning_rate` is the rate of the linear mixers, `learning_rate` that of all other weights, the softmax
-    layers' attention among them. `divergence` is a kind of `objectives.divergence`; `temperature`, `alpha` and `beta`
-    are as there.
+    `mixer_learning_rate` is the rate of the linear mixers, `learning_rate` that of all other weights. `divergence`,
+    `temperature`, `alpha` and `beta` are as in `objectives.divergence`.
     """
 
     learning_rate: float = 7e-6
@@ -107,10 +105,7 @@ class MatchSettings(_Settings):
 
 @dataclass
 class History:
-    """What a stage did: after `tokens[i]` tokens the step's loss was `losses[i]`.
-
-    `layer_losses` (stage 1) is the last step's loss of each linear layer. `elapsed[i]` is the time after step i, in s.
-    """
+    """The loss and the seconds since the start after `tokens[i]` tokens; `layer_losses` (stage 1) of the last step."""
 
     stage: str
     tokens: list[int] = field(default_factory=list)

@@ -58,13 +58,9 @@ def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num
           states: TeacherStates | None = None) -> History:
     """Stage 2: train all weights of `hybrid`, in place, on the divergence of its next-token distributions.
 
-    Parameters
-    ----------
-    hybrid, teacher, tokens, num_tokens, settings, checkpoint : as for `align`.
-    until : stop after so many tokens of the run; the same call with a later `until` goes on from `checkpoint`.
-    states : the teacher's hidden states, shared with other runs over the same rows; None computes them here.
-
-    Raises as `align` does. Source: paper section 3, stage 2.
+    Arguments and errors are those of `align`, and training stops after `until` tokens of the run, to go on from
+    `checkpoint` in a later call. `states` shares the teacher's hidden states with other runs over the same rows.
+    Source: paper section 3, stage 2.
     """
     settings = settings or MatchSettings()
     if states is not None and states.teacher is not teacher:

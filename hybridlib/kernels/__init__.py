@@ -7,9 +7,8 @@ backend          meaning                                               where it 
 ``"chunked"``    matrix products in chunks, with its own gradients     everywhere
 ``"fused"``      our own GPU kernels, written in Triton                NVIDIA GPUs; dims 32, 64, 128; not in float64
 ``"fla"``        flash-linear-attention, an optional package           NVIDIA GPUs, not in float64
-``"auto"``       ``"fused"`` on a GPU where it can run, else            everywhere
-                 ``"fla"`` there for half precision, else
-                 ``"chunked"``
+``"auto"``       the first that can run: ``"fused"`` on a GPU,         everywhere
+                 ``"fla"`` there in half precision, ``"chunked"``
 ===============  ====================================================  =============================================
 
 ``"auto"`` never gives float32 to ``"fla"``, which multiplies it in TF32; ``"fused"`` is exact to float32's own error.
@@ -50,13 +49,9 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
     cu_seqlens : (sequences + 1,) int32 or int64, on v's device, for sequences packed into a batch of 1: tokens
         cu_seqlens[n] to cu_seqlens[n + 1] are sequence n. From 0 to time and never falling, which is not checked.
 
-    Returns
-    -------
-    o : (batch, time, heads, value_dim), in v's dtype.
-    state : (batch or sequences, heads, key_dim, value_dim) after the last token; float32, or float64 if v is.
-
-    Raises ValueError for a shape, dtype, device, scale or backend that does not fit, or a backend that cannot run here.
-    Source: arXiv 2412.06464, section 3.
+    Returns o (batch, time, heads, value_dim) in v's dtype, and the state after the last token, shaped as
+    initial_state, in float32, or float64 if v is. Raises ValueError for an argument that does not fit, or a backend
+    that cannot run here. Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     return _run("gated_delta_rule", inputs, "BTH", scale, initial_state, backend, cu_seqlens)
@@ -65,12 +60,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, scale=None, initial_state=None, b
 def gated_linear_attention(q, k, v, log_decay, scale=None, initial_state=None, backend="auto", cu_seqlens=None):
     """Run gated linear attention: S <- diag(a) S + k v^T, o = scale S^T q, with a = exp(log_decay) for each key dim.
 
-    Parameters
-    ----------
-    q, k, v, scale, initial_state, backend, cu_seqlens : as in `gated_delta_rule`; k of any length.
-    log_decay : (batch, time, heads, key_dim); natural log, finite and <= 0, which is not checked.
-
-    Returns o, state and raises as `gated_delta_rule`. Source: arXiv 2312.06635, section 4.
+    Arguments, results and errors are those of `gated_delta_rule`, but log_decay is (batch, time, heads, key_dim) and
+    k may have any length. Source: arXiv 2312.06635, section 4.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     return _run("gated_linear_attention", inputs, "BTHK", scale, initial_state, backend, cu_seqlens)
@@ -88,8 +79,8 @@ def delta_rule_inputs(q, k, v, a, b, A_log, dt_bias, backend="auto"):
     A_log, dt_bias : (heads,), or (batch, 1, heads).
     backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; otherwise PyTorch computes.
 
-    Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Raises ValueError for an unknown backend, and
-    if shapes do not fit one another. Source: arXiv 2412.06464, section 3.4.
+    Returns q, k, v, log_decay (float32, float64 if `a` is), beta (as b). Raises ValueError for an unknown backend or
+    shapes that do not fit. Source: arXiv 2412.06464, section 3.4.
     """
     check_choice("backend", backend, _BACKENDS)
     if (q.dim() != 4 or k.shape != q.shape or not q.shape[:3] == v.shape[:3] == a.shape == b.shape or v.dim() != 4
@@ -146,7 +137,6 @@ def _run_uncompiled(run, inputs, scale, initial_state, cu_seqlens):
 
 
 def _kind(x):
-    """Return the part of an argument that the checks read, hashable."""
     return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x)
 
 
@@ -170,12 +160,10 @@ def _choose(operator, inputs, initial_state, backend):
 
 @functools.cache
 def _warn(chosen, refusal):
-    """Log once why calls run on another backend than the fastest."""
     logger.warning("backend='auto' runs %r, for 'fused' cannot run here: %s", chosen, refusal)
 
 
 def _one_by_one(run, inputs, scale, initial_state, borders):
-    """Run packed sequences; borders as `cu_seqlens`."""
     q, v = inputs["q"], inputs["v"]
     outputs, states = [], []
     for n, (start, end) in enumerate(zip(borders, borders[1:])):
@@ -190,7 +178,6 @@ def _one_by_one(run, inputs, scale, initial_state, borders):
 
 
 def _why_not_fla(operator, inputs, initial_state):
-    """Return the reason why flash-linear-attention cannot take this call; None if it can."""
     q, v = inputs["q"], inputs["v"]
     gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*inputs.values(), initial_state))
@@ -208,10 +195,7 @@ def _why_not_fla(operator, inputs, initial_state):
 
 
 def check_tensors(tensors: dict, shapes: dict[str, str], sizes: dict[str, int]) -> None:
-    """Raise ValueError unless all are floating, on v's device, and of shapes that agree.
-
-    `shapes` has a letter of `_SIZES` for each dimension, whose size is that of `sizes` or of the first tensor with it.
-    """
+    """Raise ValueError unless all are floating, on v's device, and a letter (of `_SIZES`) in `shapes` is one size."""
     device = getattr(tensors["v"], "device", None)
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():

@@ -17,9 +17,9 @@ Gated delta rule (arXiv 2412.06464, section 3; the WY form of arXiv 2406.06484):
 Gated linear attention (arXiv 2312.06635, section 4) has the same O and S' with N = v, and decays of its own for each
 key dim: P_ij = scale sum_d q_id k_jd D_ijd.
 
-No decay is ever divided by another and no positive number is ever exponentiated, so log_decay may be as low as it
-likes. Backward passes take inputs, states and one (C, C) a chunk from the forward pass and compute the rest again.
-Gradients of log_decay are sums over pairs, never differences of sums, so small ones stay exact.
+No decay is divided by another and no positive number exponentiated, so log_decay may be as low as it likes. Gradients
+of log_decay are sums over pairs, never differences of sums, so small ones stay exact.
+In shapes, `rows` is batch times heads, and `all` chunks times rows.
 """
 
 from __future__ import annotations
@@ -90,10 +90,7 @@ def _backward(gradients):
 
 
 class _GatedDeltaRule(torch.autograd.Function):
-    """q, k (chunks, rows, C, K), v (.., V), log_decay, beta (.., 1), state (rows, K, V) -> o (.., V), state.
-
-    Inside, chunks and rows are one dimension, `all`.
-    """
+    """q, k (chunks, rows, C, K), v (.., V), log_decay, beta (.., 1), state (rows, K, V) -> o (.., V), state."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, state, scale):
@@ -161,10 +158,7 @@ def _states(new, w, k_out, total, state, count):
 
 
 def _state_gradients(dnew, read, w, k_out, total, dstate, count):
-    """Return gradients of N and of the states, from P^T dO and (in q)^T dO.
-
-    dN = P^T dO + out k dS',  dS = in_C dS' + (in q)^T dO - W^T dN
-    """
+    """Return gradients of N and the states: dN = P^T dO + out k dS', dS = in_C dS' + (in q)^T dO - W^T dN."""
     if not _in_turn(dnew):
         read = read.baddbmm_(w.mT, dnew)
         dstates = _scan(read, _transition(k_out, w, total).mT, dstate, count, reverse=True)
@@ -187,7 +181,7 @@ def _transition(k_out, w, total):
 
 
 class _GatedLinearAttention(torch.autograd.Function):
-    """q, k, log_decay (chunks, rows, C, K), v (.., V), state (rows, K, V) -> o (.., V), state; `all` as above."""
+    """q, k, log_decay (chunks, rows, C, K), v (.., V), state (rows, K, V) -> o (.., V), state."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale):
@@ -254,7 +248,6 @@ def _decayed_levels(q, k, decay):
 
 
 def _by_half(levels):
-    """Yield (1, first level), (2, second), (4, third), .."""
     return ((1 << i, level) for i, level in enumerate(levels))
 
 
@@ -270,10 +263,7 @@ def _lower_blocks(x, half):
 
 
 def _inverse(a):
-    """Return (I + strictly lower part of a)^-1, for a (all, C, C), by substitution on a CPU.
-
-    On a GPU in products, which join two inverses: [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]].
-    """
+    """Return (I + strictly lower part of a)^-1; [[I + A1, 0], [B, I + A2]]^-1 = [[X1, 0], [-X2 B X1, X2]]."""
     size, half = a.shape[-1], 1
     if a.device.type == "cpu":
         identity = torch.eye(size, dtype=a.dtype).expand_as(a)
@@ -303,10 +293,7 @@ def _log_decay_gradient(dpairs, dstart):
 
 
 def _scan(write, transition, state, count, reverse=False):
-    """Return states (count + 1, rows, K, V): S_(n+1) = transition_n S_n + write_n, from `state`, or back to S_0.
-
-    write (all, K, V); transition (all, K, K), or (all, K, 1) if it is diagonal.
-    """
+    """Return states (count + 1, rows, K, V): S_(n+1) = transition_n S_n + write_n, from `state`, or back to S_0."""
     write, transition = write.unflatten(0, (count, -1)), transition.unflatten(0, (count, -1))
     states = write.new_empty(count + 1, *write.shape[1:])
     states[count if reverse else 0] = state

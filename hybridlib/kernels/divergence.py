@@ -1,8 +1,4 @@
-"""Our GPU kernel for divergences of next-token distributions: a row's loss, and its gradient in place of its logits.
-
-Needs triton. A program goes over one row two or three times, in float32. It is wide, so that few rows are under way at
-once and a row's later reads find it in cache.
-"""
+"""Our Triton kernel for divergences of next-token distributions: a row's loss, with its gradient over its logits."""
 
 from __future__ import annotations
 
@@ -15,16 +11,11 @@ __all__ = ["loss_and_gradient"]
 
 def loss_and_gradient(teacher_logits: torch.Tensor, student_logits: torch.Tensor, kind: str, alpha: float | None,
                       beta: float | None, temperature: float, *, block: int = 8192) -> torch.Tensor:
-    """Return the divergence of each row in nats, without temperature squared; student_logits become its gradient.
+    """Return the divergence of each row in nats, (rows,) in float32, without temperature squared.
 
-    Parameters
-    ----------
-    teacher_logits, student_logits : (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The gradient
-        of the row's divergence by logits / temperature overwrites the student's, and any padding between rows.
-    kind, alpha, beta, temperature : as in `hybridlib.distill.objectives.divergence`, checked there.
-    block : columns at a time, a power of 2.
-
-    Returns (rows,), float32.
+    Both logits are (rows, vocab), of one dtype, at most 32 bits wide, and one row stride. The gradient of a row's
+    divergence by logits / temperature overwrites the student's, and any padding between rows. Other arguments are as in
+    `hybridlib.distill.objectives.divergence`, checked there; `block` is columns at a time, a power of 2.
     """
     rows, vocab = student_logits.shape
     stride = student_logits.stride(0)

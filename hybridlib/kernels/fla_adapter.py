@@ -1,8 +1,4 @@
-"""Adapter to flash-linear-attention (https://github.com/fla-org/flash-linear-attention), an optional package.
-
-Where FlashQLA is installed too, flash-linear-attention hands it the gated delta rule at dims of 128, unless an
-environment variable, which it reads at each call, forbids it. The adapter sets that variable for its calls.
-"""
+"""Adapter to flash-linear-attention (https://github.com/fla-org/flash-linear-attention), an optional package."""
 
 from __future__ import annotations
 
@@ -19,10 +15,7 @@ __all__ = ["gated_delta_rule", "gated_linear_attention", "why_not"]
 
 @functools.cache
 def why_not(delta_rule_gradients: bool = False) -> str | None:
-    """Why flash-linear-attention cannot run on this machine, in one sentence; None if it can.
-
-    delta_rule_gradients : whether gradients of the gated delta rule are wanted.
-    """
+    """Return why flash-linear-attention, or also its delta rule's gradients, cannot run here; None if it can."""
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install flash-linear-attention)"
     if importlib.util.find_spec("triton") is None:

@@ -1,7 +1,4 @@
-"""The two recurrences, one token at a time: slow, exact, the truth for tests of every other backend.
-
-`scale` is a number, `initial_state` a tensor or None; both compute in float64 if v is, else in float32.
-"""
+"""The two recurrences, one token at a time: the truth for tests of every other backend, in float64 if v is."""
 
 from __future__ import annotations
 
@@ -36,7 +33,6 @@ def _read(state, key):
 
 
 def _tokens(dtype, *inputs):
-    """Yield the inputs (batch, time, ...) as one tuple a time step, in `dtype`."""
     return zip(*(x.to(dtype).unbind(1) for x in inputs))
 
 

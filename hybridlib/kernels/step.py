@@ -1,8 +1,7 @@
 """One token at a time, from the state that the tokens before it left: the operators as decoding runs them.
 
-The recurrences are computed in float32, or in float64 if v is. On a GPU that runs the ``"fused"`` kernels a step is one
-launch where key_dim and value_dim are 16, 32, 64, 128 or 256, nothing is float64 and nothing takes a gradient.
-Everywhere else, and under torch.compile, it is a few operations of PyTorch, which have gradients.
+Where ``"fused"`` can run, a step is one launch if both dims are 16, 32, 64, 128 or 256, nothing is float64, nothing
+takes a gradient and torch.compile does not trace. Elsewhere it is a few operations of PyTorch, which have gradients.
 """
 
 from __future__ import annotations
@@ -21,18 +20,11 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
 
     Parameters
     ----------
-    q, k : (batch, heads, key_dim); k of unit length.
-    v : (batch, heads, value_dim).
-    log_decay, beta : (batch, heads).
+    q, k, v, log_decay, beta, scale : as in `hybridlib.kernels.gated_delta_rule`, without the dimension of time.
     state : (batch, heads, key_dim, value_dim), after the tokens before this one; it stays as it is.
-    scale : factor on the output; key_dim ** -0.5 if None.
     backend : ``"auto"`` and ``"fused"`` run our GPU kernel where it can take the call; otherwise PyTorch computes.
 
-    Returns
-    -------
-    o : (batch, heads, value_dim), in v's dtype.
-    state : (batch, heads, key_dim, value_dim) after this token; float32, or float64 if v is.
-
+    Returns o (batch, heads, value_dim) in v's dtype, and the state after this token; float32, or float64 if v is.
     Raises ValueError for a tensor that does not fit, or an unknown backend. Source: arXiv 2412.06464, section 3.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "state": state}
@@ -51,12 +43,8 @@ def gated_delta_rule(q, k, v, log_decay, beta, state, scale=None, backend="auto"
 def gated_linear_attention(q, k, v, log_decay, state, scale=None, backend="auto"):
     """Take one step of gated linear attention: S <- diag(a) S + k v^T, o = scale S^T q.
 
-    Parameters
-    ----------
-    q, k, v, state, scale, backend : as in `gated_delta_rule`; k of any length.
-    log_decay : (batch, heads, key_dim).
-
-    Returns o, state and raises as `gated_delta_rule`. Source: arXiv 2312.06635, section 4.
+    Arguments, results and errors are those of `gated_delta_rule`, but log_decay is (batch, heads, key_dim) and k may
+    have any length. Source: arXiv 2312.06635, section 4.
     """
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state": state}
     scale = q.shape[-1] ** -0.5 if scale is None else scale

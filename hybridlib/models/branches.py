@@ -1,7 +1,4 @@
-"""Layers that hold both branches, softmax attention and a linear mixer, and models of such layers.
-
-They are for measuring and for training; they keep no cache and are not for saving.
-"""
+"""Layers of both softmax attention and a linear mixer, and models of such layers: to measure or train, not to save."""
 
 from __future__ import annotations
 
@@ -78,10 +75,7 @@ def place(model: nn.Module, layers: Iterable[int]) -> None:
 
 def both_branches(student: PreTrainedModel, teacher: PreTrainedModel,
                   attention: Callable[[nn.Module, nn.Module], BothBranches]) -> PreTrainedModel:
-    """A copy of `student` whose layers hold ``attention(mixer, softmax)``, a copy of the teacher's attention in each.
-
-    Every weight can be trained, on the student's device. Raises ValueError as `gated_model` does.
-    """
+    """Copy `student`, with ``attention(mixer, softmax)`` in each layer and all weights trainable; see `gated_model`."""
     _check_linear(student)
     every = range(student.config.num_hidden_layers)
     linear, model = restore(student, teacher, ()), restore(student, teacher, every)  # softmax: given their mask
@@ -92,18 +86,13 @@ def both_branches(student: PreTrainedModel, teacher: PreTrainedModel,
 
 def gated_model(student: PreTrainedModel, teacher: PreTrainedModel, gates: torch.Tensor | None = None
                 ) -> PreTrainedModel:
-    """A model that holds, in every layer, the student's mixer and the teacher's attention, mixed by a gate.
+    """Return a model that holds, in every layer, the student's mixer and the teacher's attention, mixed by a gate.
 
     With gates of 0 and 1 only, its logits are those of ``restore(student, teacher, layers of gate 1)``. It shares
     memory with student and teacher, which stay as they were, gives weights no gradient, and is in eval mode.
 
-    Parameters
-    ----------
-    student : all linear, from `hybrid.linearize`.
-    teacher : the model it was made from, on the same device.
-    gates : (layers,) or (layers, rows), see `set_gates`; zeros if None.
-
-    Raises ValueError for a student with softmax layers, a teacher of another shape, or gates that do not fit.
+    `student` is all linear, from `hybrid.linearize` of `teacher`, on one device. `gates` are as in `set_gates`, zeros
+    if None. Raises ValueError for a student with softmax layers, a teacher of another shape, or gates that do not fit.
     """
     _check_linear(student)
     check_same_shape(student, teacher)
@@ -137,7 +126,6 @@ def _check_linear(student):
 
 
 def _sharing(module):
-    """A copy of `module` whose weights and buffers are those of `module` itself; its weights take no gradients."""
     tensors = {id(b): b for b in module.buffers()}
     tensors |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, tensors)

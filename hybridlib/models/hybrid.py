@@ -160,10 +160,7 @@ def linear_layers(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def cache_memory(cache: Cache) -> dict[str, int]:
-    """Count the bytes of a model's ``past_key_values``: {"full_attention": bytes, "linear_attention": bytes}.
-
-    Raises ValueError if `cache` is no transformers cache.
-    """
+    """Count a cache's bytes: {"full_attention": bytes, "linear_attention": bytes}. ValueError for no cache."""
     if not isinstance(cache, Cache):
         raise ValueError(f"cache is a {type(cache).__name__}; give the past_key_values that a model returned")
     sizes = {SOFTMAX: 0, LINEAR: 0}
@@ -218,10 +215,7 @@ def linearize(teacher: PreTrainedModel, mixer: str = "gdn", *, seed: int = 0, kv
 
 
 def restore(student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
-    """Make a copy of `student` in which `layers` hold the teacher's softmax attention.
-
-    Raises ValueError for a layer out of range or named twice, or a teacher of another shape than the student's.
-    """
+    """Copy `student`, with the teacher's softmax attention in `layers`; raises ValueError where these do not fit."""
     layers = check_layers(layers, student.config.num_hidden_layers)
     check_same_shape(student, teacher)
     kinds = [SOFTMAX if l in layers else kind for l, kind in enumerate(student.config.layer_types)]
@@ -234,10 +228,7 @@ def restore(student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable
 
 def load_hybrid(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                 teacher: Teacher | None = None) -> PreTrainedModel:
-    """Load a hybrid that `save_pretrained` wrote; a `teacher` must have the revision of the hybrid's own.
-
-    Raises ValueError, naming the file, for a folder that holds no hybrid, a truncated checkpoint, or another teacher.
-    """
+    """Load a hybrid that `save_pretrained` wrote; raises ValueError if it is damaged or not of `teacher`."""
     path, device = Path(path), check_device(device)
     with readable(f"path={str(path)!r}", "config.json", "give a folder that save_pretrained wrote"):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -264,7 +255,6 @@ def _new_model(model_class, settings, like):
 
 
 def _put_states(cache, config):
-    """Put a `MixerState` into each empty linear layer of `cache`; raise ValueError unless its layers are `config`'s."""
     advice = "make it with DynamicCache(config=model.config)"
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}, and hybrids take a DynamicCache; {advice}")

@@ -170,10 +170,7 @@ class _Mixer(nn.Module):
 
 
 class GatedDeltaNet(_Mixer):
-    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), as the paper distils into it.
-
-    silu on q, k and v, l2-normalised q and k, an output gate and no short convolution.
-    """
+    """Gated delta rule mixer (arXiv 2412.06464, eq. 10), as the paper distils into it: without a short convolution."""
 
     operator = "gated_delta_rule"
     state_flops = 7  # decay 1, reading what is stored under the key 2, writing 2, reading 2

@@ -1,7 +1,4 @@
-"""A pass through a teacher or a hybrid, layer by layer, as ordinary calls or compiled, once for each kind of layer.
-
-All families build a layer alike: x + attention(norm(x)), then x + mlp(norm(x)).
-"""
+"""A pass through a teacher or a hybrid, layer by layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
 from __future__ import annotations
 
@@ -24,8 +21,7 @@ _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal without
 def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: bool = False) -> torch.Tensor:
     """Return the hidden states after the final norm, (batch, time, width), of a teacher or a hybrid.
 
-    input_ids : (batch, time), without padding.
-    compiled : run each layer through ``torch.compile``; the first call of each shape takes seconds to minutes.
+    `input_ids` (batch, time) have no padding. If `compiled`, the first call of each shape takes seconds to minutes.
     """
     layer = compiled_if(compiled, _layer)
     x, context = _begin(model, input_ids)
@@ -47,15 +43,9 @@ def attention_io(model: PreTrainedModel, input_ids: torch.Tensor, *, compiled: b
 class TeacherStates:
     """A teacher's last hidden states, computed once a row and remembered for the models that are compared on it.
 
-    A call with rows of token ids, (rows, time), returns what `last_hidden` of the teacher gives, on its device.
-
-    Parameters
-    ----------
-    teacher : a causal LM whose weights do not change meanwhile.
-    memory : bytes to remember in; other rows are computed at every call. A token takes 2 x width bytes on a GPU
-        (in bfloat16) and 4 x width elsewhere.
-
-    Attribute `computed` counts the tokens that the teacher has read.
+    A call with token ids, (rows, time), returns the teacher's `last_hidden`. Its weights must not change meanwhile.
+    Rows beyond `memory` bytes are computed at every call; a token takes 2 x width bytes on a GPU (in bfloat16), 4 x
+    width elsewhere. `computed` counts the tokens that the teacher has read.
     """
 
     def __init__(self, teacher: PreTrainedModel, memory: int = 4 * 2**30):
@@ -96,10 +86,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """Let a GPU sum in the same order in every process within the context, so that the same work gives the same bits.
-
-    An operator that cannot raises RuntimeError (``cumsum``, for the backend ``"chunked"``).
-    """
+    """Let a GPU sum in the same order in every process within the context; RuntimeError for an operator that cannot."""
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     try:
@@ -121,7 +108,6 @@ def compiled_if(compiled: bool, function: Callable) -> Callable:
 
 
 def _begin(model, input_ids):
-    """Return the first layer's input, and the mask and the positions that every layer takes."""
     x = model.model.embed_tokens(input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     mask = None  # transformers makes one while a CUDA graph is recorded, which rules the fast kernels out

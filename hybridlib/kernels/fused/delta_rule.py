@@ -1,9 +1,9 @@
 """The gated delta rule in five kernels, in the symbols of `hybridlib.kernels.chunked`; see the book's page on kernels.
 
 With R = beta (v - in k S), the tokens' writes are N = T R, T = (I + A)^-1; then O = scale (in q) S + P N and
-S' = in_C S + (out k)^T N. The backward pass takes T, the states and N (`written`) from the forward pass, in the dtype
-of the inputs, with the part of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat. Sums of
-log_decay from the chunk's start (`sums`) and beta (`strengths`) lie by chunk, in float32.
+S' = in_C S + (out k)^T N. The backward pass takes T, the states and N (`written`) in the inputs' dtype, with the part
+of T that rounding cut off (`rest`), for dR = T^T dN cancels where keys repeat. Sums of log_decay from the chunk's start
+(`sums`) and beta (`strengths`) lie by chunk, in float32.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def _scan(q, k, v, inverse, sums, strengths, initial, o, final, states, written,
           LOWER: tl.constexpr, PRECISION: tl.constexpr):
     """Chunk after chunk: N = T (beta v - (beta in) k S), O = (scale in) q S + P N, S' = in_C S + k^T (out N).
 
-    A program has WIDTH of the VALUE_DIM columns of S, in float32. Without `o`, `states` and `written` get the state
-    before each chunk and N, and `ready`, if not None, counts finished chunks. LOWER: see `load_square`.
+    Without `o`, `states` and `written` get the state before each chunk and N. LOWER: see `load_square`.
     """
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
@@ -124,10 +123,7 @@ def _scan_back(q, k, inverse, rest, sums, strengths, d_o, d_final, d_right, d_st
                cu_seqlens, time, sequences, heads, segments, scale, q_stride, k_stride, o_stride,
                KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
                MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR).
-
-    `d_states` gets dS' of each chunk, `d_right` dR; `ready`, if not None, counts finished chunks.
-    """
+    """Last chunk first: dN = P^T dO + out k dS', dR = T^T dN, dS = in_C dS' + q^T (scale in dO) - k^T (beta in dR)."""
     column, head, n = tl.program_id(0) * WIDTH, tl.program_id(1), tl.program_id(2)
     start, end, chunk = segment(cu_seqlens, n, time, sequences, segments, SIZE, MANY)
     j, i = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]

@@ -1,9 +1,7 @@
 """A kernel that starts while the scan before it runs, and takes each chunk once the scan has finished it.
 
-It starts as soon as every program of the scan has (CUDA's programmatic dependent launch; compute capability 9.0). Each
-program of the scan sets a count in `ready` to 0 for each of its chunks before others may start (`open_counts`), and
-each of its warps counts a chunk up after its stores (`publish`). A program that needs the chunk waits for all warps of
-all its tiles (`wait_for`); one waits for the whole scan (`finish`), so that later kernels find both done.
+It starts as soon as every program of the scan has (CUDA's programmatic dependent launch; compute capability 9.0). The
+scan's programs set counts of chunks to 0 before that (`open_counts`), and their warps count each chunk up (`publish`).
 """
 
 from __future__ import annotations

@@ -71,10 +71,7 @@ _compiled: dict = {}  # kernels by the key of a call: Triton's own look-up takes
 
 
 class Place:
-    """Sizes of a call; `many` is the power of two of the kernels' search for packed sequences.
-
-    Calls of equal `key` run the same compiled kernels; it is None where a tensor is not aligned to 16 bytes.
-    """
+    """Sizes of a call; calls of equal `key` run the same compiled kernels (None: a tensor not aligned to 16 bytes)."""
 
     def __init__(self, tokens, states, cu_seqlens, keep=None):
         """Take q, k, v and the other tensors by token; the initial state and the last one's gradient, or None."""
@@ -137,11 +134,7 @@ def run(kernel, use, grid, arguments, key):
 
 
 def segments_of(q: torch.Tensor, v: torch.Tensor, sequences: int) -> int:
-    """Return into how many segments the scans cut each of `sequences` sequences; 1: they run it from end to end.
-
-    One for each time that the programs of an uncut scan fit among the GPU's multiprocessors, at most MOST, of LEAST
-    chunks at least by the mean length, and twice as many up to 64 dims where each still has twice LEAST chunks.
-    """
+    """Return into how many segments the scans cut each sequence, so that their programs fill the GPU; 1: none."""
     if override_segments is not None:
         return override_segments
     (batch, time, heads, key_dim), value_dim = q.shape, v.shape[-1]

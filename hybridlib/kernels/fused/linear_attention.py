@@ -56,9 +56,8 @@ def _scan(x, y, log_decay, initial, final, states, lowest, totals, ready, cu_seq
           WIDTH: tl.constexpr, SIZE: tl.constexpr, MANY: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """S' = in_C S + (out k)^T v, chunk after chunk; BACK: dS = in_C dS' + (scale in q)^T dO, last chunk first.
 
-    (x, y) is (k, v) or (q, dO). A program has a tile (HEIGHT, WIDTH) of the state, in float32. `states` gets the state
-    before each chunk, or the gradient of the state after it; `final` the last one, `totals` the decay from the start to
-    the end, `lowest` the least sum of log_decay over a chunk in any of these dims.
+    (x, y) is (k, v) or (q, dO). `states` gets the state before each chunk, or the gradient of the state after it;
+    `lowest` the least sum of log_decay over a chunk in any of a tile's key dims.
     """
     tile, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, column = tile // (VALUE_DIM // WIDTH) * HEIGHT, tile % (VALUE_DIM // WIDTH) * WIDTH
@@ -336,7 +335,6 @@ def backward(q, k, v, log_decay, scale, initial, cu_seqlens, saved, d_o, d_final
 
 
 def _constants(at, use, lowest):
-    """Return the constants of the kernels by chunk, from KEY_DIM to PRECISION."""
     return (at.key_dim, at.value_dim, use.width, SIZE, at.many, lowest.shape[1], LOWEST[at.dtype],
             precision(at.dtype))
 

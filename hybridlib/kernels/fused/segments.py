@@ -2,8 +2,7 @@
 
 Whatever the state before it, a segment of whole chunks leaves an affine map of it, and its gradient goes back through
 the same map: S_(g+1) = M_g S_g + B_g, dS_g = M_g^T dS_(g+1) + dB_g. `_maps` makes the gated delta rule's B and M; for
-gated linear attention M is diagonal, and its scan leaves it beside B. `_join` makes the states at the borders, from
-which the ordinary scans run, all segments at once. All of this is in float32, but for factors of products.
+gated linear attention M is diagonal, and its scan leaves it beside B. `_join` makes the states at the borders.
 """
 
 from __future__ import annotations

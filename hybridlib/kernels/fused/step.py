@@ -1,7 +1,4 @@
-"""One token of both operators, and the norm and gate after it, each in one launch, in float32, without gradients.
-
-A program of `_token` has one head and WIDTH columns of its state, one of `_gated_norm` a head.
-"""
+"""One token of both operators, and the norm and gate after it, each in one launch, in float32, without gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +41,6 @@ def gated_norm(o, g, weight, eps):
 
 
 def _launch(kernel, use, grid, tensors, numbers, sizes):
-    """Run a kernel compiled for `sizes` and the kinds of tensors, whatever the numbers."""
     key, aligned = [tensors[0].device, sizes], 0
     for x in tensors:
         key.append(None if x is None else x.dtype)
@@ -60,7 +56,6 @@ def _dense(x):
 
 @triton.jit
 def _row(H: tl.constexpr):
-    """Return a program's place in batch and heads, and in either alone."""
     row = tl.program_id(0)
     return row.to(tl.int64), (row // H).to(tl.int64), row % H
 
