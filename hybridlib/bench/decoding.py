@@ -20,11 +20,9 @@ __all__ = ["time_decoding", "token_step"]
 
 
 def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
-    """A call that decodes one token: logits (batch, 1, vocab) of a teacher or a hybrid after `token` (batch, 1).
-
-    `cache` is the model's of the text before, without padding; it is not written to. The call never waits for the
-    device, so that a CUDA graph can record it. It is for measurements: every call decodes at the same position.
-    """
+    """Make a call that decodes one token: logits (batch, 1, vocab) after `token` (batch, 1) and the text in `cache`,
+    without padding, which is not written to. Every call decodes at the same position, for measurements, and never waits
+    for the device, so that a CUDA graph can record it."""
     positions = torch.full((1, 1), cache.get_seq_length(), device=token.device)
     own_cache = copy.copy(cache)
     own_cache.layers = [_OneMore(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
@@ -57,18 +55,13 @@ class _OneMore(DynamicLayer):
 
 def time_decoding(bench: Bench, teacher: Teacher, *, share: float = 1.0, context: int = 1024, mixer: str = "gdn",
                   batch: int = 1, new_tokens: int = 32) -> dict:
-    """Time `generate`, greedy, after a prompt of `context` random tokens. Record kind ``"decoding_speed"``.
+    """Time greedy `generate` after `context` random tokens. Record kind ``"decoding_speed"``.
 
-    Parameters
-    ----------
-    teacher : from `load_teacher`; its device and dtype are used.
-    share : of softmax layers, evenly spaced; 1 is the teacher itself, 0 all linear. Hybrids are not trained.
-    new_tokens : to generate for each of the `batch` prompts, at least 2.
-
-    Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens), ``prefill_seconds``,
-    ``full_attention`` and ``linear_attention`` (bytes of the cache by type of layer), ``peak_bytes``; on a GPU
-    ``gpu_tokens_per_second`` by the CUDA graph of one `token_step`, with quartiles ``gpu_low`` and ``gpu_high`` (None
-    on a CPU, and where ``graph_reason`` says why).
+    `share` is that of softmax layers, evenly spaced: 1 is the teacher, 0 all linear; hybrids are not trained.
+    `new_tokens` is at least 2. Metrics: ``tokens_per_second`` (`batch` over the median time between two tokens),
+    ``prefill_seconds``, bytes of the cache (``full_attention``, ``linear_attention``) and ``peak_bytes``; on a GPU
+    ``gpu_tokens_per_second`` by the CUDA graph of one `token_step`, with quartiles ``gpu_low`` and ``gpu_high``, or
+    ``graph_reason`` where it has none.
     """
     source, num_layers = teacher.model, teacher.model.config.num_hidden_layers
     layers = select("uniform", float(share), num_layers=num_layers) if share else ()
@@ -103,7 +96,7 @@ def time_decoding(bench: Bench, teacher: Teacher, *, share: float = 1.0, context
 
 
 class _Stamps:
-    """A streamer that notes the time of each token, the prompt first."""
+    """Note the time of each token that is streamed, the prompt first."""
 
     def __init__(self):
         self.times = []

@@ -1,7 +1,5 @@
-"""How exact the operators are: each backend against the recurrence in float64, over named cases, as records.
-
-Compared are the output, the final state and the gradients of one random functional of both by every input.
-"""
+"""How exact the operators are: each backend against the recurrence in float64, over named cases, as records. Compared
+are the output, the final state and the gradients of one random functional of both by every input."""
 
 from __future__ import annotations
 
@@ -27,16 +25,12 @@ _STATE, _AT_ONCE = "initial_state", 2**23  # numbers of v whose truth is compute
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of an operator, up to its dtype.
+    """The inputs of an operator, up to its dtype.
 
-    Parameters
-    ----------
-    batch, time, heads, key_dim, value_dim : of the inputs.
-    decay : log_decay is ``"mild"`` (-0.1 to 0), ``"none"`` (0), ``"near none"`` (-1e-6 to 0), ``"strong"`` (-20),
-        ``"mixed"`` (half -20, half -0.01 to 0) or ``"strong then mild"`` (-20 in the first half of the tokens).
-    beta : ``"random"`` (0 to 1), ``"zero"`` or ``"one"``; of the gated delta rule.
-    repeat_keys : every token has its head's one key.
-    borders : of sequences packed into one row, as `cu_seqlens`; empty for none.
+    `decay` is that of log_decay: ``"mild"`` (-0.1 to 0), ``"none"`` (0), ``"near none"`` (-1e-6 to 0), ``"strong"``
+    (-20), ``"mixed"`` (half -20, half -0.01 to 0) or ``"strong then mild"`` (-20 in the first half of the tokens).
+    `beta`, of the gated delta rule, is ``"random"`` (0 to 1), ``"zero"`` or ``"one"``. `repeat_keys` gives each head
+    one key; `borders` are those of packed sequences, as `cu_seqlens`.
     """
 
     batch: int = 2
@@ -51,7 +45,6 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        """The case in one line, as records hold it."""
         return (f"({self.batch}, {self.time}, {self.heads}, {self.key_dim}, {self.value_dim}), decay {self.decay}, "
                 f"beta {self.beta}" + (", one key a head" if self.repeat_keys else "")
                 + (f", packed at {', '.join(map(str, self.borders))}" if self.borders else "") + f", seed {self.seed}")
@@ -77,18 +70,13 @@ CASES: dict[str, Case] = {
 
 def measure_exactness(bench: Bench, operator: str, backend: str, cases: Iterable[str] = tuple(CASES),
                       truths: MutableMapping | None = None) -> dict:
-    """Errors of one backend in the cases that `cases_for` allows. Record kind ``"operator_exactness"``.
+    """Measure a backend's errors in the cases that `cases_for` allows. Record kind ``"operator_exactness"``.
 
-    Parameters
-    ----------
-    operator : ``"gated_delta_rule"`` or ``"gated_linear_attention"``.
-    backend : one of `EXACT`.
-    cases : names among `CASES`. q, k, v and beta are of `bench`'s dtype; log_decay and the initial state are float32.
-    truths : a dict of truths by case that the next backend can share; of one operator, dtype and device.
-
-    Metrics, each by a case's name: ``errors``, by tensor's name, infinite for what is not finite, against backend
-    ``"reference"`` in float64 (beyond 1,000 tokens ``"chunked"``) from the same rounded inputs; ``equal``, whether two
-    runs gave the same bits; ``reasons``, why a case could not be run. Raises ValueError if no case is left.
+    `backend` is one of `EXACT`; `truths` by case can be shared by backends of one operator, dtype and device. The dtype
+    is that of q, k, v and beta; log_decay and the initial state are float32. Metrics by case: ``errors`` by tensor
+    against ``"reference"`` in float64 (beyond 1,000 tokens ``"chunked"``) from the same rounded inputs, infinite for
+    what is not finite; ``equal``, whether two runs gave the same bits; ``reasons``, why a case could not be run. Raises
+    ValueError if no case is left.
     """
     dtype, device = bench.dtype, bench.device
     allowed = cases_for(operator, backend, dtype, cases)
@@ -122,11 +110,8 @@ def measure_exactness(bench: Bench, operator: str, backend: str, cases: Iterable
 
 
 def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tuple(CASES)) -> dict[str, Case]:
-    """The cases among `names` that an operator, a backend and a dtype take, in their order.
-
-    ``"reference"`` goes token by token: it takes up to 1,000. ``"fla"`` tunes itself anew for each size and multiplies
-    float32 in TF32: it takes one size, in half precision.
-    """
+    """Keep the cases that an operator, a backend and a dtype take: ``"reference"`` up to 1,000 tokens; ``"fla"``, which
+    tunes itself for each size and multiplies float32 in TF32, one size in half precision."""
     allowed = {}
     for name in names:
         case = CASES[name]
@@ -143,12 +128,12 @@ def cases_for(operator: str, backend: str, dtype: str, names: Iterable[str] = tu
 
 
 def error_bound(backend: str, dtype: str) -> float:
-    """The bound of an error: 1e-2 in half precision, in float32 1e-5, or 1e-3 where products are TF32's."""
+    """Return the bound of an error: 1e-2 in half precision, in float32 1e-5, or 1e-3 where products are TF32's."""
     return 1e-2 if dtype != "float32" else 1e-3 if backend in ("fused", "fla") else 1e-5
 
 
 def make_case(operator: str, case: Case, dtype: str = "float32", device="cpu") -> dict[str, torch.Tensor]:
-    """Tensors of a case by name: the operator's inputs in its order, ``initial_state`` last; drawn on the CPU."""
+    """Make a case's tensors: the operator's inputs in its order, ``initial_state`` last; drawn on the CPU."""
     generator, kind = torch.Generator().manual_seed(case.seed), getattr(torch, dtype)
     size = (case.batch, case.time, case.heads)
 
@@ -174,7 +159,7 @@ def make_case(operator: str, case: Case, dtype: str = "float32", device="cpu") -
 
 
 def relative_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of `truth`; 0 if they are equal, infinite if that is undefined."""
+    """Divide the difference's Frobenius norm by that of `truth`; 0 if they are equal, infinite if undefined."""
     difference = (result.double() - truth).norm().item()
     size = truth.norm().item()
     return 0.0 if difference == 0 else difference / size if math.isfinite(difference) and size > 0 else math.inf
@@ -203,7 +188,6 @@ class _Answers:
 
     @cached_property
     def truth(self):
-        """The exact answer in float64, a few sequences at a time."""
         case, exact = self.case, "reference" if self.case.time < 1000 else "chunked"
         at_once = max(1, _AT_ONCE // (case.time * case.heads * case.value_dim))
         slices = [slice(i, i + at_once) for i in range(0, case.batch, at_once)] if not case.borders else [slice(None)]

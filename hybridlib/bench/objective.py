@@ -1,10 +1,6 @@
-"""How fast the objective of stage 2 is, and how exact, beside the plain formula and other people's kernels.
-
-All compute KL(teacher || student), in nats, mean over tokens, from hidden states and output heads, with the gradients
-of the student's hidden states and head. ``"hybridlib"`` is `divergence_from_hidden`; ``"plain"`` takes both models'
-logits as they come and torch's ``kl_div`` in float32; ``"fla"`` is flash-linear-attention's FusedKLDivLoss and
-``"liger"`` Liger-Kernel's LigerFusedLinearJSD at beta 0, optional packages, both on NVIDIA GPUs.
-"""
+"""Speed and exactness of stage 2's objective, KL(teacher || student) in nats, mean over tokens, beside others' kernels.
+``"plain"`` is torch's ``kl_div`` of logits in float32; ``"fla"`` is flash-linear-attention's FusedKLDivLoss and
+``"liger"`` Liger-Kernel's LigerFusedLinearJSD at beta 0, optional packages, both on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -26,17 +22,12 @@ _AT_ONCE = 2**25  # logits of one model, for the truth
 
 def time_objective(bench: Bench, implementation: str, shape: Iterable[int], direction: str = "forward+backward",
                    truths: MutableMapping | None = None) -> dict:
-    """Time and peak memory of the forward KL from hidden states, and its error. Record kind ``"objective_speed"``.
+    """Time the forward KL from hidden states, with memory and error. Record kind ``"objective_speed"``.
 
-    Parameters
-    ----------
-    implementation : one of `IMPLEMENTATIONS`.
-    shape : (tokens, width, vocab); teacher and student have the same width.
-    direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of the student's two tensors.
-    truths : a dict of truths by shape that the next implementation can share.
-
-    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs; ``errors`` of the ``loss`` and, with the
-    backward pass, of the gradients by ``hidden`` states and ``head``, against the plain formula in float64.
+    `implementation` is one of `IMPLEMENTATIONS`, `shape` (tokens, width, vocab), `direction` ``"forward"`` or
+    ``"forward+backward"``; `truths` by shape can be shared by implementations. Metrics: the timing of `Bench.time`;
+    ``peak_bytes`` beyond the inputs; ``errors`` of ``loss`` and of the gradients by the student's ``hidden`` states and
+    ``head``, against the plain formula in float64.
     """
     tokens, width, vocab = shape = tuple(shape)
     parameters = {"implementation": implementation, "tokens": tokens, "width": width, "vocab": vocab,
@@ -64,7 +55,7 @@ def time_objective(bench: Bench, implementation: str, shape: Iterable[int], dire
 
 
 def why_not(implementation: str, device: torch.device) -> str | None:
-    """Why an implementation cannot run on a device, in one sentence; None if it can."""
+    """Say in one sentence why an implementation cannot run on a device; None if it can."""
     if implementation not in _PACKAGES:
         return None
     module, package = _PACKAGES[implementation]
@@ -78,7 +69,7 @@ def why_not(implementation: str, device: torch.device) -> str | None:
 
 def objective_inputs(shape: Iterable[int], dtype: str = "float32", device="cpu",
                      seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random hidden states (tokens, width) and heads (vocab, width) of a teacher and of a student not far from it."""
+    """Draw hidden states (tokens, width) and heads (vocab, width) of a teacher and of a student near it."""
     tokens, width, vocab = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -114,7 +105,6 @@ IMPLEMENTATIONS = {"hybridlib": divergence_from_hidden, "plain": _plain, "fla": 
 
 
 def _call(implementation, inputs, backward):
-    """A function without arguments that returns (loss,), or (loss, gradient of hidden states, gradient of head)."""
     loss_of, trained = IMPLEMENTATIONS[implementation], [inputs["student_hidden"], inputs["student_head"]]
     if not backward:
         return torch.no_grad()(lambda: (loss_of(**inputs),))

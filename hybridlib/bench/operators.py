@@ -1,8 +1,6 @@
-"""How fast the operators are, by each backend and by other implementations, each measurement a record.
-
-Functions of this room that measure take values that `speed.SpeedSettings` allows and return their record by
-`Bench.record`: parameters and metrics in one dict. Times are in seconds, memory in bytes.
-"""
+"""How fast the operators are, by each backend and by other implementations, each measurement a record. Functions that
+measure take what `speed.SpeedSettings` allows and return parameters and metrics in one dict (see `Bench.record`); times
+are in seconds, memory in bytes."""
 
 from __future__ import annotations
 
@@ -30,15 +28,11 @@ _CACHES = 2**28  # bytes: inputs of calls that take turns are together larger th
 def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int], direction: str = "forward") -> dict:
     """Time one operator on random inputs. Record kind ``"operator_speed"``.
 
-    Parameters
-    ----------
-    operator : one of `OPERATORS`; ``"softmax_attention"`` is torch's scaled_dot_product_attention, causal.
-    backend : one of `kernels` or of `peers`; ``"softmax"`` for softmax attention.
-    shape : (batch, time, heads, dim); q, k, v and beta are of `bench`'s dtype, log_decay is float32.
-    direction : ``"forward"``, without gradients, or ``"forward+backward"``, with those of every input.
-
-    Metrics: the timing of `Bench.time`; ``peak_bytes`` held beyond the inputs; ``floor_bytes`` (`memory_floor`) and
-    ``floor_seconds``, these over the speed of `time_copy`.
+    `operator` is one of `OPERATORS`; ``"softmax_attention"`` (backend ``"softmax"``) is torch's, causal. `shape` is
+    (batch, time, heads, dim); q, k, v and beta are of `bench`'s dtype, log_decay is float32. `direction` is
+    ``"forward"`` or ``"forward+backward"``, with gradients of every input. Metrics: the timing of `Bench.time`;
+    ``peak_bytes`` beyond the inputs; ``floor_bytes`` (`memory_floor`) and ``floor_seconds``, these over the speed of
+    `time_copy`.
     """
     batch, length, heads, dim = shape
     parameters = {"operator": operator, "backend": backend, "batch": batch, "time": length, "heads": heads, "dim": dim,
@@ -61,7 +55,7 @@ def time_operator(bench: Bench, operator: str, backend: str, shape: Iterable[int
 
 def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32", device="cpu",
                     seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random q, k (of unit length), v and, by operator, log_decay (<= 0, float32) and beta (0 to 1), by name."""
+    """Draw q, k (of unit length), v and, by operator, log_decay (<= 0, float32) and beta (0 to 1), by name."""
     batch, length, heads, dim = shape
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -78,31 +72,27 @@ def operator_inputs(operator: str, shape: Iterable[int], dtype: str = "float32",
 
 
 def operator_with(operator: str, backend: str) -> Callable:
-    """The linear operator with one of `BACKENDS`, as a function of the other arguments of that of `kernels`."""
+    """Return the linear operator with one of `BACKENDS`, as a function of the other arguments in `kernels`."""
     if backend in peers.PEERS:
         return peers.gated_delta_rule(backend)
     return functools.partial(getattr(kernels, operator), backend=backend)
 
 
 def refusal(operator: str, backend: str, dim: int, dtype: str, device: torch.device) -> str | None:
-    """Why one of `BACKENDS` cannot run an operator here, in one sentence; None if it can or only a call can tell."""
+    """Say why one of `BACKENDS` cannot run an operator here; None if it can or only a call can tell."""
     if backend in peers.PEERS:
         return peers.why_not(backend, operator, dim, dtype, device)
     return kernels.available_backends().get(backend)
 
 
 def memory_floor(inputs: Mapping[str, torch.Tensor], direction: str = "forward") -> int:
-    """Bytes that an operator must move at least, states left out.
-
-    Forward reads q, k, v and the gates and writes o (of v's size): bytes(inputs) + bytes(v). Backward reads these
-    inputs and do, and writes a gradient for each input: 2 bytes(inputs) + bytes(v).
-    """
+    """Count the bytes that an operator must move at least, states left out: forward, bytes(inputs) + bytes(v) for
+    reading q, k, v and gates and writing o; backward, 2 bytes(inputs) + bytes(v) more, for do and the gradients."""
     inputs_bytes, output_bytes = sum(x.nbytes for x in inputs.values()), inputs["v"].nbytes
     return inputs_bytes + output_bytes if direction == "forward" else 3 * inputs_bytes + 2 * output_bytes
 
 
 def _call(operator, backend, tensors, backward):
-    """A function without arguments that runs the operator on `tensors`, with the gradients of all if `backward`."""
     inputs = [x.requires_grad_(backward) for x in tensors.values()]
     run = operator_with(operator, backend) if operator != "softmax_attention" else None
 

@@ -1,8 +1,6 @@
-"""Other implementations of the operators, to measure beside ours; models do not run with them.
-
-``"flash_qla"`` is FlashQLA's gated delta rule (https://github.com/QwenLM/FlashQLA), written in TileLang and compiled at
-the first call. ``"transformers"`` is the chunked gated delta rule that Qwen3.5 runs where no kernels are installed.
-"""
+"""Other implementations of the operators, to measure beside ours: ``"flash_qla"``, FlashQLA's gated delta rule in
+TileLang (https://github.com/QwenLM/FlashQLA), compiled at the first call, and ``"transformers"``, the chunked one that
+Qwen3.5 runs where no kernels are installed."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ PEERS = ("flash_qla", "transformers")
 
 
 def gated_delta_rule(peer: str) -> Callable:
-    """The gated delta rule by a peer: a function of q, k, v, log_decay and beta that returns output and final state."""
+    """Return a peer's gated delta rule: a function of q, k, v, log_decay and beta to output and final state."""
     if peer == "flash_qla":
         return _flash_qla
     with warnings.catch_warnings():
@@ -31,7 +29,7 @@ def gated_delta_rule(peer: str) -> Callable:
 
 
 def why_not(peer: str, operator: str, dim: int, dtype: str, device: torch.device) -> str | None:
-    """Why a peer cannot run an operator at keys and values of `dim`, in one sentence; None if it can."""
+    """Say why a peer cannot run an operator at keys and values of `dim`, in one sentence; None if it can."""
     if operator != "gated_delta_rule":
         return f"{peer} has the gated delta rule, not {operator.replace('_', ' ')}"
     if peer == "transformers":
@@ -51,7 +49,7 @@ def why_not(peer: str, operator: str, dim: int, dtype: str, device: torch.device
 
 
 def _flash_qla(q, k, v, log_decay, beta, scale=None, initial_state=None):
-    """FlashQLA's chunked gated delta rule, of a batch as one packed row: only there does it cut long sequences."""
+    """Run a batch as one packed row: only there does FlashQLA cut long sequences."""
     from flash_qla import chunk_gated_delta_rule
 
     batch, time = v.shape[:2]
@@ -64,5 +62,5 @@ def _flash_qla(q, k, v, log_decay, beta, scale=None, initial_state=None):
 
 @functools.lru_cache(maxsize=16)
 def _borders(batch, time, device):
-    """The borders of packed sequences (batch + 1,): one tensor a shape, since FlashQLA waits to read a new one."""
+    """Return borders (batch + 1,) of packed sequences, one tensor a shape, for FlashQLA waits to read a new one."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * time

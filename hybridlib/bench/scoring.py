@@ -45,13 +45,10 @@ ENGINES = {"plain": "one run a layer, nothing shared", "engine": "the engine, wi
 class CostSettings(SelectorSettings):
     """`SelectorSettings`, and what the comparison of scoring loops takes.
 
-    Parameters
-    ----------
-    engine_loops : of `ENGINES`; an empty list leaves the comparison out.
-    engine_tokens, engine_heldout_tokens : of stage 2 for each candidate, and to measure it on.
-    engine_points, engine_window, engine_stop_heldout_tokens : measurements along a candidate's training, and the rest
-        of an `EarlyStop`; 0 for no other held-out tokens.
-    engine_group : layers that train together, 0 for the rule of `Engine.group_of`.
+    `engine_loops` are of `ENGINES`; empty, they leave the comparison out. `engine_tokens` are of stage 2 for a
+    candidate, `engine_heldout_tokens` those to measure it on. `engine_points`, `engine_window` and
+    `engine_stop_heldout_tokens` make an `EarlyStop`, with 0 for no other held-out tokens; `engine_group` layers train
+    together, 0 for `Engine.group_of`.
     """
 
     engine_loops: list[str] = ("plain", "engine")
@@ -79,17 +76,15 @@ class CostSettings(SelectorSettings):
 def compare_engines(study: Study, *, workers: int = 0) -> pd.DataFrame:
     """Score all layers, by adding, by each loop of a study's `CostSettings`. Record kind ``"scoring_speed"``.
 
-    - ``"plain"``: for each layer `restore`, `match` and `heldout_kl`, each with its own passes of the teacher, nothing
-      compiled or recorded.
+    - ``"plain"``: `restore`, `match` and `heldout_kl` a layer, with their own passes of the teacher, nothing compiled.
     - ``"engine"``: `score_layers` as a `Study` calls it, with `EarlyStop`; its records and checkpoints are thrown away.
-    - ``"shared"``, ``"recorded"``, ``"together"``: without early stopping, the teacher's states shared; steps compiled
-      and recorded, too (left out on a CPU); all layers, or as many as memory holds, in one stacked model.
-    - ``"workers"``: as ``"recorded"`` (on a CPU, ``"shared"``), by `workers` processes on this machine, at most one a
-      GPU; 0 for as many as there are GPUs. ``start_seconds`` are those to start them and load the inputs.
+    - ``"shared"``: without early stopping, the teacher's states shared; ``"recorded"``, not on a CPU: steps compiled
+      and recorded, too; ``"together"``: all layers, or as many as memory holds, in one stacked model, too.
+    - ``"workers"``: as ``"recorded"``, by `workers` processes on this machine, at most one a GPU; 0 for all GPUs.
 
-    A row a loop, in the order of `ENGINES`. Metrics: ``seconds``, from the aligned student of seed 0 to the last score,
-    compiling included; ``tokens`` of training; ``values``, ``history`` and ``history_tokens`` as in `LayerScores`;
-    ``peak_bytes`` as in `Cost`. Raises ValueError for a number of workers that this machine cannot have.
+    A row a loop. Metrics: ``seconds``, from the aligned student to the last score, compiling included; ``tokens`` of
+    training; ``start_seconds``, to start workers and load their inputs; others as in `LayerScores` and `Cost`.
+    Raises ValueError for a number of workers that this machine cannot have.
     """
     s, device = study.settings, study.teacher.model.device
     count = count_workers(workers, device) if "workers" in s.engine_loops else 0
@@ -123,7 +118,6 @@ class _Runner:
                        "settings": self.recorded.numbers()}
 
     def group(self, loop):
-        """How many layers train together."""
         layers, wanted = self.study.num_layers, self.study.settings.engine_group or None
         if loop == "engine":
             return Engine(group=wanted).group_of(self.student, self.tokens, self.recorded)
@@ -132,7 +126,6 @@ class _Runner:
         return 1
 
     def run(self, loop):
-        """The metrics of one loop."""
         if loop == "workers":
             return self._by_workers()
         self._plain(self.tokens.context, layers=1)  # loads what all loops need
@@ -155,7 +148,6 @@ class _Runner:
                             num_tokens=self.common["num_tokens"], **options)
 
     def _plain(self, num_tokens, layers=None):
-        """The loop of one run a layer, over the first `layers` or all."""
         trained, values = [], []
         for layer in range(self.study.num_layers)[:layers]:
             model = restore(self.student, self.teacher, [layer])
@@ -165,7 +157,7 @@ class _Runner:
                 "num_layers": self.study.num_layers}
 
     def _by_workers(self):
-        """The loop whose tasks go to processes; these start and load before ``seconds`` begin."""
+        """Time workers from when they have started and loaded."""
         num_tokens = self.common["num_tokens"]
         inputs = replace(self.study.scoring_inputs(self.common["mixer"], 0, self.tokens), max_tokens=num_tokens)
         job = Job(inputs, num_tokens, self.recorded, self.common["heldout_tokens"])
@@ -193,10 +185,8 @@ def _metrics(scores):
 
 
 def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
-    """The comparisons of a ledger as `compare_engines` gives them, one a student and setting; of a loop the latest.
-
-    Each row has its ``commit``.
-    """
+    """Read the comparisons of `compare_engines`, one a student and setting; of a loop the latest, each row with its
+    ``commit``."""
     groups: dict[str, dict[str, dict]] = {}
     for record in ledger.find("scoring_speed"):
         row = record.parameters | record.metrics | {"commit": record.commit}
@@ -207,11 +197,8 @@ def recorded_scoring_speed(ledger: Ledger) -> list[pd.DataFrame]:
 
 def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher: str,
                  mixer: str = "gdn") -> dict[str, tuple]:
-    """Pairs of scores, label -> (values, values): GA-S2 of a teacher with itself, and each of `scores` with GA-S2.
-
-    GA-S2 repeats itself in the plain loop and the one of recorded steps, which differ by rounding; the pair most alike
-    comes last. `scores` (title -> a number a layer) stand beside the plain loop of that pair.
-    """
+    """Pair scores by label: GA-S2 of a teacher with itself (the plain loop and recorded steps, which differ by
+    rounding; the pair most alike last), and each of `scores` (title -> a number a layer) with GA-S2's plain loop."""
     repeats = {}
     for frame in recorded_scoring_speed(ledger):
         first, rows = frame.iloc[0], frame[frame["reason"].isna()].set_index("loop")

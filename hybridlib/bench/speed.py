@@ -38,15 +38,11 @@ _EFFORT = ("repeats", "max_seconds", "steps", "new_tokens", "data", "revision", 
 class SpeedSettings(StepSettings):
     """The parameters of the notebook ``mixers_and_speed``: those of `StepSettings`, and these.
 
-    Parameters
-    ----------
-    operators, backends, shapes : as `time_operator` takes them; ``"softmax"`` among the backends is softmax attention.
-    dtype, repeats, max_seconds : of operators, objectives and decoding, see `Bench`.
-    exactness_cases, exactness_dtypes : names among `exactness.CASES`, for all operators and backends.
-    objectives, objective_shapes : implementations of the forward KL, and their (tokens, width, vocab).
-    contexts, shares, decode_batch, new_tokens : as `time_decoding` takes them.
-
-    An empty list of shapes, exactness_cases, objective_shapes, stages or contexts leaves that part out.
+    `operators`, `backends` and `shapes` are as `time_operator` takes them, ``"softmax"`` among the backends being
+    softmax attention; `dtype`, `repeats` and `max_seconds` are those of `Bench`. `exactness_cases` are names in
+    `exactness.CASES`, `objectives` implementations of the forward KL, `objective_shapes` (tokens, width, vocab);
+    `contexts`, `shares`, `decode_batch` and `new_tokens` are for `time_decoding`. An empty list of shapes,
+    exactness_cases, objective_shapes, stages or contexts leaves that part out.
     """
 
     operators: list[str] = OPERATORS[:2]
@@ -91,7 +87,6 @@ class SpeedSettings(StepSettings):
 
 
 def _check_shape(shape, sizes):
-    """Raise ValueError unless `shape` has a whole number of at least 1 for each of `sizes`."""
     count = len(sizes.split(", "))
     if (not isinstance(shape, (list, tuple)) or len(shape) != count
             or not all(type(n) is int and n > 0 for n in shape)):
@@ -99,10 +94,8 @@ def _check_shape(shape, sizes):
 
 
 class SpeedStudy:
-    """The measurements under one `SpeedSettings`, each a record in `bench.ledger`; tables have one row a record.
-
-    Raises ValueError for settings that the teacher cannot take.
-    """
+    """Take the measurements of one `SpeedSettings`, each a record in `bench.ledger` and a row of a table. Raises
+    ValueError for settings that the teacher cannot take."""
 
     def __init__(self, settings: SpeedSettings | None = None):
         self.settings = s = settings or SpeedSettings()
@@ -121,11 +114,11 @@ class SpeedStudy:
         return load_teacher(self.settings.teacher, device=self.bench.device)
 
     def copy(self) -> dict:
-        """Bandwidth of a copy: see `time_copy`."""
+        """Measure the bandwidth of a copy: see `time_copy`."""
         return time_copy(self.bench)
 
     def operators(self) -> pd.DataFrame:
-        """Every operator, backend, shape and direction: see `time_operator`. Softmax attention is measured once."""
+        """Time every operator, backend, shape and direction: see `time_operator`; softmax attention once."""
         s = self.settings
         pairs = [(operator, backend) for backend in s.backends for operator in s.operators if backend != "softmax"]
         pairs += [(OPERATORS[2], "softmax")] if "softmax" in s.backends else []
@@ -137,7 +130,7 @@ class SpeedStudy:
         return pd.DataFrame(sorted(rows, key=lambda row: pairs.index((row["operator"], row["backend"]))))
 
     def exactness(self) -> pd.DataFrame:
-        """Every operator, backend and dtype over the cases that it takes: see `measure_exactness`."""
+        """Measure every operator, backend and dtype over the cases that it takes: see `measure_exactness`."""
         s, rows = self.settings, []
         for operator, dtype in itertools.product(s.operators, s.exactness_dtypes):
             bench, truths = replace(self.bench, dtype=dtype), {}
@@ -146,13 +139,13 @@ class SpeedStudy:
         return pd.DataFrame(rows)
 
     def objectives(self) -> pd.DataFrame:
-        """Every shape, implementation and direction: see `time_objective`."""
+        """Time every shape, implementation and direction: see `time_objective`."""
         s, truths = self.settings, {}
         return pd.DataFrame([time_objective(self.bench, name, shape, direction, truths)
                              for shape in s.objective_shapes for name in s.objectives for direction in DIRECTIONS])
 
     def steps(self) -> pd.DataFrame:
-        """Both loops for every stage, one after the other: see `time_step`."""
+        """Time both loops for every stage, one after the other: see `time_step`."""
         s, aligned = self.settings, {}
         if not s.stages:
             return pd.DataFrame()
@@ -162,7 +155,7 @@ class SpeedStudy:
                              for stage in s.stages for loop in LOOPS])
 
     def decoding(self) -> pd.DataFrame:
-        """Every share and context: see `time_decoding`."""
+        """Time every share and context: see `time_decoding`."""
         s, bench = self.settings, self.bench
         if not s.contexts:
             return pd.DataFrame()
@@ -174,10 +167,8 @@ class SpeedStudy:
 
 
 def recorded_speed(ledger: Ledger) -> dict[str, pd.DataFrame]:
-    """The tables of `SpeedStudy` from a ledger's records, by the names in `KINDS`; of the same question, the latest.
-
-    Each row has its ``commit``. Memory floors are by the ledger's latest copy on the same device.
-    """
+    """Read the tables of `SpeedStudy` from a ledger by the names in `KINDS`, of one question the latest record, with
+    its ``commit``. Memory floors are by the ledger's latest copy on the same device."""
     copies = {r.parameters["device"]: r.metrics for r in ledger.find("copy_speed") if r.metrics["reason"] is None}
     tables = {}
     for name, kind in KINDS.items():

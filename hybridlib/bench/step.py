@@ -34,11 +34,9 @@ STAGES, LOOPS = ("align", "match"), ("hybridlib", "plain")
 class StepSettings(NotebookSettings):
     """What is timed of a training step, beside `NotebookSettings`.
 
-    Parameters
-    ----------
-    stages : of `STAGES`. steps : to run of each; a GPU's first four, where a step is recorded, are not timed.
-    step_align_tokens : of stage 1, for the student that both loops of ``"match"`` begin with; 0 for none. Not timed.
-    plain_backend : of the mixers in the plain loop.
+    `stages` are of `STAGES`, and `steps` how many to run of each; a GPU's first four, where a step is recorded, are not
+    timed. `step_align_tokens` are of stage 1 for the student that ``"match"`` begins with, 0 for none; `plain_backend`
+    is of the mixers in the plain loop.
     """
 
     stages: list[str] = STAGES
@@ -51,21 +49,14 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
               aligned: MutableMapping | None = None) -> dict:
     """Time the training step of one stage, whole and by phase. Record kind ``"step_speed"``.
 
-    Parameters
-    ----------
-    teacher, tokens : from `load_teacher` and `load_tokens`; the device is the teacher's, the context that of `tokens`.
-    stage : ``"align"`` (all layers linear) or ``"match"`` (a hybrid).
-    loop : ``"hybridlib"`` is `align` or `match`, compiled and recorded on a GPU. ``"plain"``, never compiled, takes the
-        KL from all logits of both models, and has one backward pass and torch's default AdamW.
-    aligned : a dict of the mixers that `align` trained, which the next loop can share; of one teacher and text.
+    `stage` is ``"align"`` (all layers linear) or ``"match"`` (a hybrid). `loop` is ``"hybridlib"``, compiled and
+    recorded on a GPU, or ``"plain"``, never compiled, which takes the KL from all logits of both models and steps by
+    torch's default AdamW. `aligned` is a dict of trained mixers that the next loop of one teacher and text can share.
 
     Metrics: ``tokens_per_second`` and ``step_seconds``, a median over whole steps; for each of `PHASES` its seconds,
     e.g. ``teacher_seconds``; ``peak_bytes``, ``loss`` and ``loss_tokens``. Of the plain loop also ``noise_loss``, the
-    losses of another run in the other precision (``noise_dtype``), None if memory is short for it. Phases of the plain
-    loop, and of both on a CPU, are medians over a few more steps in which a phase ends with a wait for the device.
-    Those of a recorded step are of CUDA graphs of its parts: ``backward`` is the time of all passes beyond the forward
-    ones, ``optimizer`` that of a step beyond all passes.
-
+    losses in the other precision (``noise_dtype``), None if memory is short for it. Phases are medians over a few more
+    steps in which a phase ends with a wait for the device; those of a recorded step are of CUDA graphs of its parts.
     Raises ValueError for a bad stage or loop, a budget beyond the teacher's layers, or too few steps to time.
     """
     check_choice("stage", stage, STAGES)
@@ -129,7 +120,6 @@ def time_step(bench: Bench, teacher: Teacher, tokens: Tokens, stage: str, loop: 
 
 
 def _aligned_mixers(teacher, tokens, how, cache):
-    """The mixers' weights after stage 1, by their names in the student, on the CPU."""
     key = how.mixer, how.batch_tokens, how.step_align_tokens
     if key not in cache:
         student = linearize(teacher, how.mixer)
@@ -140,7 +130,7 @@ def _aligned_mixers(teacher, tokens, how, cache):
 
 
 def _weight_groups(student, settings):
-    """The groups of weights that a stage trains, for an optimizer; all others need no gradient any more."""
+    """Group the weights that a stage trains, for an optimizer, and freeze all others."""
     mixers, named = tuple(f"model.layers.{l}.self_attn." for l in linear_layers(student.config)), []
     for name, p in student.named_parameters():
         p.requires_grad_(isinstance(settings, MatchSettings) or name.startswith(mixers))
@@ -151,11 +141,8 @@ def _weight_groups(student, settings):
 
 
 def _loop(student, teacher, tokens, steps, settings, *, plain, laps=None, half=None):
-    """A training loop without comforts: (losses, seconds after each step). `laps` takes each step's seconds by phase.
-
-    `plain` : whether the passes are those of the plain loop. `half` : whether products are in bfloat16; None, on a GPU
-    only.
-    """
+    """Train without comforts: (losses, seconds after each step). `laps` takes each step's seconds by phase, `plain`
+    chooses the plain passes, and `half` puts products in bfloat16 (None: on a GPU only)."""
     device, rows = teacher.device, settings.batch_tokens // tokens.context
     half = device.type == "cuda" if half is None else half
     groups = _weight_groups(student, settings)
@@ -194,8 +181,6 @@ def _loop(student, teacher, tokens, steps, settings, *, plain, laps=None, half=N
 
 
 class _Passes(NamedTuple):
-    """The forward passes of a step; the objective is a scalar that `backward` starts from."""
-
     teacher: Callable  # token ids (rows, context) -> target
     student: Callable  # token ids, target -> output
     objective: Callable  # target, output -> loss
@@ -230,7 +215,7 @@ def _passes(settings, student, teacher, plain, compiled=False):
 
 
 def _recorded_phases(settings, student, teacher, tokens, whole):
-    """Seconds of each phase of a compiled step, from CUDA graphs of its parts; `whole` is those of a step."""
+    """Find the seconds of a compiled step's phases from CUDA graphs of its parts; `whole` is a step's."""
     ids = tokens.rows(0, settings.batch_tokens // tokens.context).to(teacher.device)
     trained = [p for group in _weight_groups(student.train(), settings) for p in group["params"]]
     passes = _passes(settings, student, teacher, plain=False, compiled=True)

@@ -54,26 +54,18 @@ class Bench:
             object.__setattr__(self, "dtype", "bfloat16" if device.type == "cuda" else "float32")
 
     def time(self, calls: Sequence[Callable], together: int = 10) -> dict:
-        """Time one call by two clocks: as launched from Python, and on the GPU alone.
+        """Time one of `calls` by two clocks: as launched from Python, and on the GPU alone.
 
-        Parameters
-        ----------
-        calls : functions without arguments, at least one. Each has inputs of its own, and they take turns, so that no
-            input is still in a cache from the call before.
-        together : calls in one sample on a GPU, at least; launches overlap the work before them, as in training.
-
-        Seconds of one call, median and quartiles: ``seconds``, ``low``, ``high`` and ``samples`` of calls that Python
-        launches one after the other, and those of `time_graph`.
+        Calls have inputs of their own and take turns, so that no input is still in a cache; a sample on a GPU has at
+        least `together` of them. Returns the seconds of one call, median and quartiles, as launched (``seconds``,
+        ``low``, ``high``, ``samples``) and those of `time_graph`.
         """
         launched = _quartiles(_launched_sampler(calls, self.device, together), self.repeats, self.max_seconds)
         return launched | time_graph(calls, self.device, self.repeats, self.max_seconds, together)
 
     def record(self, kind: str, parameters: dict, compute: Callable[[], dict]) -> dict:
-        """The record of `kind` with these parameters on this device, computed if there is none: parameters and metrics.
-
-        The device's name is a parameter. If `compute` raises, the record has ``reason``, one line, in place of numbers,
-        and the next call computes it again.
-        """
+        """Return the record of `kind` with these parameters and the device's name, computed if there is none. If
+        `compute` raises, the record has ``reason`` in place of numbers, and the next call computes it again."""
         parameters = parameters | {"device": describe_device(str(self.device))}
         exists = self.ledger.path(kind, parameters).exists() and not self.recompute
 
@@ -98,8 +90,8 @@ def time_graph(calls: Sequence[Callable], device: torch.device, repeats: int = 2
                together: int = 10) -> dict:
     """Time one call in a CUDA graph of all `calls`, whose replay needs nothing from Python; parameters of `Bench`.
 
-    Seconds ``gpu_seconds`` with quartiles ``gpu_low`` and ``gpu_high``. ``gpu_seconds`` is None on a CPU and where no
-    graph can be captured; ``graph_reason`` then says why.
+    Seconds are ``gpu_seconds`` with quartiles ``gpu_low`` and ``gpu_high``. ``gpu_seconds`` is None on a CPU and where
+    no graph can be captured; ``graph_reason`` then says why.
     """
     if device.type != "cuda":
         return {"gpu_seconds": None}
@@ -119,7 +111,6 @@ def _quartiles(sampler, repeats, max_seconds):
 
 
 def _launched_sampler(calls, device, together):
-    """A function that launches calls and returns the seconds of one; it has run them once before."""
     if device.type == "cuda":
         batches = [list(calls) * -(-together // len(calls))]
     else:  # the first calls of a process wait for pages of memory, which training does not
@@ -141,11 +132,9 @@ def _launched_sampler(calls, device, together):
 
 
 def _graph_sampler(calls, device, together):
-    """A function that replays a CUDA graph of all calls and returns the seconds of one.
-
-    Raises RuntimeError for calls that wait for the device or copy from it. Where torch sees a call wait, no capture is
-    begun: one that fails midway would spoil later ones.
-    """
+    """Return a function that replays a CUDA graph of all calls and returns the seconds of one. Raises RuntimeError for
+    calls that wait for the device or copy from it. Where torch sees a call wait, no capture is begun: one that fails
+    midway would spoil later ones."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -179,7 +168,7 @@ def _graph_sampler(calls, device, together):
 
 @contextlib.contextmanager
 def _no_waiting():
-    """Within the block, a call that torch sees wait for the GPU raises RuntimeError, in any thread."""
+    """Within the block, raise RuntimeError where torch sees a call wait for the GPU, in any thread."""
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():  # torch warns that it does not see everything
@@ -191,7 +180,7 @@ def _no_waiting():
 
 
 def peak_memory(call: Callable, device: torch.device) -> tuple:
-    """The result of `call`, and the most bytes of GPU memory held beyond those held before it (None on a CPU)."""
+    """Return the result of `call`, and the most bytes of GPU memory held beyond those before (None on a CPU)."""
     if device.type != "cuda":
         return call(), None
     wait(device)
@@ -222,7 +211,7 @@ def time_copy(bench: Bench) -> dict:
 
 
 def error_line(error: Exception) -> str:
-    """The message of `error` in one line of at most 200 characters, after its type unless that is ValueError."""
+    """Return the message of `error` in one line of at most 200 characters, after its type unless ValueError."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "it gave no message")
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
 

@@ -26,7 +26,7 @@ _DASH = "\u2013"
 
 
 def participants(names: Sequence[str]) -> pd.DataFrame:
-    """What each of these selectors is: its source, what it needs, what it assumes, what it costs in words."""
+    """Say in words what each selector is: its source, what it needs and assumes, and what it costs."""
     selectors = [find_selector(name) for name in names]
     return pd.DataFrame({s.title: {"source": s.source, "needs": s.needs, "assumes": s.assumes, "costs": s.cost}
                          for s in selectors}).T.rename_axis("selector")
@@ -39,8 +39,7 @@ def agreement_of_sets(contest: Contest) -> np.ndarray:
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
-    """What each selector needs and cost, mean over seeds, as text; a dash where it is not known. ``note`` is of its
-    `Selection`, or why the teacher does not allow it."""
+    """Show as text what each selector needs and cost, mean over seeds; a dash stands for what is not known."""
     rows = contest.chosen.assign(peak_memory=contest.chosen["peak_memory"] / 2**20).groupby("selector", sort=False)
     means = rows[list(COSTS)].mean()
     forms = {"flops": "{:.2e}", "seconds": "{:,.1f}"}
@@ -52,7 +51,7 @@ def cost_table(contest: Contest) -> pd.DataFrame:
 
 
 def neighbours(contest: Contest) -> pd.DataFrame:
-    """Whether the layers of each selector's sets lie beside one another, mean over seeds: see `neighbour_counts`."""
+    """Count the neighbours among the layers of each selector's sets, mean over seeds: see `neighbour_counts`."""
     counts = neighbour_counts(contest.chosen.assign(num_layers=contest.num_layers))
     return counts.groupby("selector", sort=False).agg(**{
         "pairs of neighbours": ("pairs", "mean"), "in random sets": ("expected", "mean"),
@@ -60,10 +59,8 @@ def neighbours(contest: Contest) -> pd.DataFrame:
 
 
 def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:
-    """The selectors, without controls, that none beats in both, from the cheapest.
-
-    Columns, means over seeds: `cost`, a field of `Cost`, and `value`, ``"kl"`` or ``"recall_exact"``.
-    """
+    """Keep the selectors, controls apart, that none beats in both `value` (``"kl"`` or ``"recall_exact"``) and `cost`
+    (a field of `Cost`): means over seeds, the cheapest first."""
     check_choice("value", value, ("kl", "recall_exact"))
     check_choice("cost", cost, tuple(COSTS))
     means = contest.usable.groupby("selector", sort=False)[[cost, value]].mean().dropna()
@@ -74,10 +71,8 @@ def front(contest: Contest, value: str, cost: str = "flops") -> pd.DataFrame:
 
 
 def best_by_need(contest: Contest, value: str = "kl") -> pd.DataFrame:
-    """By what one has, the best selector of those that need no more, and of equals the cheapest; no controls.
-
-    `value` is ``"kl"`` or ``"recall_exact"``, shown with its 95% interval over seeds.
-    """
+    """Name the best selector for each level of needs, by ``"kl"`` or ``"recall_exact"`` with its 95% interval over
+    seeds; of equals the cheapest, and no controls."""
     check_choice("value", value, ("kl", "recall_exact"))
     rows, table = contest.usable, {}
     means = rows.groupby("selector", sort=False)[[value, "flops", "seconds"]].mean()
@@ -98,12 +93,8 @@ def best_by_need(contest: Contest, value: str = "kl") -> pd.DataFrame:
 
 
 def reference_table(contest: Contest, reference: str = "GA-S2") -> pd.DataFrame:
-    """Each selector beside `reference`: its share of the cost, how alike both rank and choose, and whose KL is lower.
-
-    FLOPs are means over seeds and seconds medians, for a first call may compile. ``Spearman`` of the two's scores and
-    ``Jaccard`` of their sets are mean (least to largest) over seeds; ``best by its scores`` says whether a selector's
-    sets are the best by its own scores. Empty if `reference` was not run.
-    """
+    """Compare each selector with `reference`; empty if that was not run. FLOPs are means over seeds and seconds
+    medians, for a first call may compile; correlations and indices are mean (least to largest) over seeds."""
     rows, table = contest.chosen, {}
     theirs = rows[rows["selector"] == reference].set_index("seed")
     for title in contest.titles if len(theirs) else ():
@@ -129,7 +120,6 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _ratio(part: float, whole: float) -> str:
-    """``1/20``, ``1.5`` or ``0``; a dash if one of the two is not known."""
     if np.isnan(part) or np.isnan(whole) or whole == 0:
         return _DASH
     return "0" if part == 0 else f"1/{whole / part:,.0f}" if part < whole / 1.5 else f"{part / whole:.1f}"

@@ -28,11 +28,8 @@ _BEST = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
 def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: str = "kl", *,
               selectors: Sequence[str] = ()) -> Figure:
-    """Every measured set as a grey dash over the number of its layers, mean over seeds, and where selectors' sets lie.
-
-    `table` is that of `oracle.oracle_table`, `judged` that of `oracle.judge`; `selectors` are marked, seven at most. A
-    line joins the best set of each size.
-    """
+    """Draw every measured set over its size, mean over seeds, and those of up to seven `selectors`; a line joins the
+    best. `table` is that of `oracle.oracle_table`, `judged` that of `oracle.judge`."""
     means = table.dropna(subset=[value]).groupby(["size", "layers"], as_index=False)[value].mean()
     best = means.groupby("size")[value].agg("min" if MEASURES[value].better == "lower" else "max")
     names = [name for name in dict.fromkeys(selectors) if judged is not None and (judged["selector"] == name).any()][:7]
@@ -54,7 +51,7 @@ def landscape(table: pd.DataFrame, judged: pd.DataFrame | None = None, value: st
 
 
 def seed_agreement(records: Sequence[Record], metric: str = "kl") -> pd.DataFrame:
-    """The least and largest Spearman correlation of two seeds' rankings of the sets of a size, three sets at least."""
+    """Find the least and largest Spearman of two seeds' rankings of a size's sets, three sets at least."""
     rows = []
     for a, b in combinations([values(record, metric) for record in records], 2):
         for size in sorted({len(layers) for layers in a}):
@@ -66,10 +63,7 @@ def seed_agreement(records: Sequence[Record], metric: str = "kl") -> pd.DataFram
 
 
 def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
-    """The best set of each size by the mean over seeds, and which set was best in each seed, as text.
-
-    ``as good`` counts the sets with that mean; of equals the first in the order of layers is named.
-    """
+    """Name the best set of each size by the mean over seeds and by each seed; ``as good`` counts sets of that mean."""
     check_choice("metric", metric, METRICS)
     sign, rows = 1 if MEASURES[metric].better == "lower" else -1, []
     for size, part in table.dropna(subset=[metric]).groupby("size"):
@@ -84,8 +78,8 @@ def best_sets(table: pd.DataFrame, metric: str = "kl") -> pd.DataFrame:
 
 
 def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Regret, mean over seeds with its 95% interval, and rank of each selector's set among all sets of `size`, by KL
-    and by recall; the last line has the mean regret of all sets. Empty if no set of that size was judged."""
+    """Show each selector's regret (mean over seeds, 95% interval) and rank among all sets of `size`, then the mean
+    regret of all sets; empty if no set of that size was judged."""
     rows, every_set = judged[judged["size"] == size], table[table["size"] == size]
     if rows.empty:
         return pd.DataFrame()
@@ -103,11 +97,8 @@ def judged_table(judged: pd.DataFrame, table: pd.DataFrame, size: int) -> pd.Dat
 
 
 def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits: int = 3) -> Figure:
-    """Pairwise interactions, mean over seeds, as a heat map of the lower triangle of `oracle.interaction_maps`.
-
-    Blue is below 0, one layer stands in for the other; orange above, they help one another. A number is bold where all
-    seeds, two at least, agree on its sign; what was not measured is hatched.
-    """
+    """Draw `oracle.interaction_maps`, mean over seeds: below 0 (blue) one layer stands in for the other, above (orange)
+    they help one another. Bold: two or more seeds agree on the sign; hatched: not measured."""
     mean, count = maps.mean(0), maps.shape[1]
     alike = (np.sign(maps) == np.sign(maps[0])).all(0) & (len(maps) > 1)
     most = float(np.nanmax(np.abs(mean), initial=0)) or 1.0
@@ -118,8 +109,7 @@ def interaction_map(maps: np.ndarray, unit: str = "KL (nats a token)", *, digits
 
 
 def interaction_table(maps: np.ndarray) -> pd.DataFrame:
-    """The interaction of every measured pair of layers, from the most negative on: the mean over seeds, its 95%
-    interval, and whether that excludes 0."""
+    """Show each measured pair's interaction with its 95% interval over seeds, the most negative first."""
     rows = []
     for i, j in combinations(range(maps.shape[1]), 2):
         if np.isfinite(maps[:, i, j]).all():
@@ -131,7 +121,6 @@ def interaction_table(maps: np.ndarray) -> pd.DataFrame:
 
 
 def _title(selector):
-    """A selector's title; of a search over the record, and of other seeds, the name."""
     return SELECTORS[selector].title if selector in SELECTORS else selector
 
 

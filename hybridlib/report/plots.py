@@ -1,8 +1,5 @@
-"""The study's figures: each function takes records' numbers and returns one matplotlib Figure.
-
-Figures have no title (the page has a caption), and nothing is told by colour alone. Of scores, higher means keep;
-layers count from 0, next to the embedding.
-"""
+"""The study's figures: each function takes records' numbers and returns one matplotlib Figure, without a title. Higher
+scores mean keep; layers count from 0, next to the embedding."""
 
 from __future__ import annotations
 
@@ -33,11 +30,8 @@ _DOTTED = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2))}
 
 def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (higher = keep)", *,
                  keep: Mapping[str, Iterable[int]] | None = None) -> Figure:
-    """Score of every layer: mean over seeds with its 95% interval (Student's t), one marker a label.
-
-    `scores` is label -> array (seeds, layers); (layers,) is one seed, without an interval. `ylabel` says what a score
-    is, with its unit. Markers of the layers that `keep`, label -> layers, has are filled, all others hollow.
-    """
+    """Draw each layer's score, mean over seeds with its 95% interval (Student's t), filled if in `keep` (label ->
+    layers). `scores` is label -> array (seeds, layers), or (layers,) for one seed."""
     arrays = {label: np.atleast_2d(np.asarray(values, dtype=float)) for label, values in scores.items()}
     values = np.concatenate(list(arrays.values()))
     layers, beside, bounds = np.arange(values.shape[1]), dodge(len(arrays), 0.18), []
@@ -66,11 +60,8 @@ def layer_scores(scores: Mapping[str, Sequence], ylabel: str = "importance (high
 
 
 def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, *, k: int | None = None) -> Figure:
-    """Two rankings of the same layers against each other, every point a layer's number; rank 1 is kept first.
-
-    `x`, `y` are scores (layers,), higher = keep; `k` is the budget, and layers within it by both are filled. Spearman's
-    correlation stands above, with its percentile bootstrap interval over layers (95%).
-    """
+    """Draw two rankings of the same layers by scores `x` and `y` (layers,), higher = keep, with Spearman's correlation
+    and its 95% bootstrap interval; layers that both put within the budget `k` are filled."""
     rho = bootstrap_interval(spearman, x, y)
     ranks = np.array([pd.Series(np.asarray(s, dtype=float)).rank(ascending=False) for s in (x, y)])
     count = ranks.shape[1]
@@ -103,17 +94,9 @@ def rank_scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: st
 def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlabel: str | None = None,
                group: str | None = None, reference: float | None = None, reference_label: str = "teacher",
                log: bool = False) -> Figure:
-    """A metric of several selections over seeds: a dot a seed, the mean, its 95% interval, and the numbers.
-
-    Parameters
-    ----------
-    frame : one row a run, e.g. `Ledger.table`; rows without `value` are left out.
-    value, label : columns: the metric, and what is compared; one line a label, in the frame's order from the top. The
-        interval (Student's t) is cut to what the metric can be, `agreement.RANGES`.
-    xlabel : what the value is, with its unit; None names a metric and which way is better.
-    group : a column that splits each label, e.g. the mixer.
-    reference : a value to compare with, drawn as a line named `reference_label`. log : logarithmic, for values above 0.
-    """
+    """Draw a metric of several selections: a dot a seed, the mean, and its 95% interval (Student's t, cut to
+    `agreement.RANGES`). `frame` has one row a run, of which those without `value` are left out; `value`, `label` and
+    `group` are its columns; a line marks `reference`; `log` takes values above 0."""
     rows = frame.dropna(subset=[value])
     if log and not (rows[value] > 0).all():
         raise ValueError(f"frame has {value!r} of {rows[value].min()}; a logarithmic axis needs values above 0")
@@ -153,10 +136,7 @@ def comparison(frame: pd.DataFrame, value: str, label: str = "selector", *, xlab
 
 
 def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int) -> Figure:
-    """Which layers each selector keeps: a line a selector, a cell a layer, filled from below by the share of seeds.
-
-    `selections` is label -> the set of layers of each seed.
-    """
+    """Draw the share of seeds in which each selector keeps each layer; `selections` is label -> each seed's layers."""
     sets = {label: [check_layers(layers, num_layers) for layers in by_seed] for label, by_seed in selections.items()}
     linear = {"facecolor": "white", "edgecolor": _OUTLINE, "linewidth": 0.7}
     softmax = {"facecolor": COLOURS[0], "linewidth": 0}
@@ -179,7 +159,7 @@ def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int
 
 
 def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "loss") -> Figure:
-    """Loss, logarithmic, against tokens trained on; `curves` is label -> (tokens, losses), both (points,)."""
+    """Draw loss, logarithmic, against tokens trained on; `curves` is label -> (tokens, losses), both (points,)."""
     lines = {label: np.asarray(pair, dtype=float) for label, pair in curves.items()}
     if not all((losses > 0).all() for _, losses in lines.values()):
         raise ValueError("curves has a loss that is not above 0; a logarithmic axis cannot show it")
@@ -204,10 +184,7 @@ def loss_curves(curves: Mapping[str, tuple[Sequence, Sequence]], ylabel: str = "
 
 def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Jaccard similarity", *,
                      digits: int = 2) -> Figure:
-    """Agreement of every pair of `labels` (n,) as a heat map of `matrix` (n, n), within [-1, 1], darker = more alike.
-
-    The scale starts at 0, or at -1 if a value is negative; nan is hatched.
-    """
+    """Draw `matrix` (n, n), within [-1, 1], of every pair of `labels` (n,) as a heat map; nan is hatched."""
     values = np.asarray(matrix, dtype=float)
     return heat_map(values, (labels, labels), measure, ["#f2f5f8", "#9cc3e0", "#2f6ea8", "#0b2a4f"],
                     (-1 if np.nanmin(values, initial=0) < 0 else 0, 1), digits=digits)
@@ -215,11 +192,8 @@ def agreement_matrix(labels: Sequence[str], matrix: Sequence, measure: str = "Ja
 
 def heat_map(values: np.ndarray, names: tuple[Sequence[str], Sequence[str]], measure: str, colours: Sequence[str],
              limits: tuple[float, float], *, digits: int = 2, bold: np.ndarray | None = None) -> Figure:
-    """Numbers (rows, columns) in coloured cells; nan is hatched, what a mask hides is left out.
-
-    `names` are those of rows and of columns, `limits` the numbers of the first and the last of `colours`, `measure`
-    their name; `bold` (rows, columns) are the numbers to print bold.
-    """
+    """Draw numbers (rows, columns) in coloured cells; nan is hatched, what a mask hides is left out. `names` are of
+    rows and of columns, `limits` the numbers at the ends of `colours`; `bold` is (rows, columns)."""
     values, (low, high) = np.ma.asarray(values), limits
     size = 8.5 if len(values) <= 9 else 6.5 if len(values) <= 18 else 5
     gradient = LinearSegmentedColormap.from_list("house", list(colours))
@@ -252,11 +226,8 @@ def heat_map(values: np.ndarray, names: tuple[Sequence[str], Sequence[str]], mea
 
 def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: str, ylabel: str,
                    panel: str | None = None, floor: str | None = None) -> Figure:
-    """How `y` grows with `x`, both logarithmic: a line a label, a panel for each value of the column `panel`.
-
-    `frame` has one row a measurement; those without `y` are left out. `floor` is a column that `y` cannot be below; its
-    least value at each `x` is a dotted line, the memory floor.
-    """
+    """Draw how `y` grows with `x`, both logarithmic: a line a label, a panel for each value of column `panel`. Rows
+    without `y` are left out; `floor` is a column that `y` cannot be below, dotted."""
     rows = frame.dropna(subset=[y])
     if not (rows[[x, y]] > 0).all(axis=None):
         raise ValueError(f"frame has {x!r} or {y!r} of {rows[[x, y]].min().min()}; logarithmic axes need more than 0")
@@ -291,7 +262,7 @@ def scaling_curves(frame: pd.DataFrame, x: str, y: str, label: str, *, xlabel: s
 
 
 def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlabel: str) -> Figure:
-    """What makes up a whole: a bar a row of `frame`, named by the column `label`, cut into `parts`, column -> name."""
+    """Draw what makes up a whole: a bar a row of `frame`, cut into `parts`, column -> name."""
     names = list(parts)
     hatches = ("", "////", "", "....", "\\\\\\\\", "xx", "")
     styles = [{"facecolor": COLOURS[i % 7], "hatch": hatches[i % 7], "edgecolor": "white"} for i in range(len(names))]
@@ -309,7 +280,6 @@ def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlab
 
 
 def _bars(axes, names):
-    """A line a name from the top, over a grid."""
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), [str(name) for name in names], fontsize=9)
     axes.tick_params(axis="y", length=0)

@@ -1,8 +1,5 @@
-"""The layers that the paper's authors kept, and what was reported of them: facts to set our own results beside.
-
-The README beside ``data/published/layer_sets.csv`` and ``results.csv`` says where they come from and how far to trust
-them. Nothing here is measured.
-"""
+"""The layers that the paper's authors kept and the results they reported, to set ours beside; nothing is measured here.
+The README in ``data/published`` says where they come from and how far to trust them."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ _SETTING = ["teacher", "num_layers", "student_mixer", "probe_mixer", "budget", "
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """Parameters of the notebook `published_sets`: `share`, the budget at which sets are compared; `student`, the mixer
-    of the hybrids that they were published for."""
+    """The notebook's parameters: `share`, the budget of the sets, and `student`, their hybrids' mixer."""
 
     share: float = 0.25
     student: str = "gdn"
@@ -44,33 +40,27 @@ class PublishedSettings:
 
 
 def load_layer_sets() -> pd.DataFrame:
-    """The published sets, a row each; `layers` is a tuple in the authors' order, `size` says how many they are.
-
-    `budget` and `probe_mixer` are nan where the source has none.
-    """
+    """Load the published sets, a row each, layers in the authors' order; nan is what the source lacks."""
     frame = pd.read_csv(data_folder("published") / "layer_sets.csv")
     frame["layers"] = [tuple(map(int, str(text).split())) for text in frame["layers"]]
     return frame.assign(size=frame["layers"].map(len))
 
 
 def load_results() -> pd.DataFrame:
-    """The reported averages, shares from 0 to 1, a row each: second-hand."""
+    """Load the reported averages, shares from 0 to 1, a row each: second-hand."""
     return pd.read_csv(data_folder("published") / "results.csv")
 
 
 def of_share(sets: pd.DataFrame, share: float, student: str, *, others: bool = False) -> pd.DataFrame:
-    """The sets of hybrids with the mixer `student` at the budget `share`, of a probe's only those of its own mixer.
-
-    `others` adds sets that were taken from other works, which have a number of layers of their own and no budget.
-    """
+    """Take the sets for the mixer `student` at the budget `share`, of a probe's only those of its own mixer; `others`
+    adds sets of other works, which have no budget."""
     own = (sets["student_mixer"] == student) & (sets["probe_mixer"].isna() | (sets["probe_mixer"] == student))
     return sets[own & ((sets["budget"] == share) | (others & sets["budget"].isna()))]
 
 
 def nearest_sets(sets: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
-    """The sets of other works, without a budget, beside the set of `best` for the same teacher and student nearest in
-    size: how many layers the two ``shared``, how many random sets of these sizes share (``expected``), and the
-    ``probability`` that they share as many or more; missing where there is no set of `best`."""
+    """Compare each set of another work with the set of `best` nearest in size: layers ``shared``, ``expected`` of
+    random sets, and the ``probability`` that those share as many or more; missing without a set of `best`."""
     rows = []
     for r in sets[sets["budget"].isna()].itertuples():
         rivals = sets[(sets["teacher"] == r.teacher) & (sets["student_mixer"] == r.student_mixer)
@@ -86,14 +76,10 @@ def nearest_sets(sets: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
 
 
 def agreements(frame: pd.DataFrame, across: str) -> pd.DataFrame:
-    """Every pair of sets that differ in the column `across` alone, the number of layers being equal.
-
-    `across` is ``"teacher"``, ``"budget"``, ``"selector"``, or ``"probe_mixer"``, which compares what each mixer's
-    probe gave its own student. Columns: the setting, ``a`` and ``b`` (values of `across`), ``jaccard`` and its
-    ``chance``, ``probability`` (the share of random sets of these sizes that overlap as much or more, hypergeometric),
-    ``nested`` (one set holds the other), and ``spearman`` of the order of the layers that both rankings list, nan for
-    patterns and for fewer than three shared layers.
-    """
+    """Compare every two sets of one size that differ in the column `across` alone; for ``"probe_mixer"``, what each
+    mixer's probe gave its own student. ``chance`` is the mean ``jaccard`` of random sets, ``probability`` the share of
+    them that overlap as much or more (hypergeometric); ``nested`` says whether one set holds the other; ``spearman`` is
+    of the layers in both rankings, nan for patterns and for fewer than three."""
     same = [c for c in _SETTING if c != across and not (across in ("selector", "probe_mixer") and c == "probe_mixer")]
     if across == "probe_mixer":
         same.remove("student_mixer")  # a probe's own student
@@ -113,7 +99,7 @@ def agreements(frame: pd.DataFrame, across: str) -> pd.DataFrame:
 
 
 def agreement_matrix(pairs: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
-    """Matrix (n, n) of the mean Jaccard index over the `agreements` of two labels; nan without any, 1 of itself."""
+    """Average the Jaccard index of `agreements` over two labels (n, n); nan without any, 1 on the diagonal."""
     both = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})])
     matrix = both.pivot_table("jaccard", "a", "b").reindex(index=labels, columns=labels).to_numpy(copy=True)
     np.fill_diagonal(matrix, 1.0)
@@ -121,18 +107,15 @@ def agreement_matrix(pairs: pd.DataFrame, labels: Sequence[str]) -> np.ndarray:
 
 
 def agreement_table(pairs: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The means of `agreements` for each value of the column `by`, and how many overlap as few random sets do."""
+    """Average `agreements` for each value of the column `by`, and count pairs that overlap as few random sets do."""
     return pairs.assign(rare=pairs["probability"] <= 0.05).groupby(by, sort=False).agg(**{
         "pairs": ("jaccard", "size"), "Jaccard": ("jaccard", "mean"), "by chance": ("chance", "mean"),
         "that at most 5% of random sets reach": ("rare", "sum"), "Spearman of shared layers": ("spearman", "mean")})
 
 
 def clustering_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Whether a selector's sets, pooled, have more neighbours than random ones; no set may be a cut of another.
-
-    Columns: pairs of neighbours in all its sets, how many are expected of random sets of these sizes, and the share of
-    random draws of as many sets that have as many pairs or more, and as many or fewer (exact).
-    """
+    """Count neighbours in each selector's pooled sets, no set a cut of another, beside what random sets expect, and the
+    exact shares of random draws with as many or more, and as many or fewer."""
     rows = {}
     for name, part in neighbour_counts(frame).groupby("selector", sort=False):
         shares, pairs = np.ones(1), int(part["pairs"].sum())
@@ -144,10 +127,8 @@ def clustering_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_layers(results: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """Each reported figure with the ``layers`` that it belongs to, None if that set is not published.
-
-    GA-S1, greedy addition by the stage-1 metric, is taken to be what the sets call stage-1 MSE: neither table says so.
-    """
+    """Join each reported figure to its ``layers``, None if not published. GA-S1, greedy addition by the stage-1 metric,
+    is taken to be what the sets call stage-1 MSE: neither table says so."""
     layers = []
     for r in results.itertuples():
         name, _, probe = r.selector.partition(" (")
@@ -160,10 +141,8 @@ def with_layers(results: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(table: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
-    """What `best` is reported above each rival of its teacher, student and budget: a row a rival, ``difference``.
-
-    `table` is that of `with_layers`; ``other layers`` counts the layers of `best` that the rival's set lacks.
-    """
+    """Show by how much `best` is reported above each rival of its teacher, student and budget, and how many of its
+    layers the rival lacks. `table` is that of `with_layers`."""
     pairs = table[table["selector"] == best].merge(table, on=["teacher", "student_mixer", "budget", "metric"],
                                                    suffixes=("", "_rival"))
     pairs = pairs[pairs["selector_rival"] != best].reset_index(drop=True)
@@ -175,7 +154,7 @@ def differences(table: pd.DataFrame, best: str = "GA-S2") -> pd.DataFrame:
 
 
 def consistency(sets: pd.DataFrame) -> pd.DataFrame:
-    """Whether the published sets fit one another: a row a check, for how many it holds, and which fail."""
+    """Check whether the published sets fit one another: a row a check, for how many it holds, which fail."""
     counted, even = sets.dropna(subset=["budget"]), sets[sets["selector"] == "UNIFORM"]
     nested = agreements(counted[~counted["selector"].isin(PATTERNS)], "budget")
     rows = {"as many layers as the budget asks for": [
@@ -192,7 +171,7 @@ def consistency(sets: pd.DataFrame) -> pd.DataFrame:
 
 
 def _overlap(a, b):
-    """How many layers two sets share, and the probability that random sets of their sizes share as many or more."""
+    """Count the layers two sets share, with the probability that random sets of their sizes share as many or more."""
     shared = len(set(a.layers) & set(b.layers))
     return shared, float(stats.hypergeom.sf(shared - 1, a.num_layers, a.size, b.size))
 

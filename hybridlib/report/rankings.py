@@ -1,4 +1,4 @@
-"""Do the selectors of a contest rank layers alike, and as GA-S2 does, and how far does GA-S2 repeat itself?"""
+"""Whether a contest's selectors rank layers alike, and as GA-S2 does, and how far GA-S2 repeats itself."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ AIM = (0.9, 1 / 20)  # of the gate gradient: Spearman's correlation with GA-S2, 
 
 
 def recorded_scores(ledger: Ledger, contest: Contest) -> dict[str, tuple[float, ...]]:
-    """Every score in `ledger` under the settings of `contest` and the selector's default options: title, with a seed
-    other than 0 -> a number a layer, higher for keep; in the order of `SELECTORS`."""
+    """Read scores under `contest`'s settings and default options: title and seed -> (layers,), higher = keep."""
     return {SELECTORS[name].title + (f", seed {seed}" if seed else ""): scores.values
             for (name, seed), scores in _scores(ledger, contest).items()}
 
 
 def _scores(ledger, contest) -> dict[tuple[str, int], Selection]:
-    """The same by (name, seed), with the cost and without layers; the teacher's own, which no seed changes, once."""
     s, aligned, chosen = contest.settings, contest.settings["aligned"], {}
     settings = StudySettings(**{f.name: s[f.name] for f in fields(StudySettings) if f.name in s})
     records = {_text(r.parameters): r for r in sorted(ledger.find("score"), key=lambda r: r.started)
@@ -52,14 +50,13 @@ def _scores(ledger, contest) -> dict[tuple[str, int], Selection]:
 
 
 def _text(parameters):
-    """Parameters as text, but for the fingerprint of a corpus ("data"), for which one must load it."""
+    """Write parameters as text without the fingerprint of a corpus ("data"), for which one must load it."""
     return json.dumps({key: _text(value) if key == "aligned" else value for key, value in parameters.items()
                        if key != "data"}, sort_keys=True)
 
 
 def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2") -> dict[str, tuple]:
-    """Pairs of `recorded_scores` for `verdicts.rankings`: each selector's with the reference's of the same seed (the
-    teacher's own with that of seed 0), then each selector's own of seed 0 and of another."""
+    """Pair each selector's scores with those of `reference` of the same seed, and with its own of another."""
     pairs, own = {}, {}
     for title, values in scores.items():
         base, _, seed = title.partition(", seed ")
@@ -72,21 +69,17 @@ def score_pairs(scores: Mapping[str, Sequence[float]], reference: str = "GA-S2")
 
 
 def agreement_of_scores(contest: Contest) -> tuple[list[str], np.ndarray]:
-    """(titles, mean over seeds of Spearman's correlation) of the selectors that give each layer a number of their own.
-    """
+    """Return titles and mean Spearman correlation over seeds (n, n) of selectors that score every layer."""
     table = contest.chosen.pivot(index="selector", columns="seed", values="values").reindex(contest.titles).dropna()
     by_seed = [np.array(table[seed].tolist()) for seed in table]  # (selectors, layers) each
     return list(table.index), np.mean([spearman(values[:, None], values) for values in by_seed], axis=0)
 
 
 def agreement_with_ga_s2(ledger: Ledger, contests: Iterable[Contest]) -> pd.DataFrame:
-    """How far each selector ranks layers as GA-S2 does, under the settings of each teacher's first contest: a row a
-    teacher, selector and seed.
-
-    Columns: ``spearman`` with its bootstrap interval over layers, ``low`` to ``high``; ``kendall``; ``flops_share``, of
-    GA-S2's FLOPs; ``met``, whether both numbers of `AIM` are; ``ga_s2_again``, Spearman's correlation of GA-S2 with
-    itself on other text; ``with_both``, that of the selector with the mean of the two. nan is not on record.
-    """
+    """Measure how far selectors rank layers as GA-S2 does: a row a teacher (its first contest), selector and seed; nan
+    is not on record. ``low`` to ``high`` is the bootstrap interval over layers of ``spearman``; ``flops_share`` is of
+    GA-S2's FLOPs; ``met`` says whether both numbers of `AIM` are reached; ``ga_s2_again`` is Spearman's correlation of
+    GA-S2 with itself on other text, ``with_both`` the selector's with the mean of the two."""
     rows = {}
     for contest in contests:
         teacher = contest.settings["aligned"]["teacher"]
@@ -106,12 +99,9 @@ def agreement_with_ga_s2(ledger: Ledger, contests: Iterable[Contest]) -> pd.Data
 
 
 def rank_gaps(ledger: Ledger, contest: Contest, count: int = 4) -> pd.DataFrame:
-    """Where the gate gradient and GA-S2 disagree: for each seed the `count` layers whose ranks differ most.
-
-    Columns: the ranks of both and of others, 1 for the layer most worth keeping, nan where they were not run; and
-    ``lost``, the layer's share of the lost agreement: Spearman's correlation loses 6 d^2 / (L (L^2 - 1)) by a layer
-    whose ranks differ by d.
-    """
+    """Find by seed the `count` layers whose ranks (1 is kept first) by the gate gradient and GA-S2 differ most.
+    ``lost`` is a layer's share of the lost agreement: a difference of d takes 6 d^2 / (L (L^2 - 1)) off Spearman's
+    correlation. nan is of selectors that were not run."""
     check_int("count", count, 1)
     scores, rows = _scores(ledger, contest), {}
     names = ("gate-gradient", "ga-s2", "ga-s2-again", "ga-s2-slow", "smart", "gr-s2")

@@ -19,10 +19,7 @@ _NONE = "\u2013"
 
 
 def engine_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Of each loop: seconds, how many times as fast as the plain one, tokens, and how its ranking agrees with that.
-
-    A row a loop of each comparison; ``commit`` tells loops of two runs apart, where records have it.
-    """
+    """Compare each loop's speed, tokens and ranking with the plain loop's; ``commit`` tells runs apart."""
     rows = []
     for frame in frames:
         for _, row in frame.iterrows():
@@ -40,10 +37,8 @@ def engine_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def worker_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One worker a GPU beside the same loop in one process, a row a comparison that has both.
-
-    ``scores apart`` is the largest difference of a layer's score, in nats.
-    """
+    """Compare one worker a GPU with the same loop in one process; ``scores apart`` is the largest difference of a
+    layer's score, in nats."""
     rows = []
     for frame in frames:
         loops = _loops(frame)
@@ -60,12 +55,9 @@ def worker_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def early_stop_table(frames: Sequence[pd.DataFrame], path: str | Path | None = None) -> pd.DataFrame:
-    """Early stopping as it was reported, second-hand, and by each engine of `frames` that ran beside the plain loop.
-
-    A set settles at the first of the measurements that agreed; all as shares of training, empty where it did not.
-    ``Jaccard`` is that of the best layers with the plain loop's. `path` is another file than
-    ``data/published/early_stop.csv``.
-    """
+    """Show early stopping as reported, second-hand, and by each engine of `frames` beside the plain loop: when a set
+    settled, in shares of training, empty where it did not, and Jaccard of the best layers. `path` replaces
+    ``data/published/early_stop.csv``."""
     reported = pd.read_csv(path or data_folder("published") / "early_stop.csv").set_index("quantity")
     rows = [{"teacher": "reported", **{name: "{low:.0%} to {high:.0%}".format(**reported.loc[key])
                                        for name, key in (("settled", "settled"), ("tokens saved", "saved"))}}]
@@ -92,12 +84,11 @@ def _question(frame):
 
 
 def _loops(frame):
-    """Loop -> its row, of those that ran."""
     return {row["loop"]: row for _, row in frame.iterrows() if pd.isna(row["reason"])}
 
 
 def _agreement(frame, row, loop):
-    """A loop's `row` against another loop of `frame`: speed, Spearman, Jaccard at each budget; empty without it."""
+    """Compare a loop's `row` with another `loop` of `frame`; empty without it."""
     other = _loops(frame).get(loop)
     if other is None:
         return {}

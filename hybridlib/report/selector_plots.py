@@ -21,11 +21,9 @@ _JOINED = {"color": INK, "linewidth": 1, "linestyle": (0, (5, 2))}
 
 
 def quality_and_cost(contest: Contest, value: str, cost: str = "flops", *, log: bool = False) -> Figure:
-    """A metric against what choosing cost: a number a selector, filled on the `front`, which a line joins.
-
-    `value` and `cost` are those of `front`. The point is the mean over seeds, with the metric's 95% interval (Student's
-    t), cut to what it can be; cost is logarithmic, with 0 at its left end, and so is the metric if `log`.
-    """
+    """Draw a metric (mean over seeds, 95% interval by Student's t) against the cost of choosing, filled on the `front`;
+    `value` and `cost` are as it takes them. The cost is logarithmic, with 0 at its left end; `log` makes the metric so,
+    too."""
     best = list(front(contest, value, cost).index)
     rows = contest.chosen.dropna(subset=[value, cost])
     if rows.empty:
@@ -72,8 +70,7 @@ def quality_and_cost(contest: Contest, value: str, cost: str = "flops", *, log: 
 
 
 def _number(axes, points, on_front):
-    """Numbers from 1 beside `points` (n, 2); points that lie on one another have one label. Of the places around a
-    point a label takes the first within the axes that no other point and no label before it lies in."""
+    """Number `points` (n, 2) where no other point or label lies; points on one another share a label."""
     pixels = axes.transData.transform(points)
     places, scale = axes.transAxes.inverted().transform(pixels), axes.figure.dpi / 72
     left, taken = list(range(len(points))), []

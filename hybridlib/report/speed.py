@@ -1,8 +1,5 @@
-"""What the records of the speed study show, as tables.
-
-Every function takes a table of `SpeedStudy` or `recorded_speed`, of one row a record; records that have a ``reason`` in
-place of numbers are left to `refusals`.
-"""
+"""Tables of the speed study, each from a table of `SpeedStudy` or `recorded_speed` with one row a record. Records that
+have a ``reason`` in place of numbers are left to `refusals`."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _NONE = "\u2013"
 
 
 def captioned(part: str, frame: pd.DataFrame) -> list[Styler]:
-    """The tables of one part of the speed study (a key of `speed.KINDS`) with captions, refusals last; none empty."""
+    """Caption the tables of a part of the speed study (a key of `speed.KINDS`), refusals last; leave out empty ones."""
     tables = {
         "operators": {"operators, forward": operator_table,
                       "operators, forward+backward": lambda frame: operator_table(frame, "forward+backward")},
@@ -37,12 +34,12 @@ def captioned(part: str, frame: pd.DataFrame) -> list[Styler]:
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:
-    """The records that have numbers."""
+    """Keep the records that have numbers."""
     return frame[frame["reason"].isna()] if len(frame) else pd.DataFrame()
 
 
 def refusals(frame: pd.DataFrame) -> pd.DataFrame:
-    """What could not run, and why: a row a reason and backend, implementation, softmax share, loop or case."""
+    """Say what could not run, and why: a row a reason and backend, implementation, softmax share, loop or case."""
     rows = []
     for _, row in frame.iterrows():
         what = next(row[name] for name in ("backend", "implementation", "share", "loop") if name in row)
@@ -54,7 +51,7 @@ def refusals(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def record_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row a part: how many records it has, their devices, teachers and commits."""
+    """Count each part's records, with their devices, teachers and commits."""
     def names(frame, column, length=None):
         return ", ".join(dict.fromkeys(str(x)[:length] for x in frame[column].dropna())) if column in frame else ""
 
@@ -72,10 +69,8 @@ def _shape(row, names):
 
 
 def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFrame:
-    """Operators: milliseconds as launched and on the GPU with quartiles, memory floor and peak memory.
-
-    ``of the floor`` and ``of the fastest`` (backend at this shape) are ratios of times, on the GPU where it was timed.
-    """
+    """Show milliseconds as launched and on the GPU with quartiles, memory floor and peak memory. ``of the floor`` and
+    ``of the fastest`` (at this shape) are ratios of times, on the GPU where it was timed."""
     rows = measured(frame)
     rows = rows[rows["direction"] == direction] if len(rows) else rows
     if rows.empty:
@@ -95,7 +90,7 @@ def operator_table(frame: pd.DataFrame, direction: str = "forward") -> pd.DataFr
 
 
 def exactness_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each backend's worst error, in which case and tensor, its bound, and how many cases two runs gave alike."""
+    """Show each backend's worst error, where it is, its bound, and how many cases two runs gave alike."""
     table = []
     for row, errors in _errors(frame):
         bound, worst = error_bound(row["backend"], row["dtype"]), errors.max()
@@ -107,27 +102,24 @@ def exactness_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def tensor_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The worst error of the output, the final state and each gradient, over all cases."""
+    """Show the worst error of the output, the final state and each gradient, over all cases."""
     table = [_which(row) | dict(errors.max(axis=1).map("{:.1e}".format)) for row, errors in _errors(frame)]
     return _indexed(table, "operator", "backend", "dtype").fillna(_NONE)
 
 
 def _errors(frame):
-    """(row, errors with a column a case and a row a tensor) of each record that has errors."""
+    """Yield each record that has errors, as row and frame (tensors, cases)."""
     return [(row, pd.DataFrame(row["errors"])) for _, row in measured(frame).iterrows()]
 
 
 def _which(row):
-    """Index columns; of a backend that was compiled by a version of Triton, this version too."""
     triton = f", Triton {row['triton']}" if isinstance(row.get("triton"), str) else ""
     return {"operator": row["operator"].replace("_", " "), "backend": row["backend"] + triton, "dtype": row["dtype"]}
 
 
 def objective_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Milliseconds as launched and on the GPU with quartiles, peak memory, and relative errors.
-
-    ``of ours`` says how many times as long a call takes as hybridlib's, on the GPU where both were timed there.
-    """
+    """Show milliseconds as launched and on the GPU with quartiles, peak memory and relative errors; ``of ours`` is the
+    ratio of times to hybridlib's, on the GPU where both were timed there."""
     table, call, rows = [], ["tokens", "width", "vocab", "dtype", "direction"], measured(frame)
     ours = {tuple(row[call]): row for _, row in rows.iterrows() if row["implementation"] == "hybridlib"}
     for _, row in rows.iterrows():
@@ -146,11 +138,8 @@ def objective_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Throughput of whole steps, beside the sum of the phases timed apart and, on a GPU, the memory a loop adds.
-
-    ``losses apart`` is the largest relative difference of a step's loss from the plain loop's; of the plain loop
-    itself, from its losses in the other precision.
-    """
+    """Show throughput, the sum of phases timed apart and, on a GPU, a loop's added memory. ``losses apart`` is the
+    largest relative difference of a step's loss from the plain loop's (of its own, in the other precision)."""
     table, rows = [], measured(frame)
     plain = {row["stage"]: row for _, row in rows.iterrows() if row["loop"] == "plain"}
     for _, row in rows.iterrows():
@@ -171,10 +160,8 @@ def step_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def decoding_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Decoding by share of softmax layers: MiB of the cache, tokens a second, seconds of prefill.
-
-    ``cache_of_teacher`` and ``speed_of_teacher``, by GPU time where it was timed, are over the teacher's.
-    """
+    """Show decoding by share of softmax layers: MiB of the cache, tokens a second and seconds of prefill.
+    ``cache_of_teacher`` and ``speed_of_teacher``, by GPU time where it was timed, are over the teacher's."""
     rows = measured(frame).reset_index(drop=True)
     if rows.empty:
         return rows

@@ -1,4 +1,4 @@
-"""Figures of the speed study; a function that draws takes a table of `SpeedStudy` and returns a list of figures."""
+"""Figures of the speed study, each function from a table of `SpeedStudy` to a list of figures."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ _CLOCKS = {"seconds": "microseconds a token, as launched", "gpu_seconds": "micro
 
 
 def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame:
-    """Rows for a figure of time against length: ``panel``, ``backend``, ``time``, and ``microseconds`` a token.
-
-    The clock is ``"seconds"`` (as launched) or ``"gpu_seconds"``. Shapes have the heads and dim that most shapes have;
-    of those of one length, the one with most tokens. Softmax attention is repeated beside each operator.
-    """
+    """Prepare the figure of time against length: ``microseconds`` a token as launched (``"seconds"``) or on the GPU
+    (``"gpu_seconds"``), at the commonest heads and dim, and of one length the most tokens. Softmax attention is
+    repeated beside each operator."""
     rows = measured(frame)
     rows = rows[rows[clock].notna()] if clock in rows else rows[:0]
     if rows.empty:
@@ -43,14 +41,14 @@ def operator_curves(frame: pd.DataFrame, clock: str = "seconds") -> pd.DataFrame
 
 
 def operator_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Time a token against the length of a row, for each clock that was read, with the memory floor."""
+    """Draw time a token against the length of a row, for each clock that was read, with the memory floor."""
     curves = {label: operator_curves(frame, clock) for clock, label in _CLOCKS.items()}
     return [plots.scaling_curves(rows, "time", "microseconds", "backend", panel="panel", floor="floor",
                                  xlabel="tokens in a row", ylabel=label) for label, rows in curves.items() if len(rows)]
 
 
 def step_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Where the time of a training step goes, a bar a stage and loop."""
+    """Draw where the time of a training step goes, a bar a stage and loop."""
     bars = pd.DataFrame([{"bar": f"{row['stage']}, {row['loop']}"}
                          | {name: 1e3 * row[f"{name}_seconds"] for name in PHASES}
                          for _, row in measured(frame).iterrows()])
@@ -58,12 +56,12 @@ def step_figures(frame: pd.DataFrame) -> list[Figure]:
 
 
 def loss_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Loss of every timed step against tokens trained on, a figure a stage: both loops, and the other precision."""
+    """Draw the loss of every timed step, a figure a stage: both loops, and the other precision."""
     return [plots.loss_curves(loops, _LOSSES[stage]) for stage, loops in step_losses(frame).items()]
 
 
 def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
-    """Losses by stage and loop, e.g. ``"plain loop, float32"``: (tokens trained on, losses)."""
+    """Collect losses by stage and loop, e.g. ``"plain loop, float32"``: (tokens trained on, losses)."""
     stages = {}
     for _, row in measured(frame).iterrows():
         curves = stages.setdefault(row["stage"], {})
@@ -74,7 +72,7 @@ def step_losses(frame: pd.DataFrame) -> dict[str, dict[str, tuple[list, list]]]:
 
 
 def decoding_figures(frame: pd.DataFrame) -> list[Figure]:
-    """Memory of the cache and tokens a second, by each clock that was read, against the context: a line a share."""
+    """Draw the cache's memory and tokens a second, by each clock, against the context: a line a share."""
     table = decoding_table(frame)
     columns = {"cache_mib": "cache (MiB)", "tokens_per_second": "tokens a second, as launched",
                "gpu_tokens_per_second": "tokens a second, GPU time"}

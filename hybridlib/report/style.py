@@ -1,8 +1,5 @@
-"""The house style of the figures: readable in grey, and the same on every machine.
-
-Colours differ in lightness from their neighbours, and each goes with a marker and a line style. matplotlib's global
-settings are not touched.
-"""
+"""The house style of figures: readable in grey, for each colour goes with a marker and a line style. matplotlib's
+global settings are not touched."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ MEASURES = {"kl": Measure("held-out KL", "nats a token", "lower"), "perplexity":
 
 
 def label_of(column: str) -> str:
-    """The name of a metric with its unit; of any other column, its own."""
+    """Name a metric with its unit; any other column keeps its own name."""
     if column not in MEASURES:
         return column
     name, unit, _ = MEASURES[column]
@@ -85,8 +82,7 @@ class Plot(Figure):
 
 
 def axis_limits(values: Sequence, bounds: Sequence = (), log: bool = False) -> tuple[float, float]:
-    """Lower and upper limit of an axis that follows `values`, with a margin; their intervals, `bounds`, get at most as
-    much room again on each side, and run off the axis where they are longer."""
+    """Find the limits of an axis that follows `values`; intervals, `bounds`, get at most as much room again."""
     values, bounds = np.ravel(values).astype(float), np.ravel(bounds).astype(float)
     bounds = bounds[np.isfinite(bounds) & ((bounds > 0) | (not log))]
     if log:
@@ -100,12 +96,12 @@ def axis_limits(values: Sequence, bounds: Sequence = (), log: bool = False) -> t
 
 
 def look(i: int, *, line: bool = True) -> dict:
-    """Colour, marker and line style (none unless `line`) of the i-th label, as keywords of matplotlib's `plot`."""
+    """Return the i-th label's colour, marker and line style (none unless `line`) as keywords of matplotlib's `plot`."""
     return {"color": COLOURS[i % 7], "marker": "osD^vPX"[i % 7], "linestyle": _LINES[i % 7] if line else ""}
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> tuple[Figure, Axes]:
-    """A `Plot` of `width` by `height` inches and its one axes."""
+    """Make a `Plot` of `width` by `height` inches and its one axes."""
     figure = Plot(figsize=(width, height), layout=layout)
     return figure, figure.add_subplot()
 
@@ -125,19 +121,19 @@ def plain_axes(axes: Axes) -> None:
 
 
 def dodge(count: int, step: float) -> np.ndarray:
-    """Offsets (count,) around 0 that set labels beside each other, `step` apart or as close as 0.6 in all needs."""
+    """Return offsets (count,) around 0 that set labels beside each other, `step` apart or closer, within 0.6 in all."""
     return (np.arange(count) - (count - 1) / 2) * min(step, 0.6 / count)
 
 
 def layer_ticks(axes: Axes, count: int) -> None:
-    """Layer numbers along the x axis, every one of them where there is room."""
+    """Put layer numbers along the x axis, every one of them where there is room."""
     axes.set_xticks(range(0, count, 1 if count <= 32 else 2 if count <= 64 else 5))
     axes.tick_params(axis="x", labelsize=8 if count <= 24 else 7)
     axes.set_xlabel("layer (0 at the embedding)")
 
 
 def log_ticks(axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis from `low` to `high` as plain numbers, at least a few of them on a short axis."""
+    """Show ticks of a logarithmic axis as plain numbers, at least a few of them on a short axis."""
     steps = (1, 1.5, 2, 3, 5, 7) if high / low < 12 else (1, 2, 5) if high / low < 200 else (1,)
     axis.set_major_locator(MaxNLocator(5) if high / low < 3 else LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -145,18 +141,18 @@ def log_ticks(axis, low: float, high: float) -> None:
 
 
 def format_number(value: float, digits: int) -> str:
-    """`value` with `digits` decimals and a true minus sign; what rounds to zero has none."""
+    """Format `value` with `digits` decimals and a true minus sign; what rounds to zero has none."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
 
 
 def format_interval(mean: float, low: float, high: float, digits: int) -> str:
-    """``mean [low, high]``, or the mean alone if there is no interval."""
+    """Format ``mean [low, high]``, or the mean alone if there is no interval."""
     text = format_number(mean, digits)
     return f"{text} [{format_number(low, digits)}, {format_number(high, digits)}]" if np.isfinite(low) else text
 
 
 def milliseconds(timing: Mapping, clock: str = "") -> str:
-    """A timing as text, ``median [low, high]``; a dash if it has none. `clock` goes before its names: ``"gpu_"``."""
+    """Format a timing as ``median [low, high]``, or a dash; `clock` goes before its names: ``"gpu_"``."""
     if pd.isna(timing.get(f"{clock}seconds")):
         return "\u2013"
     median, low, high = (1e3 * timing[clock + name] for name in ("seconds", "low", "high"))
@@ -164,5 +160,5 @@ def milliseconds(timing: Mapping, clock: str = "") -> str:
 
 
 def mebibytes(count: float | None) -> str:
-    """Bytes as text in whole MiB; a dash if they were not counted."""
+    """Format bytes as whole MiB; a dash if they were not counted."""
     return "\u2013" if pd.isna(count) else f"{count / 2**20:,.0f}"

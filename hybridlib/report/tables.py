@@ -25,10 +25,8 @@ _SETTINGS = {"teacher": "teacher", "mixer": "mixer of the linear layers", "softm
 
 
 def settings_table(run: Study | Contest | pd.DataFrame | Sequence[Record] | None) -> pd.DataFrame:
-    """What was run, a line a setting; empty where nothing was.
-
-    `run` is a study, a contest, a frame of `verdicts.recorded_hybrids`, or the records of an oracle, one a seed.
-    """
+    """List what was run, a line a setting; empty where nothing was. `run` is a study, a contest, a frame of
+    `verdicts.recorded_hybrids`, or the records of an oracle, one a seed."""
     if run is None or not isinstance(run, (Study, Contest)) and len(run) == 0:
         return pd.DataFrame()
     if isinstance(run, Study):
@@ -53,11 +51,9 @@ def settings_table(run: Study | Contest | pd.DataFrame | Sequence[Record] | None
 
 def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str] | Mapping[str, str], *,
              digits: int = 3) -> pd.DataFrame:
-    """A table of text: for each `by`, the number of runs and each value as ``mean [low, high]`` over them.
-
-    `frame` has one row a run, e.g. `Ledger.table`; `by` are columns, `values` columns to show, or column -> heading.
-    The 95% interval is Student's t, cut to what a metric can be; a single run has none. A dash is no value at all.
-    """
+    """Show as text, for each `by`, the number of runs and each value as ``mean [low, high]`` over them, 95% by
+    Student's t, cut to what a metric can be; a dash is no value at all. `frame` has one row a run; `values` are
+    columns, or column -> heading."""
     headings = values if isinstance(values, Mapping) else {name: label_of(name) for name in values}
     groups, table = frame.groupby(by, sort=False, dropna=False), {}
     for name, heading in headings.items():
@@ -68,8 +64,7 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
 
 
 def neighbour_counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with `agreement.contiguity` of the ``layers`` of each row among its ``num_layers``: ``pairs``,
-    ``expected`` and ``probability``."""
+    """Join to `frame` the `agreement.contiguity` of each row's ``layers`` among its ``num_layers``."""
     counts = [contiguity(layers, int(n)) for layers, n in zip(frame["layers"], frame["num_layers"])]
     return frame.join(pd.DataFrame(counts, frame.index, ["pairs", "expected", "probability"]))
 

@@ -19,10 +19,10 @@ __all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdicts"]
 
 
 def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
-    """The mean of a - b over seeds, its 95% interval, and ``lower`` or ``higher`` where that excludes 0.
+    """State the mean of a - b over seeds, its 95% interval, and ``lower`` or ``higher`` where that excludes 0.
 
-    `frame` has one row a selector and seed, as `Study.compare` gives it; `value` is a key of `style.MEASURES`; `a` and
-    `b` are two of the column ``selector``, paired by ``seed``. Raises ValueError for an unknown name, or two such rows.
+    `frame` has one row a selector and seed, as `Study.compare` gives it; `value` is a key of `style.MEASURES`. Raises
+    ValueError for an unknown name, or two rows of a selector and seed.
     """
     check_choice("value", value, tuple(MEASURES))
     for selector in (a, b):
@@ -41,7 +41,7 @@ def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4)
 
 
 def direction(low: float, high: float, seeds: int) -> str:
-    """What an interval over `seeds` allows to say of a difference."""
+    """Say what an interval over `seeds` allows to say of a difference."""
     if seeds == 1:
         return "one seed cannot tell"
     return "lower" if high < 0 else "higher" if low > 0 else "not told apart"
@@ -49,7 +49,7 @@ def direction(low: float, high: float, seeds: int) -> str:
 
 def verdicts(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]],
              values: Sequence[str] = ("kl", "recall_exact")) -> pd.DataFrame:
-    """The `outcome` of every pair, a row each, by every value, a column each; empty for a frame without rows."""
+    """State the `outcome` of every pair, a row each, by every value, a column each; empty for an empty frame."""
     if frame.empty:
         return pd.DataFrame()
     selectors = set(frame["selector"])
@@ -59,12 +59,8 @@ def verdicts(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]],
 
 
 def rankings(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], k: int) -> pd.DataFrame:
-    """How far two scores of the same layers agree; one row a pair, as text.
-
-    `pairs` is label -> two scores (layers,), higher = keep. Columns: the correlations of Spearman and of Kendall
-    (tau-b) and the Jaccard index of the `k` best, each with its percentile bootstrap interval over layers, and the
-    index that two random sets have on average.
-    """
+    """Compare two scores (layers,), higher = keep, of each pair, as text: Spearman, Kendall (tau-b) and Jaccard of the
+    `k` best, with 95% bootstrap intervals over layers, and Jaccard by chance."""
     measures = {"Spearman [95%]": spearman, "Kendall [95%]": kendall,
                 f"Jaccard of the best {k} [95%]": lambda x, y: top_k_jaccard(x, y, k)}
     return pd.DataFrame.from_dict({label: {
@@ -75,18 +71,12 @@ def rankings(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], k: in
 
 def recorded_hybrids(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer: str | None = None, *,
                      require: Iterable[str] = ()) -> pd.DataFrame:
-    """The hybrids of a ledger whose layers the `rules` would keep, one row a rule and seed; empty if there are none.
+    """Find a ledger's hybrids whose layers the `rules` would keep: a row a rule and seed, empty if none.
 
-    Parameters
-    ----------
-    rules : label -> arguments of `Study.select` (``selector``, and maybe ``mixer`` of the probe and ``normalize``);
-        None is the hybrid that keeps no layer.
-    mixer : of the hybrids; None takes any.
-    require : labels without which a setting is passed over.
-
-    Layers are chosen again from the recorded scores, of several lengths the longest. Of hybrids that differ in more
-    than seed and layers, those of the setting in which most rules were run are taken, the latest of equals.
-    Columns are those of `Study.compare`, and what was run, as `tables.settings_table` shows it.
+    `rules` is label -> arguments of `Study.select` (``selector``, ``mixer`` of the probe, ``normalize``), or None for
+    the hybrid that keeps no layer; `mixer` None takes any hybrid. Layers are chosen again from the longest recorded
+    scores. Of several settings that have all labels in `require`, the one with most rules is taken, the latest of
+    equals. Columns are those of `Study.compare`, and what was run, for `tables.settings_table`.
     """
     records = list(ledger)
     depths = {_text(r.parameters): len(r.metrics["heldout_error"]) for r in records if r.kind == "align"}
@@ -112,7 +102,6 @@ def recorded_hybrids(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer:
 
 
 def _layers_by_rule(rule, hybrid: Record, records: list[Record], depths: dict[str, int]) -> tuple[int, ...] | None:
-    """The layers that `rule` keeps under the budget of `hybrid`; None where no record tells."""
     p = hybrid.parameters
     count, num_layers = len(p["layers"]), depths.get(_text(p["aligned"]))
     if rule is None or count == 0 or num_layers is None:
