@@ -472,7 +472,7 @@ def test_a_full_disk_costs_one_record(settings, whole, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(ledger.os, "replace", full)
-    with pytest.raises(ScoringFailed, match=r"layer 1 \(OSError: .*the disk is full.*the other 2 of 3"):
+    with pytest.raises(ScoringFailed, match=r"layer 1 \(OSError: .*No space left on device.*the other 2 of 3"):
         study.scores("gdn", 0)
     assert [r.parameters["layer"] for r in study.ledger.find("candidate")] == [0, 2]
     assert study.scores("gdn", 0).values == whole.values and len(written) == 4
