@@ -139,9 +139,10 @@ def score_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
     encoded = encode_all(examples, tokenizer, model.config)
     with evaluation_mode(model):
         if mode == "greedy":
-            return RecallScore(*_share(_written(model, tokenizer, encoded, batch_size)), len(encoded))
-        score = recall_of_members(model, tokenizer, encoded, batch_size)[0]
-    return RecallScore(*score, sum(len(spans) for _, spans in encoded))
+            exact_match, stderr = _share(_written(model, tokenizer, encoded, batch_size))
+            return RecallScore(exact_match, stderr, len(encoded))
+        exact_match, stderr = recall_of_members(model, tokenizer, encoded, batch_size)[0]
+    return RecallScore(exact_match, stderr, sum(len(spans) for _, spans in encoded))
 
 
 def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase, config
