@@ -11,7 +11,7 @@ from hybridlib.checks import check_choice
 from hybridlib.report.style import MEASURES, format_interval, format_number, label_of
 from hybridlib.report.tables import neighbour_counts
 from hybridlib.report.verdicts import outcome
-from hybridlib.selection.agreement import RANGES, interval, jaccard, pairwise, spearman
+from hybridlib.selection.agreement import RANGES, interval, jaccard, spearman
 from hybridlib.study.catalogue import find_selector
 from hybridlib.study.contest import Contest
 
@@ -35,7 +35,7 @@ def participants(names: Sequence[str]) -> pd.DataFrame:
 def agreement_of_sets(contest: Contest) -> np.ndarray:
     """Mean over seeds of the Jaccard index of two selectors' sets: (selectors, selectors), in the order of titles."""
     sets = contest.chosen.pivot(index="selector", columns="seed", values="layers").reindex(contest.titles)
-    return np.mean([pairwise(jaccard, sets[seed]) for seed in sets], axis=0)
+    return np.mean([[[jaccard(a, b) for b in sets[seed]] for a in sets[seed]] for seed in sets], axis=0)
 
 
 def cost_table(contest: Contest) -> pd.DataFrame:
