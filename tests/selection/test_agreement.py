@@ -35,15 +35,6 @@ def test_top_k_jaccard():
         top_k_jaccard(a, b, 5)
 
 
-def test_rank_correlations_are_the_closed_forms():
-    x, y = [10, 20, 30, 40, 50], [3, 1, 2, 5, 4]  # rank differences 2, 1, 1, 1, 1 in size
-    assert spearman(x, y) == pytest.approx(1 - 6 * (4 + 1 + 1 + 1 + 1) / (5 * 24))
-    assert spearman(x, np.exp(x)) == 1.0 and spearman(x, [-v for v in x]) == -1.0
-    assert kendall(x, y) == pytest.approx((7 - 3) / 10)  # 7 pairs in the same order, 3 in the opposite order
-    x, y = [1, 2, 2, 4, 5, 5], [2, 1, 1, 3, 3, 9]
-    assert kendall(x, y) == pytest.approx((10 - 2) / (15 - 2))  # 10 pairs agree, 2 do not; of 15, 2 tie in x and 2 in y
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_rank_correlations_are_scipys(seed):
     x, y = np.random.default_rng(seed).integers(0, 12, (2, 4, 30))  # with ties
@@ -58,21 +49,20 @@ def test_a_constant_ranking_orders_nothing(measure):
 
 
 @pytest.mark.parametrize("measure", [spearman, kendall, paired_difference])
-def test_pairs_are_checked(measure):
-    with pytest.raises(ValueError, match="2 values and .* has 3"):
-        measure([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="value nan; all values must be finite"):
-        measure([1, 2], [1, float("nan")])
+def test_bad_values_are_refused(measure):
+    for values, message in (([1, 2, 3], "2 values and .* has 3"), ([1, float("nan")], "value nan; all values must be")):
+        with pytest.raises(ValueError, match=message):
+            measure([1, 2], values)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        interval([[1.0, 2.0]])
 
 
 def test_interval_with_the_table_of_student():
-    mean, low, high = interval([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.302653
-    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-6)
-    mean, low, high = interval([0.0, 2.0])  # s / sqrt(2) = 1, t(0.975, 1) = 12.706205
-    assert (mean, low, high) == pytest.approx((1.0, 1 - 12.706205, 1 + 12.706205), abs=1e-5)
-    assert interval([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3, 0.3))
-    value, low, high = interval([0.25])  # one seed
-    assert value == 0.25 and math.isnan(low) and math.isnan(high)
+    half = 4.302653 / math.sqrt(3)  # s = 1, t(0.975, 2) = 4.302653
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - half, 2 + half), abs=1e-6)
+    half = 12.706205  # s / sqrt(2) = 1, t(0.975, 1) = 12.706205
+    assert interval([0.0, 2.0]) == pytest.approx((1.0, 1 - half, 1 + half), abs=1e-5)
+    assert interval([0.25]) == pytest.approx((0.25, math.nan, math.nan), nan_ok=True)  # one seed
 
 
 def test_an_interval_is_cut_to_what_a_quantity_can_be():
@@ -85,19 +75,6 @@ def test_an_interval_is_cut_to_what_a_quantity_can_be():
     difference = paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["recall_exact"])
     assert difference == (pytest.approx(0.55), -1.0, 1.0)
     assert paired_difference([1.0, 0.1], [0.0, 0.0], within=RANGES["kl"]) == paired_difference([1.0, 0.1], [0.0, 0.0])
-
-
-def test_interval_covers_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(5.0, 2.0, (1000, 4))
-    covered = np.mean([low <= 5.0 <= high for _, low, high in map(interval, draws)])
-    assert 0.93 < covered < 0.97
-
-
-@pytest.mark.parametrize("values, words", [([], "at least 1"), ([[1.0, 2.0]], "one-dimensional"), (
-    [1.0, math.inf], "value inf")])
-def test_interval_refuses(values, words):
-    with pytest.raises(ValueError, match=words):
-        interval(values)
 
 
 def test_paired_difference_cancels_what_seeds_share():
@@ -126,9 +103,7 @@ def test_bootstrap_keeps_pairs_together_and_is_seeded():
 
 
 def test_bootstrap_of_an_undefined_statistic():
-    value, low, high = bootstrap_interval(spearman, [1, 1, 1], [1, 2, 3], resamples=100)
-    assert math.isnan(value) and math.isnan(low) and math.isnan(high)
-    with pytest.raises(ValueError, match="lengths"):
-        bootstrap_interval(spearman, [1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="give at least one"):
-        bootstrap_interval(spearman)
+    assert np.isnan(bootstrap_interval(spearman, [1, 1, 1], [1, 2, 3], resamples=100)).all()
+    for samples, message in ((([1, 2], [1, 2, 3]), "lengths"), ((), "give at least one")):
+        with pytest.raises(ValueError, match=message):
+            bootstrap_interval(spearman, *samples)

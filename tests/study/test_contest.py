@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from functools import partial
 
 import pandas as pd
 import pytest
-from tests.conftest import CONTEST_SETTINGS as SETTINGS, contest_row as row
+from tests.conftest import contest_row as row
 
 import hybridlib as hl
 from hybridlib.report.tables import settings_table
-from hybridlib.selection.engine import candidates
-from hybridlib.study import contest as c, study as study_module
+from hybridlib.study import contest as c
 
 
 def test_scores_that_are_ga_s2s_own_are_not_anothers(tmp_path):
@@ -30,19 +29,11 @@ def test_scores_that_are_ga_s2s_own_are_not_anothers(tmp_path):
     assert set(contest.rows["note"]) == {""}
 
 
-def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
-    teacher, real = tiny_teacher(layers=4), hl.evaluate
-    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
-    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
-    for module in (study_module, candidates):  # no tokenizer here
-        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
+@pytest.mark.parametrize("layers", [4])
+def test_a_contest_is_run_once_recorded_and_read_again(studies, layers, monkeypatch):
     names = ["uniform", "ppl", "gate-gradient", "ga-s2", "exhaustive"]
-
-    def make():
-        settings = c.SelectorSettings(**SETTINGS, results=str(tmp_path / "results"), selectors=names)
-        return hl.Study(settings)
-
-    study = make()
+    contest_study = partial(studies, c.SelectorSettings, selectors=names)
+    study = contest_study()
     contest = c.run_contest(study)
     assert contest.titles == [hl.SELECTORS[name].title for name in names] and not contest.refused
     assert len(contest.rows) == 2 * (len(names) + 1)
@@ -51,29 +42,27 @@ def test_a_contest_is_run_once_recorded_and_read_again(tiny_teacher, tiny_tokens
     for _, line in contest.rows.iterrows():
         assert line["kl"] == study.hybrid(line["layers"], seed=line["seed"]).metrics["kl"]
     before = len(list(study.ledger))
-    again = c.run_contest(make())
-    pd.testing.assert_frame_equal(again.rows, contest.rows)
+    pd.testing.assert_frame_equal(c.run_contest(contest_study()).rows, contest.rows)
     assert len(list(study.ledger)) == before
     pd.testing.assert_frame_equal(c.recorded_contests(study.ledger)[0].rows, contest.rows)
-    one_seed = c.run_contest(hl.Study(dataclasses.replace(study.settings, seeds=1)))
-    fewer = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=names[:2])))
+    one_seed = c.run_contest(contest_study(seeds=1))
+    fewer = c.run_contest(contest_study(selectors=names[:2]))
     assert [len(k.rows) for k in (contest, one_seed, fewer)] == [12, 6, 6]
     assert [len(k.rows) for k in c.recorded_contests(study.ledger)] == [12, 6]  # what differs in selectors is one
-    more = c.run_contest(hl.Study(dataclasses.replace(study.settings, selectors=["ga-s1"])))
+    more = c.run_contest(contest_study(selectors=["ga-s1"]))
     fuller = c.recorded_contests(study.ledger)[0]
     assert fuller.titles == ["uniform", "PPL", "GA-S1", "gate gradient", "GA-S2", "exhaustive"]
     assert fuller.settings["selectors"] == ["uniform", "ppl", "ga-s1", "gate-gradient", "ga-s2", "exhaustive"]
     assert fuller.sets["GA-S1"] == more.sets["GA-S1"] and fuller.sets["PPL"] == contest.sets["PPL"]
     everything = [name for name in hl.SELECTORS if name.startswith("g") or name in names]
-    other = c.run_contest(hl.Study(dataclasses.replace(study.settings, budget=1, selectors=everything)))
+    other = c.run_contest(contest_study(budget=1, selectors=everything))
     assert len(other.rows) > len(fuller.rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c.StudySettings, "budget", 2)  # what a study starts from
-        assert [(k.settings["budget"], k.settings["seeds"]) for k in c.recorded_contests(study.ledger)
-                ] == [(2, 2), (2, 1), (1, 2)]
     settings = settings_table(contest)["value"]
     assert settings[["teacher", "softmax layers", "tokens of stage 1", "seeds"]].tolist() == [
         "tiny", "2 of 4", "256", "2"]
+    monkeypatch.setattr(c.StudySettings, "budget", 2)  # what a study starts from
+    assert [(k.settings["budget"], k.settings["seeds"]) for k in c.recorded_contests(study.ledger)
+            ] == [(2, 2), (2, 1), (1, 2)]
     assert {r.commit for r in study.ledger.find("contest")} == {contest.commit}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 
@@ -10,38 +11,23 @@ import hybridlib as hl
 from hybridlib.selection.engine import candidates
 from hybridlib.study import settings as settings_module, study as study_module
 
-SMALL = dict(teacher="tiny", context=16, align_tokens=256, score_tokens=64, match_tokens=128, batch_tokens=64,
-             heldout_tokens=64, seeds=2, recall_pairs=2, budget=0.34, device="cpu")
-
 
 @pytest.fixture
-def small_study(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
-    teacher = tiny_teacher()
-    calls = []
-    monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))
-    monkeypatch.setattr(study_module, "load_tokens", lambda *a, **k: tiny_tokens)
+def small_study(studies, monkeypatch):
+    """A study that keeps one layer; ``calls`` are the trainings of all."""
+    small_study, calls = partial(studies, budget=0.34), []
+    small_study.calls = calls
     monkeypatch.setattr(study_module, "align", lambda *a, **k: calls.append("align") or hl.align(*a, **k))
     monkeypatch.setattr(candidates, "match", lambda *a, **k: calls.append("match") or hl.match(*a, **k))
-    real = hl.evaluate
-    for module in (study_module, candidates):  # no tokenizer here
-        monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
-
-    def make(**changes):
-        return hl.Study(hl.StudySettings(**{**SMALL, "results": str(tmp_path / "results"), **changes}))
-
-    make.calls = calls
-    return make
+    return small_study
 
 
 def test_steps_are_computed_once_and_found_by_another_study(small_study):
-    first = small_study()
+    first, again = small_study(), small_study()
     scores = first.scores("gdn", 0)
     record = first.hybrid(first.select("ga-s2"), seed=0)
-    steps = ["align", *["match"] * 4]  # three candidates and the hybrid
-    assert small_study.calls == steps
-    again = small_study()
     assert again.scores("gdn", 0) == scores and again.hybrid(again.select("ga-s2"), seed=0) == record
-    assert small_study.calls == steps
+    assert small_study.calls == ["align", *["match"] * 4]  # three candidates and the hybrid
     assert record.parameters["layers"] == list(first.select("ga-s2")) and record.metrics["tokens"] == 128
 
 
@@ -124,8 +110,7 @@ def test_compare_gives_a_row_a_selection_and_seed(small_study):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(budget=0), "budget=0"), (dict(budget=-0.5), "budget=-0.5"), (dict(budget=1.5), "budget=1.5"),
-    (dict(budget="half"), "budget='half'"), (dict(mixer="mamba"), "mixer='mamba'"), (dict(seeds=0), "seeds=0"),
+    (dict(budget=0), "budget=0"), (dict(mixer="mamba"), "mixer='mamba'"), (dict(seeds=0), "seeds=0"),
     (dict(context=1), "context=1"), (dict(align_tokens=8), "align_tokens=8"), (dict(batch_tokens=8), "batch_tokens=8"),
     (dict(device="tpu9"), "device='tpu9'"), (dict(recompute=1), "recompute=1"), (dict(teacher=3), "teacher=3"),
     (dict(context=80, align_tokens=512, match_tokens=512, score_tokens=512, heldout_tokens=512, batch_tokens=512),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,13 +99,6 @@ def test_a_recorded_step_takes_shared_states(tiny_teacher, tiny_tokens):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] == pytest.approx(losses[2], rel=2e-2)
 
 
-def test_states_of_another_teacher_are_refused(aligned, tiny_teacher, tiny_tokens):
-    student, teacher = aligned
-    with pytest.raises(ValueError, match="states are of another teacher"):
-        hl.match(hl.restore(student, teacher, [1]), teacher, tiny_tokens, 128,
-                 states=TeacherStates(tiny_teacher("llama")))
-
-
 def test_a_run_in_parts_is_the_run(aligned, tiny_tokens, tmp_path):
     student, teacher = aligned
     once, parts = (hl.restore(student, teacher, [0]) for _ in range(2))
@@ -130,19 +123,10 @@ def test_measuring_along_the_way_changes_no_score(aligned, tiny_tokens, tmp_path
     assert hl.LayerScores.from_dict(json.loads(json.dumps(along.to_dict()))) == along
 
 
-def test_scoring_stops_when_the_best_layers_have_settled(aligned, tiny_tokens, tmp_path):
+@pytest.mark.parametrize("group", [1, 3])
+def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_tokens, group, kept):
     student, teacher = aligned
     still = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9)
-    scores = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=still,
-                             early_stop=hl.EarlyStop(2, 256, window=3), engine=Engine(checkpoints=tmp_path))
-    assert scores.history_tokens == (256, 512, 768) and scores.tokens == 3 * 768
-    assert scores.values == scores.history[-1] and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("group", [1, 3])
-def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_tokens, group):
-    student, teacher = aligned
-    still, kept = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9), Kept()
     stop = hl.EarlyStop(2, 256, window=3)
     score = {"num_tokens": 2048, "settings": still}
     whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop, engine=Engine(group=group))
@@ -156,15 +140,6 @@ def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_toke
     # the teacher reads a row again in another batch; candidates read 32 tokens three times, all 128 at the end
     assert part.cost.training_tokens == whole.cost.training_tokens == part.tokens == 3 * 768
     assert part.cost.forward_tokens == 768 + 32 + 128 + 3 * (3 * 32 + 128)
-
-
-def test_an_end_found_on_all_held_out_tokens_is_that_of_the_rule(aligned, tiny_tokens):
-    student, teacher = aligned
-    found = [hl.score_layers(student, teacher, tiny_tokens, num_tokens=1024, settings=MATCH, heldout_tokens=64,
-                             early_stop=hl.EarlyStop(1, 256, window=window, heldout_tokens=size))
-             for window in (2, 100) for size in (None, 64)]
-    for usual, all_tokens in zip(found[::2], found[1::2], strict=True):
-        assert usual.history == all_tokens.history and usual.history_tokens == all_tokens.history_tokens
 
 
 def test_scoring_goes_on_while_the_best_layers_change(aligned, tiny_tokens, monkeypatch):
@@ -205,37 +180,8 @@ def test_the_rule_is_that_of_its_words(window, threshold, expected):
     assert stops == [n for n in range(1, 5) if agree(n)] and (stops[0] if stops else None) == expected
 
 
-@pytest.mark.parametrize("num_tokens", [0, 256])
-def test_one_candidate_that_is_not_a_number_is_named_and_costs_no_other(aligned, tiny_tokens, num_tokens):
+def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens, kept):
     student, teacher = aligned
-    broken = hl.restore(student, teacher, [])
-    with torch.no_grad():
-        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
-    kept = Kept()
-    named = r"failed for layer 1 \(DistillationDiverged: .*; the other 2 of 3 "
-    with pytest.raises(ScoringFailed, match=named) as e:
-        hl.score_layers(broken, teacher, tiny_tokens, direction="remove", num_tokens=num_tokens, settings=MATCH,
-                        engine=Engine(records=kept))
-    assert set(e.value.failed) == {1} and "\n" not in str(e.value)
-    assert set(kept) == {(0, num_tokens), (2, num_tokens)}
-    good = hl.score_layers(student, teacher, tiny_tokens, direction="remove", num_tokens=num_tokens, settings=MATCH,
-                           engine=Engine(records=kept))
-    assert good.measured[0] == kept[0, num_tokens]["kl"] and set(kept) == {(l, num_tokens) for l in range(3)}
-
-
-class Kept(dict):
-    """Records in memory."""
-
-    def find(self, layer, tokens, part=None):
-        return self.get((layer, tokens) if part is None else (layer, tokens, part))
-
-    def keep(self, layer, tokens, found, part=None):
-        self[(layer, tokens) if part is None else (layer, tokens, part)] = found
-
-
-def test_a_worker_that_dies_is_named_and_costs_no_other(aligned, tiny_tokens):
-    student, teacher = aligned
-    kept = Kept()
 
     class Failing(ThreadPoolExecutor):
         def submit(self, call):
@@ -341,30 +287,16 @@ def test_a_recorded_step_gives_a_candidate_the_same_bits_again(tiny_teacher, tin
     assert once.values == again.values and "now by itself" not in caplog.text
 
 
-def test_steps_are_bound_to_one_order_of_sums_where_all_mixers_run_the_fused_kernels(tiny_teacher, monkeypatch):
+@pytest.mark.parametrize(("why_not", "other_dim", "last", "expected"), [
+    (None, 0, "fused", True), (None, 1, "fused", False), (None, 0, "chunked", False), ("no GPU", 0, "fused", False)])
+def test_steps_are_bound_to_one_order_of_sums_where_all_mixers_run_the_fused_kernels(
+        tiny_teacher, monkeypatch, why_not, other_dim, last, expected):
     student = hl.linearize(tiny_teacher("llama"))
-    dim = student.model.layers[0].self_attn.head_dim
-    monkeypatch.setattr(candidates.fused, "why_not", lambda: None)
-    monkeypatch.setattr(candidates.fused, "DIMS", (dim,))
-    assert candidates._sums_in_order(student)
-    monkeypatch.setattr(candidates.fused, "DIMS", (dim + 1,))
-    assert not candidates._sums_in_order(student)
-    monkeypatch.setattr(candidates.fused, "DIMS", (dim,))
-    student.model.layers[-1].self_attn.backend = "chunked"
-    assert not candidates._sums_in_order(student)
-    student.model.layers[-1].self_attn.backend = "fused"
-    monkeypatch.setattr(candidates.fused, "why_not", lambda: "there is no GPU")
-    assert not candidates._sums_in_order(student)
-
-
-def test_torch_is_bound_to_one_order_of_sums_for_a_while():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    with pytest.raises(KeyError), passes.repeatable():
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        raise KeyError
-    assert before == (torch.are_deterministic_algorithms_enabled(),
-                      torch.utils.deterministic.fill_uninitialized_memory)
+    mixers = [layer.self_attn for layer in student.model.layers]
+    mixers[-1].backend = last
+    monkeypatch.setattr(candidates.fused, "why_not", lambda: why_not)
+    monkeypatch.setattr(candidates.fused, "DIMS", (mixers[0].head_dim + other_dim,))
+    assert candidates._sums_in_order(student) == expected
 
 
 def test_submitit_gives_the_same_scores(settings, whole, tmp_path):
@@ -500,26 +432,24 @@ def test_records_of_candidates_say_what_they_took(settings, whole):
         assert record.seconds == pytest.approx(record.metrics["seconds"], abs=1e-3) and "until" not in record.parameters
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((0, 64), "budget=0"), ((1.5, 64), "budget=1.5"), ((1, 0), "measure_every=0"), ((1, 64, 1), "window=1"),
-    ((1, 64, 2, 0), "threshold=0"), ((1, 64, 2, 1.5), "threshold=1.5"), ((1, 64, 2, 1.0, 0), "heldout_tokens=0")])
-def test_bad_rules_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        hl.EarlyStop(*arguments)
-
-
-def test_bad_calls_are_refused_before_compute(aligned, tiny_tokens, settings, monkeypatch):
+def test_bad_calls_are_refused_before_compute(aligned, tiny_teacher, tiny_tokens, settings, monkeypatch):
     student, teacher = aligned
+    hybrid, others = hl.restore(student, teacher, [1]), TeacherStates(tiny_teacher("llama"))
+    with pytest.raises(ValueError, match="states are of another teacher"):
+        hl.match(hybrid, teacher, tiny_tokens, 128, states=others)
     monkeypatch.setattr(candidates, "match", None)
-    for arguments, message in (({"executor": 3}, "executor=3 has no submit"), ({"memory": -1}, "memory=-1")):
+    score = partial(hl.score_layers, student, teacher, tiny_tokens, settings=MATCH, num_tokens=512)
+    for call, arguments, message in (
+            (hl.EarlyStop, (0, 64), "budget=0"), (hl.EarlyStop, (1.5, 64), "budget=1.5"),
+            (hl.EarlyStop, (1, 0), "measure_every=0"), (hl.EarlyStop, (1, 64, 1), "window=1"),
+            (hl.EarlyStop, (1, 64, 2, 0), "threshold=0"), (hl.EarlyStop, (1, 64, 2, 1.5), "threshold=1.5"),
+            (hl.EarlyStop, (1, 64, 2, 1.0, 0), "heldout_tokens=0"), (Engine, (3,), "executor=3 has no submit"),
+            (partial(Engine, memory=-1), (), "memory=-1"),
+            (partial(hl.Study, settings, executor=3), (), "executor=3 has no submit"),
+            (partial(score, early_stop=hl.EarlyStop(4, 256)), (), "budget=4 is not a count from 1 to 3"),
+            (partial(score, early_stop=hl.EarlyStop(1, 64)), (), "measure_every=64 is less than a step of 128"),
+            (partial(score, num_tokens=8), (), "num_tokens=8 is not a whole number of at least 16"),
+            (partial(hl.Study(settings).scores, metric="mse", early_stop=NEVER), ("gdn", 0),
+             "metric='mse' trains nothing")):
         with pytest.raises(ValueError, match=message):
-            Engine(**arguments)
-    for arguments, message in (({"early_stop": hl.EarlyStop(4, 256)}, "budget=4 is not a count from 1 to 3"),
-                               ({"early_stop": hl.EarlyStop(1, 64)}, "measure_every=64 is less than a step of 128"),
-                               ({"num_tokens": 8}, "num_tokens=8 is not a whole number of at least 16")):
-        with pytest.raises(ValueError, match=message):
-            hl.score_layers(student, teacher, tiny_tokens, settings=MATCH, **{"num_tokens": 512, **arguments})
-    with pytest.raises(ValueError, match="executor=3 has no submit"):
-        hl.Study(settings, executor=3)
-    with pytest.raises(ValueError, match="metric='mse' trains nothing"):
-        hl.Study(settings).scores("gdn", 0, metric="mse", early_stop=NEVER)
+            call(*arguments)

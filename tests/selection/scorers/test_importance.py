@@ -26,18 +26,6 @@ def test_untrained_scores_are_the_kl_of_each_candidate(aligned, tiny_tokens, dir
     assert scores.tokens == 0
 
 
-def test_training_a_candidate_lowers_its_kl_and_is_counted(aligned, tiny_tokens):
-    student, teacher = aligned
-    before = {n: p.clone() for n, p in student.named_parameters()}
-    settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
-    untrained = hl.score_layers(student, teacher, tiny_tokens, num_tokens=0)
-    trained = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=settings)
-    again = hl.score_layers(student, teacher, tiny_tokens, num_tokens=2048, settings=settings)
-    assert all(t < u for t, u in zip(trained.measured, untrained.measured, strict=True))
-    assert trained.values == again.values and trained.tokens == 3 * 2048
-    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 def test_stage_one_error_is_that_of_each_layer(aligned, tiny_tokens, normalize):
     student, teacher = aligned
@@ -55,8 +43,6 @@ def test_stage_one_error_is_that_of_each_layer(aligned, tiny_tokens, normalize):
 def test_ranking_is_best_first_with_ties_to_the_lower_index():
     scores = hl.LayerScores("add", "kl", (-3.0, -1.0, -2.0, -1.0), (3.0, 1.0, 2.0, 1.0), (0.0,) * 4, 0, 0.0)
     assert scores.ranking == (1, 3, 2, 0)
-    assert hl.LayerScores.from_dict({k: list(v) if isinstance(v, tuple) else v
-                                     for k, v in scores.to_dict().items()}) == scores
 
 
 def test_bad_calls_are_refused(aligned, tiny_tokens):
