@@ -1,7 +1,5 @@
 """Evaluation against plain formulas, and against what must hold for the teacher itself."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Objectives against closed forms, spelled-out sums in float64, and torch's own gradients."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -188,12 +186,10 @@ AB = dict(kind="alpha_beta")
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(kind="kl"), "kind='kl' is unknown; choose one of 'forward', 'reverse'"),
     (dict(alpha=1), "alpha=1 is not taken by kind='forward'"),
-    (dict(kind="reverse", beta=0.5), "beta=0.5 is not taken by kind='reverse'"),
     (dict(kind="jensen_shannon", alpha=0.5), "alpha=0.5 is not taken"),
     (dict(kind="jensen_shannon", beta=1), "beta=1 is not a number above 0 and below 1"),
     (AB, "alpha=None is not a number that is 0 or at least 0.01 in size"),
     (dict(AB, alpha=0.5, beta=1e-3), "beta=0.001 is not a number that is 0 or"),
-    (dict(AB, alpha=float("inf"), beta=1), "alpha=inf is not"),
     (dict(AB, alpha=0.5, beta=-0.501), "alpha \\+ beta=-0.001.* is not"),
     *((dict(temperature=t), "temperature=.* is not a number above 0") for t in (0, -1.0, float("nan"), "hot")),
     (dict(chunk=0), "chunk=0 is not a whole number of at least 1"),

@@ -1,7 +1,5 @@
 """Recall: examples are answerable and split as said; scoring against models whose answers are known."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What a record says of its origin is true."""
 
-from __future__ import annotations
-
 import subprocess
 import types
 
