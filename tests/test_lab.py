@@ -1,7 +1,5 @@
 """The lab teacher retrieves in context and not without long attention; its training script runs on any text."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

@@ -1,7 +1,5 @@
 """Objectives: errors against the formula by hand, other people's functions called as they ask, refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import sys
@@ -32,19 +30,10 @@ def by_hand(teacher_hidden, teacher_head, student_hidden, student_head):
     return (p * (p / q).log()).sum() / len(p), by_logits @ student_head, by_logits.T @ student_hidden
 
 
-def test_inputs_are_two_models_not_far_apart():
-    inputs = objectives.objective_inputs((50, 8, 90), "bfloat16")
-    assert [tuple(x.shape) for x in inputs.values()] == [(50, 8), (90, 8), (50, 8), (90, 8)]
-    assert {x.dtype for x in inputs.values()} == {torch.bfloat16}
-    loss = by_hand(*(x.double() for x in inputs.values()))[0]
-    assert 0.01 < loss < 3
-    other = objectives.objective_inputs((50, 8, 90), "bfloat16", seed=1)
-    assert not torch.equal(inputs["student_head"], other["student_head"])
-
-
 def test_truth_is_the_formula_in_float64_slice_by_slice(monkeypatch):
     inputs = objectives.objective_inputs((7, 4, 30))
     hand = by_hand(*(x.double() for x in inputs.values()))
+    assert 0.01 < hand[0] < 3  # two models not far apart
     for numbers in (2**25, 60):  # of logits at once: all tokens, or two
         monkeypatch.setattr(objectives, "_AT_ONCE", numbers)
         truth = objectives._truth(inputs)

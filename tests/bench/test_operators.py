@@ -1,7 +1,5 @@
 """Operators and their peers: the floor by hand, calls against the recurrence, what cannot run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib
@@ -111,12 +109,6 @@ def test_flash_qla_says_why_not(monkeypatch, change, reason):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert peers.why_not("flash_qla", **call | {"device": torch.device(call["device"])}) == reason
-
-
-def test_models_cannot_run_with_peers():
-    inputs = operators.operator_inputs("gated_delta_rule", (1, 4, 1, 8))
-    with pytest.raises(ValueError, match="^backend='flash_qla' is unknown"):
-        kernels.gated_delta_rule(*inputs.values(), backend="flash_qla")
 
 
 def test_the_peer_is_the_pytorch_form_where_transformers_would_run_kernels(monkeypatch):

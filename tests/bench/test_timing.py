@@ -1,7 +1,5 @@
 """The timer and its records; how fast anything is, is never asserted."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time
