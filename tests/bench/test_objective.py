@@ -59,15 +59,6 @@ def test_a_known_wrong_is_found(bench, monkeypatch):
     assert list(measure(bench)["errors"].values()) == pytest.approx([0.01] * 3, rel=1e-3)
 
 
-def test_truths_are_kept_for_the_next_implementation_and_records_for_the_next_question(bench, monkeypatch):
-    made, truth, truths = [], objectives._truth, {}
-    monkeypatch.setattr(objectives, "_truth", lambda inputs: made.append(1) or truth(inputs))
-    first = measure(bench, truths=truths)
-    measure(bench, "plain", truths=truths)
-    assert made == [1] and list(truths) == [SHAPE]
-    assert measure(bench) == first and len(bench.ledger.find("objective_speed")) == 2
-
-
 def test_others_are_called_with_their_own_order_of_arguments(monkeypatch):
     inputs = objectives.objective_inputs(SHAPE)
     settings = {}
