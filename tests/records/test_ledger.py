@@ -95,8 +95,6 @@ def test_what_no_record_can_hold_is_refused_before_compute(ledger, kind, paramet
 
 
 def test_metrics_are_checked_and_a_failed_compute_leaves_nothing(ledger):
-    with pytest.raises(ValueError, match=r"metrics\['kl'\] is a ndarray"):
-        ledger.run("score", {}, lambda: {"kl": np.zeros(3)})
     with pytest.raises(ValueError, match="compute returned a float"):
         ledger.run("score", {}, lambda: 0.1)
     with pytest.raises(ZeroDivisionError):
