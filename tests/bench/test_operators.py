@@ -76,16 +76,6 @@ def test_a_record_has_its_floor_and_one_copy_serves_all(bench):
     assert len(bench.ledger.find("operator_speed")) == 2 and timing.time_copy(bench) == copied
 
 
-def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(bench, monkeypatch):
-    call = bench, "gated_delta_rule", "fla", (1, 16, 2, 8)
-    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": "it is not here"})
-    row = operators.time_operator(*call)
-    assert row["reason"] == "it is not here" and "seconds" not in row
-    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": None})
-    monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
-    assert operators.time_operator(*call)["reason"] is None
-
-
 @pytest.mark.parametrize("change, reason", [
     ({"installed": False}, "FlashQLA is not installed (pip install flash-qla)"),
     ({"device": "cpu"}, "FlashQLA needs a CUDA GPU, and this is on cpu"),

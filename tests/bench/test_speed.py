@@ -47,6 +47,7 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
             ("gated_delta_rule", "chunked"), ("gated_linear_attention", "chunked"), ("gated_delta_rule", "fla"),
             ("gated_linear_attention", "fla"), ("softmax_attention", "softmax"))
         for direction in operators.DIRECTIONS]
+    assert timed["reason"].notna().tolist() == (timed["backend"] == "fla").tolist()  # it cannot run on a CPU
     assert [(row["backend"], list(row["errors"])) for _, row in exact.iterrows()] == [
         ("chunked", ["beta 1", "length 1"]), ("chunked", ["length 1"])]  # fla is not compared in float32
     assert list(zip(objectives["tokens"], objectives["implementation"], objectives["direction"])) == [
