@@ -1,7 +1,5 @@
 """Fixtures that several test files share."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -70,14 +68,9 @@ FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen2_tied", "qwen3", "mistral
 def tiny_teacher():
     """make(family, layers=3, **config): a tiny random teacher in float32 and eval mode, biases and norms random too."""
     import torch
-    from transformers import (LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
-                              Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
-
-    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-               "qwen3": (Qwen3Config, Qwen3ForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(family="llama", layers=3, **config):
-        config_class, model_class = classes[family.split("_")[0]]
         settings = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
                         initializer_range=0.2, tie_word_embeddings="tied" in family)
@@ -85,7 +78,8 @@ def tiny_teacher():
         settings |= {"attention_bias": True} if "bias" in family else {}
         settings |= {"sliding_window": None} if family == "mistral" else {}
         torch.manual_seed(0)
-        model = model_class(config_class(**settings | config)).eval().requires_grad_(False)
+        config = AutoConfig.for_model(family.split("_")[0], **settings | config)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         for name, p in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 p.add_(0.3 * torch.randn(p.shape))

@@ -1,7 +1,5 @@
 """The book: it builds without a warning, and its pages need no network."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

@@ -1,7 +1,5 @@
 """pyproject.toml is the one source of dependencies; environment.yml and constraints.txt agree with it."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from importlib import metadata
@@ -45,13 +43,6 @@ def test_constraints_pin_each_dependency_within_its_range(text):
 
 def test_torch_is_pinned_without_a_build():
     assert "+" not in pins()["torch"]  # 2.13.0+cpu would shut out the CUDA build, and a range would take it on Linux
-
-
-def test_tests_and_book_ask_for_the_same_range_of_what_they_share():
-    shared = {Requirement(a).name: Requirement(a).specifier for a in EXTRAS["book"]}
-    for text in EXTRAS["test"]:
-        requirement = Requirement(text)
-        assert shared.get(requirement.name, requirement.specifier) == requirement.specifier
 
 
 def test_pins_install_on_the_python_of_debian_12():

@@ -1,7 +1,5 @@
 """The lab teacher retrieves in context and not without long attention; its training script runs on any text."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -10,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import hybridlib as hl
 from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall, score_recall
@@ -36,8 +35,6 @@ def test_the_lab_teacher_recalls_and_needs_long_attention_for_it(script):
 
 
 def test_cutting_attention_to_the_whole_text_changes_nothing(script):
-    import torch
-
     teacher = hl.load_teacher("lab", device="cpu")
     ids = torch.arange(40)[None] + 300
     torch.testing.assert_close(script.windowed(teacher.model, 64)(input_ids=ids).logits,

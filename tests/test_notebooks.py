@@ -1,7 +1,5 @@
 """The notebooks: sources without outputs, parameters that are the study's, refusals, and a run of each."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What the README and the reproduce chapter tell a reader to type exists."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

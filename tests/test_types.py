@@ -1,7 +1,5 @@
 """The README's script is typed: mypy accepts it under its strictest settings, and finds the mistakes that it should."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Decoding: what the cache holds by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Objectives: errors against the formula by hand, other people's functions called as they ask, refusals."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import sys
@@ -32,19 +30,10 @@ def by_hand(teacher_hidden, teacher_head, student_hidden, student_head):
     return (p * (p / q).log()).sum() / len(p), by_logits @ student_head, by_logits.T @ student_hidden
 
 
-def test_inputs_are_two_models_not_far_apart():
-    inputs = objectives.objective_inputs((50, 8, 90), "bfloat16")
-    assert [tuple(x.shape) for x in inputs.values()] == [(50, 8), (90, 8), (50, 8), (90, 8)]
-    assert {x.dtype for x in inputs.values()} == {torch.bfloat16}
-    loss = by_hand(*(x.double() for x in inputs.values()))[0]
-    assert 0.01 < loss < 3
-    other = objectives.objective_inputs((50, 8, 90), "bfloat16", seed=1)
-    assert not torch.equal(inputs["student_head"], other["student_head"])
-
-
 def test_truth_is_the_formula_in_float64_slice_by_slice(monkeypatch):
     inputs = objectives.objective_inputs((7, 4, 30))
     hand = by_hand(*(x.double() for x in inputs.values()))
+    assert 0.01 < hand[0] < 3  # two models not far apart
     for numbers in (2**25, 60):  # of logits at once: all tokens, or two
         monkeypatch.setattr(objectives, "_AT_ONCE", numbers)
         truth = objectives._truth(inputs)
@@ -68,15 +57,6 @@ def test_a_known_wrong_is_found(bench, monkeypatch):
     monkeypatch.setitem(objectives.IMPLEMENTATIONS, "hybridlib",
                         lambda **inputs: 1.01 * losses.divergence_from_hidden(**inputs))
     assert list(measure(bench)["errors"].values()) == pytest.approx([0.01] * 3, rel=1e-3)
-
-
-def test_truths_are_kept_for_the_next_implementation_and_records_for_the_next_question(bench, monkeypatch):
-    made, truth, truths = [], objectives._truth, {}
-    monkeypatch.setattr(objectives, "_truth", lambda inputs: made.append(1) or truth(inputs))
-    first = measure(bench, truths=truths)
-    measure(bench, "plain", truths=truths)
-    assert made == [1] and list(truths) == [SHAPE]
-    assert measure(bench) == first and len(bench.ledger.find("objective_speed")) == 2
 
 
 def test_others_are_called_with_their_own_order_of_arguments(monkeypatch):

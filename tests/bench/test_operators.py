@@ -1,7 +1,5 @@
 """Operators and their peers: the floor by hand, calls against the recurrence, what cannot run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib
@@ -55,14 +53,6 @@ def test_floor_counts_inputs_outputs_and_gradients():
     assert operators.memory_floor(operators.operator_inputs("softmax_attention", shape)) == qkvo * 4
 
 
-def test_inputs_are_fresh_and_within_what_operators_take():
-    one, two = (operators.operator_inputs("gated_delta_rule", (1, 16, 2, 8), "float32", seed=seed) for seed in (0, 1))
-    assert not torch.equal(one["q"], two["q"])
-    assert torch.allclose(one["k"].norm(dim=-1), torch.ones(1, 16, 2), atol=1e-6)
-    assert (one["log_decay"] <= 0).all() and ((one["beta"] > 0) & (one["beta"] < 1)).all()
-    assert list(operators.operator_inputs("softmax_attention", (1, 16, 2, 8))) == ["q", "k", "v"]
-
-
 def test_what_is_timed_is_the_operator_and_its_gradients():
     inputs = operators.operator_inputs("gated_delta_rule", (1, 16, 2, 8))
     o = operators._call("gated_delta_rule", "chunked", inputs, False)()
@@ -86,16 +76,6 @@ def test_a_record_has_its_floor_and_one_copy_serves_all(bench):
     assert len(bench.ledger.find("operator_speed")) == 2 and timing.time_copy(bench) == copied
 
 
-def test_a_backend_that_cannot_run_has_its_reason_and_is_tried_again(bench, monkeypatch):
-    call = bench, "gated_delta_rule", "fla", (1, 16, 2, 8)
-    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": "it is not here"})
-    row = operators.time_operator(*call)
-    assert row["reason"] == "it is not here" and "seconds" not in row
-    monkeypatch.setattr(kernels, "available_backends", lambda: {"fla": None})
-    monkeypatch.setattr(kernels, "gated_delta_rule", lambda q, k, v, *a, **kw: (v, None))
-    assert operators.time_operator(*call)["reason"] is None
-
-
 @pytest.mark.parametrize("change, reason", [
     ({"installed": False}, "FlashQLA is not installed (pip install flash-qla)"),
     ({"device": "cpu"}, "FlashQLA needs a CUDA GPU, and this is on cpu"),
@@ -111,12 +91,6 @@ def test_flash_qla_says_why_not(monkeypatch, change, reason):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert peers.why_not("flash_qla", **call | {"device": torch.device(call["device"])}) == reason
-
-
-def test_models_cannot_run_with_peers():
-    inputs = operators.operator_inputs("gated_delta_rule", (1, 4, 1, 8))
-    with pytest.raises(ValueError, match="^backend='flash_qla' is unknown"):
-        kernels.gated_delta_rule(*inputs.values(), backend="flash_qla")
 
 
 def test_the_peer_is_the_pytorch_form_where_transformers_would_run_kernels(monkeypatch):

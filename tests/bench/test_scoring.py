@@ -1,7 +1,5 @@
 """The comparison of scoring loops: what is timed gives the same scores."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -75,6 +73,7 @@ def test_two_workers_give_the_scores_of_one_process(study, compared):
     assert rows.loc["workers", "seconds"] > 0 < rows.loc["workers", "start_seconds"]
     record, = study.ledger.find("scoring_speed", loop="workers")
     assert record.parameters["workers"] == 2 and record.metrics["tokens"] == 3 * 256
+    assert compare(study).empty  # of no loops
 
 
 def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
@@ -84,10 +83,6 @@ def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
     monkeypatch.setattr(hl.Study, "scoring_inputs", lambda *_: dataclasses.replace(inputs, student_sha256="0"))
     reason, = compare(study, "workers", workers=1)["reason"]
     assert "a worker did not come up: ValueError" in reason and "holds other weights" in reason
-
-
-def test_no_loops_are_no_rows(study):
-    assert compare(study).empty
 
 
 def test_how_far_two_loops_repeat_one_another_is_said_beside_every_score(tmp_path):

@@ -1,26 +1,24 @@
 """The speed study: settings, parts, records found again."""
 
-from __future__ import annotations
-
 import pytest
 
 import hybridlib as hl
-from hybridlib.bench import exactness, operators, speed, timing
+from hybridlib.bench import operators, speed, timing
 from hybridlib.bench.step import LOOPS
 
 
 @pytest.mark.parametrize("name, value, sentence", [
     ("backends", ["cuda"], "backends='cuda' is unknown"), ("shapes", 3, "shapes=3 is not a list"),
-    ("shapes", [[1, 2]], r"shape=\[1, 2\] is not \(batch"), ("shapes", [[1, 0, 3, 4]], r"shape=\[1, 0, 3, 4\] is"),
+    ("shapes", [[1, 0, 3, 4]], r"shape=\[1, 0, 3, 4\] is"),
     ("contexts", [0], "contexts=0 is not"), ("shares", [1.5], "shares=1.5 is not a number"),
     ("stages", ["score"], "stages='score' is unknown"), ("exactness_cases", ["wild"], "exactness_cases='wild' is"),
     ("exactness_dtypes", ["auto"], "exactness_dtypes='auto' is"), ("objectives", ["theirs"], "objectives='theirs' is"),
     ("objective_shapes", [[1, 2]], r"shape=\[1, 2\] is not \(tokens, width, vocab"), ("budget", 0, "budget=0 is not a"),
     *[(name, low - 1, f"{name}={low - 1} is not a whole number of at least {low}") for name, low in (
         ("repeats", 1), ("steps", 1), ("decode_batch", 1), ("new_tokens", 2), ("batch_tokens", 256))],
-    *[("step_align_tokens", value, f"step_align_tokens={value} is not a") for value in (8, None, True)],
-    ("max_seconds", 0, "max_seconds=0 is not"), ("recompute", "yes", "recompute='yes' is neither"),
-    *[(name, "softmax", f"{name}='softmax' is unknown") for name in ("plain_backend", "dtype", "mixer")],
+    ("step_align_tokens", True, "step_align_tokens=True is not a"), ("max_seconds", 0, "max_seconds=0 is not"),
+    ("recompute", "yes", "recompute='yes' is neither"),
+    *[(name, "softmax", f"{name}='softmax' is unknown") for name in ("dtype", "mixer")],
     ("plain_backend", "flash_qla", "plain_backend='flash_qla' is unknown")])
 def test_bad_settings_are_refused(name, value, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
@@ -49,6 +47,7 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
             ("gated_delta_rule", "chunked"), ("gated_linear_attention", "chunked"), ("gated_delta_rule", "fla"),
             ("gated_linear_attention", "fla"), ("softmax_attention", "softmax"))
         for direction in operators.DIRECTIONS]
+    assert timed["reason"].notna().tolist() == (timed["backend"] == "fla").tolist()  # it cannot run on a CPU
     assert [(row["backend"], list(row["errors"])) for _, row in exact.iterrows()] == [
         ("chunked", ["beta 1", "length 1"]), ("chunked", ["length 1"])]  # fla is not compared in float32
     assert list(zip(objectives["tokens"], objectives["implementation"], objectives["direction"])) == [
@@ -57,9 +56,6 @@ def test_a_study_measures_each_backend_and_implementation_and_finds_its_records_
     again = speed.recorded_speed(study.bench.ledger)
     assert [len(again[part]) for part in ("operators", "exactness", "objectives")] == [10, 2, 8]
     assert study.exactness()["errors"].tolist() == exact["errors"].tolist()
-    exactness.measure_exactness(study.bench, "gated_delta_rule", "chunked", ["length 1"])
-    latest = speed.recorded_speed(study.bench.ledger)["exactness"]
-    assert len(latest) == 2 and list(latest.iloc[0]["errors"]) == ["length 1"]
 
 
 def test_recorded_speeds_are_the_latest_of_each_question_with_their_commit(tmp_path):

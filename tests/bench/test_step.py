@@ -1,7 +1,5 @@
 """The training step: both loops train alike and begin alike; how fast they are is never asserted."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

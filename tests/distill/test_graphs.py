@@ -1,7 +1,5 @@
 """A recorded step trains as an ordinary one does."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -77,13 +75,13 @@ def test_compiled_layers_compute_what_ordinary_ones_do(tiny_teacher, monkeypatch
     teacher = tiny_teacher("llama")
     hybrid = hl.restore(hl.linearize(teacher, mixer), teacher, [1])
     ids = torch.arange(60).view(2, 30)
-    found = []
+    results = []
     for compiled in (False, True):
         hybrid.zero_grad()
         hidden = passes.last_hidden(hybrid, ids, compiled=compiled)
         hidden.square().sum().backward()
-        found.append([hidden.detach(), *(p.grad for p in hybrid.parameters() if p.grad is not None)])
-    for plain, fast in zip(*found, strict=True):
+        results.append([hidden.detach(), *(p.grad for p in hybrid.parameters() if p.grad is not None)])
+    for plain, fast in zip(*results, strict=True):
         assert (plain - fast).norm() <= 1e-4 * plain.norm()
     torch.testing.assert_close(*(list(passes.attention_io(teacher, ids, compiled=on)) for on in (False, True)))
 

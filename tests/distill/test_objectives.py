@@ -1,7 +1,5 @@
 """Objectives against closed forms, spelled-out sums in float64, and torch's own gradients."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -19,12 +17,9 @@ from hybridlib.distill.objectives import alignment_loss, divergence, divergence_
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 KINDS = {
     "forward": dict(kind="forward"), "reverse": dict(kind="reverse"), "js": dict(kind="jensen_shannon"),
-    "js 0.2": dict(kind="jensen_shannon", beta=0.2), "ab 0.2 0.7": dict(kind="alpha_beta", alpha=0.2, beta=0.7),
-    "ab 1 0": dict(kind="alpha_beta", alpha=1, beta=0), "ab 0 1": dict(kind="alpha_beta", alpha=0, beta=1),
-    "ab 0.5 0": dict(kind="alpha_beta", alpha=0.5, beta=0.0), "ab 0 0.5": dict(kind="alpha_beta", alpha=0.0, beta=0.5),
-    "ab 0 0": dict(kind="alpha_beta", alpha=0.0, beta=0.0),
-    "ab 0.5 -0.5": dict(kind="alpha_beta", alpha=0.5, beta=-0.5),
-    "ab 2 -0.5": dict(kind="alpha_beta", alpha=2.0, beta=-0.5), "ab 1 1": dict(kind="alpha_beta", alpha=1.0, beta=1.0),
+    "js 0.2": dict(kind="jensen_shannon", beta=0.2),
+    **{f"ab {a} {b}": dict(kind="alpha_beta", alpha=a, beta=b) for a, b in (
+        (0.2, 0.7), (1, 0), (0, 1), (0.5, 0), (0, 0.5), (0, 0), (0.5, -0.5), (2, -0.5), (1, 1))},
 }
 FINITE = [name for name, k in KINDS.items() if k.get("beta", 0) >= 0]
 
@@ -69,6 +64,7 @@ def test_divergence_is_the_spelled_out_sum(kind, temperature):
     expected = spelled_out((teacher / temperature).softmax(-1), (student / temperature).softmax(-1), **kind)
     got = divergence(teacher, student, **kind, temperature=temperature)
     torch.testing.assert_close(got, temperature**2 * expected, rtol=1e-10, atol=1e-12)
+    assert divergence(teacher, teacher, **kind, temperature=temperature).abs().max() < 1e-12
 
 
 def test_exponents_that_add_up_to_0_but_for_rounding_are_taken_as_such():
@@ -94,15 +90,6 @@ def test_from_hidden_has_the_value_and_gradients_of_the_plain_formula(kind, temp
         assert loss.dtype == dtype and loss.item() == pytest.approx(plain.item(), rel=tolerance)
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == dtype and (a - b).norm() / b.norm() < tolerance
-
-
-@every()
-def test_equal_distributions_have_no_divergence_and_no_gradient(kind):
-    hidden, head = tensors((20, 8), (100, 8))
-    student = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-    loss = divergence_from_hidden(hidden, head, *student, **kind, chunk=7)
-    assert abs(loss.item()) < 1e-5
-    assert all(g.abs().max() < 1e-5 for g in torch.autograd.grad(loss, student))
 
 
 @every(FINITE)
@@ -188,12 +175,9 @@ AB = dict(kind="alpha_beta")
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(kind="kl"), "kind='kl' is unknown; choose one of 'forward', 'reverse'"),
     (dict(alpha=1), "alpha=1 is not taken by kind='forward'"),
-    (dict(kind="reverse", beta=0.5), "beta=0.5 is not taken by kind='reverse'"),
-    (dict(kind="jensen_shannon", alpha=0.5), "alpha=0.5 is not taken"),
     (dict(kind="jensen_shannon", beta=1), "beta=1 is not a number above 0 and below 1"),
     (AB, "alpha=None is not a number that is 0 or at least 0.01 in size"),
     (dict(AB, alpha=0.5, beta=1e-3), "beta=0.001 is not a number that is 0 or"),
-    (dict(AB, alpha=float("inf"), beta=1), "alpha=inf is not"),
     (dict(AB, alpha=0.5, beta=-0.501), "alpha \\+ beta=-0.001.* is not"),
     *((dict(temperature=t), "temperature=.* is not a number above 0") for t in (0, -1.0, float("nan"), "hot")),
     (dict(chunk=0), "chunk=0 is not a whole number of at least 1"),
@@ -201,7 +185,6 @@ AB = dict(kind="alpha_beta")
     (dict(backend="triton"), "backend='triton' cannot run here: the kernel needs tensors on a CUDA GPU"),
     (dict(teacher_hidden=torch.zeros(5, 3)), "teacher_hidden has shape \\(5, 3\\); .* tokens, \\(4,\\)"),
     (dict(student_hidden=torch.zeros(0, 2)), "hidden has shape .* it must be \\(..., width\\), with a token"),
-    (dict(student_head=torch.zeros(6, 3)), "student_head has shape \\(6, 3\\); it must be \\(6, 2\\)"),
     (dict(teacher_head=torch.zeros(7, 3)), "teacher_head has shape \\(7, 3\\); it must be \\(6, 3\\)")])
 def test_bad_arguments_are_refused(arguments, message):
     good = dict(teacher_hidden=torch.zeros(4, 3), teacher_head=torch.zeros(6, 3), student_hidden=torch.zeros(4, 2),

@@ -1,7 +1,5 @@
 """Recall: examples are answerable and split as said; scoring against models whose answers are known."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 
@@ -120,17 +118,15 @@ def test_padding_changes_no_answer_of_a_model_of_transformers(tiny_teacher):
     assert written == score_recall(teacher, Small(), first) and 0 < written.exact_match < 1
 
 
-def test_bad_tasks_and_calls_are_refused():
-    for arguments, message in ((dict(name="maze"), "name='maze' is unknown"), (dict(pairs=1), "pairs=1 .* 2 to 512"),
-                               (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
-                               (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0")):
-        with pytest.raises(ValueError, match=message):
-            RecallTask(**arguments)
-    with pytest.raises(ValueError, match="digits=1 is too few for pairs=16"):
-        generate_recall(RecallTask(digits=1), 1)
-    with pytest.raises(ValueError, match="examples is empty"):
-        score_recall(Oracle([]), Letters(), [])
+@pytest.mark.parametrize(("task", "message"), [
+    (dict(name="maze"), "name='maze' is unknown"), (dict(pairs=1), "pairs=1 .* 2 to 512"),
+    (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
+    (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0"),
+    (dict(digits=1), "digits=1 is too few for pairs=16"), (dict(), "context is 8")])
+def test_bad_tasks_and_calls_are_refused(task, message):
     model = Oracle([])
     model.config.max_position_embeddings = 8
-    with pytest.raises(ValueError, match="context is 8"):
-        score_recall(model, Letters(), generate_recall(RecallTask(), 1))
+    with pytest.raises(ValueError, match=message):
+        score_recall(model, Letters(), generate_recall(RecallTask(**task), 1))
+    with pytest.raises(ValueError, match="examples is empty"):
+        score_recall(model, Letters(), [])

@@ -1,15 +1,14 @@
 """The ledger: the same question gives the same record, and no failure harms a record that is there."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
 import math
-import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -75,11 +74,7 @@ def test_the_key_is_the_documented_one():
 def test_the_file_is_standard_json_and_floats_come_back(ledger):
     metrics = {"nan": math.nan, "up": math.inf, "list": [-math.inf, 0.1], "third": 1 / 3, "one": np.float32(0.5)}
     ledger.run("score", PARAMETERS, lambda: metrics)
-
-    def refuse(text):
-        raise AssertionError(f"{text} is no JSON")
-
-    raw = json.loads(ledger.path("score", PARAMETERS).read_text(), parse_constant=refuse)
+    raw = json.loads(ledger.path("score", PARAMETERS).read_text(), parse_constant=pytest.fail)
     assert raw["metrics"]["nan"] == {"$float": "nan"} and raw["metrics"]["up"] == {"$float": "inf"}
     back = ledger.run("score", PARAMETERS, never).metrics
     assert math.isnan(back["nan"]) and back["up"] == math.inf and back["list"] == [-math.inf, 0.1]
@@ -100,8 +95,6 @@ def test_what_no_record_can_hold_is_refused_before_compute(ledger, kind, paramet
 
 
 def test_metrics_are_checked_and_a_failed_compute_leaves_nothing(ledger):
-    with pytest.raises(ValueError, match=r"metrics\['kl'\] is a ndarray"):
-        ledger.run("score", {}, lambda: {"kl": np.zeros(3)})
     with pytest.raises(ValueError, match="compute returned a float"):
         ledger.run("score", {}, lambda: 0.1)
     with pytest.raises(ZeroDivisionError):
@@ -109,16 +102,13 @@ def test_metrics_are_checked_and_a_failed_compute_leaves_nothing(ledger):
     assert list(ledger.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["replace", "write"])
+@pytest.mark.parametrize("where", ["replace", "fsync"])
 def test_a_full_disk_leaves_the_record_as_it_was(ledger, monkeypatch, caplog, where):
     ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.1})
     before = ledger.path("hybrid", PARAMETERS).read_bytes()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace" if where == "replace" else "fsync", full)
+        patch.setattr(module.os, where, full)
         with pytest.raises(OSError, match="No space left on device; what was there before is as it was") as caught:
             ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.123456}, recompute=True)
     assert caught.value.errno == errno.ENOSPC
@@ -143,35 +133,29 @@ def test_a_harmed_record_is_refused_by_name(ledger, harm):
     assert path.read_text() == harmed
     assert ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.5}, recompute=True).metrics == {"kl": 0.5}
     assert len(list(ledger)) == 1
-
-
-def test_a_record_under_another_name_is_refused(ledger):
-    ledger.run("hybrid", PARAMETERS, lambda: {"kl": 0.125})
-    ledger.path("hybrid", PARAMETERS).rename(ledger.folder / "other.json")
+    path.rename(ledger.folder / "other.json")
     with pytest.raises(ValueError, match="other.json.*does not fit its parameters or its name"):
         list(ledger)
 
 
 def test_two_at_once_leave_one_valid_record(ledger):
-    together, records = threading.Barrier(2), []
+    together = threading.Barrier(2)
 
     def work(value):
         def compute():
             together.wait(timeout=30)
             return {"kl": value}
-        records.append(ledger.run("hybrid", PARAMETERS, compute))
+        return ledger.run("hybrid", PARAMETERS, compute)
 
-    threads = [threading.Thread(target=work, args=(v,)) for v in (0.1, 0.2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        records = list(pool.map(work, (0.1, 0.2)))
     assert sorted(r.metrics["kl"] for r in records) == [0.1, 0.2]
     assert ledger.run("hybrid", PARAMETERS, never) in records
     assert len(list(ledger.folder.iterdir())) == 1
 
 
-def test_find_and_order(ledger):
+def test_find_and_order(ledger, tmp_path):
+    assert list(ledger) == [] and not ledger.folder.exists()
     for seed in (10, 2, 5):
         ledger.run("hybrid", {"seed": seed, "layers": (1, 2)}, lambda: {})
     ledger.run("score", {"seed": 2, "flag": True}, lambda: {})
@@ -179,6 +163,9 @@ def test_find_and_order(ledger):
     assert [r.seed for r in ledger.find("hybrid", seed=2, layers=(1, 2))] == [2]
     assert ledger.find("hybrid", layers=(2, 1)) == [] and ledger.find("hybrid", absent=None) == []
     assert ledger.find("score", flag=1) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file' is a file; a ledger needs a folder"):
+        Ledger(tmp_path / "file")
 
 
 def test_table(ledger):
@@ -192,11 +179,3 @@ def test_table(ledger):
     assert "curve" not in table.columns and math.isnan(table["kl"][1])
     assert list(ledger.table("teacher")["seed"]) == [7]
     assert ledger.table("align").empty and "kind" in ledger.table("align").columns
-
-
-def test_folders(tmp_path):
-    new = Ledger(tmp_path / "a" / "b")
-    assert list(new) == [] and not new.folder.exists()
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="file' is a file; a ledger needs a folder"):
-        Ledger(tmp_path / "file")

@@ -1,9 +1,8 @@
 """What a record says of its origin is true."""
 
-from __future__ import annotations
-
 import subprocess
 import types
+from unittest.mock import Mock
 
 from hybridlib.records import provenance
 from hybridlib.records.provenance import code_commit, describe_device, software_versions
@@ -59,17 +58,12 @@ def test_names_of_devices(tmp_path, monkeypatch):
     assert describe_device() == "Some GPU, 80 GiB" and describe_device("cpu") == "Some CPU, 1 core"
 
 
-def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):
-    def missing(name):
-        raise provenance.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(provenance.metadata, "version", missing)
-    monkeypatch.setitem(provenance.sys.modules, "transformers", None)
-    assert software_versions()["transformers"] == "not installed"
-
-
 def test_a_version_is_that_of_what_is_imported(monkeypatch):
     monkeypatch.setattr(provenance.metadata, "version", lambda name: "of the disk")
     monkeypatch.setitem(provenance.sys.modules, "triton", types.SimpleNamespace(__version__="of the process"))
     monkeypatch.setitem(provenance.sys.modules, "flash_qla", None)
     assert (software_versions()["triton"], software_versions()["flash-qla"]) == ("of the process", "of the disk")
+    missing = Mock(side_effect=provenance.metadata.PackageNotFoundError("transformers"))
+    monkeypatch.setattr(provenance.metadata, "version", missing)
+    monkeypatch.setitem(provenance.sys.modules, "transformers", None)
+    assert software_versions()["transformers"] == "not installed"

@@ -1,13 +1,10 @@
 """Tables and the figure of a contest: fronts, costs, agreement and advice on numbers with a known answer."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pandas as pd
 import pytest
 
-import hybridlib as hl
 from hybridlib.report import contest as contest_report
 from hybridlib.report.selector_plots import quality_and_cost
 
@@ -26,7 +23,6 @@ def test_the_best_of_those_that_need_no_more_is_named_and_of_equals_the_cheapest
     table = contest_report.best_by_need(known)
     assert list(table.index) == ["nothing", "teacher", "student", "stage 2"]
     assert list(table["use"]) == ["free", "free", "cheap", "cheap"]
-    assert table["against the best of all"].iloc[-1] == "it is the best"
     assert table["against the best of all"].iloc[0].startswith("free against cheap: 0.6")
     by_recall = contest_report.best_by_need(known, "recall_exact")
     assert list(by_recall["use"]) == ["free", "free", "cheap", "dear"]
@@ -52,12 +48,8 @@ def test_a_reference_is_compared_in_cost_agreement_and_kl(known):
     assert table["Spearman"].tolist() == ["\u2013", "0.90 (0.80 to 1.00)", "1.00"]
     assert table["best by its scores"].tolist() == ["\u2013", "yes", "no"]  # dear keeps 0 and 2, scored below 1
     assert table["Jaccard"].tolist() == ["0.33", "1.00", "0.33"]
-    kl = table["held-out KL"]
-    assert kl["cheap"] == "equal on every seed" and kl["free"].endswith(": higher")
-    assert kl["dear"].startswith("0.2010 [")
+    assert table.loc["dear", "held-out KL"].startswith("0.2010 [")
     assert contest_report.reference_table(known, "AVG").empty
-    one = dataclasses.replace(known, rows=known.rows[known.rows["seed"] == 0])
-    assert contest_report.reference_table(one)["held-out KL"]["dear"].endswith("one seed cannot tell")
     third = known.rows[known.rows["seed"] == 1].assign(seed=2)
     rows = pd.concat([known.rows, third], ignore_index=True)
     rows.loc[(rows["selector"] == "cheap") & (rows["seed"] == 0), "seconds"] = 1e6  # a first call that compiles
@@ -86,13 +78,6 @@ def test_unknown_costs_are_a_dash_and_notes_are_shown(known):
     assert contest_report.reference_table(known).loc["cheap", "share of its FLOPs"] == "\u2013"
 
 
-def test_participants_are_described_in_the_order_given():
-    table = contest_report.participants(["ga-s2", "uniform"])
-    assert list(table.index) == ["GA-S2", "uniform"] and list(table["needs"]) == ["stage 2", "nothing"]
-    assert list(table.columns) == ["source", "needs", "assumes", "costs"]
-    assert list(table["costs"]) == [hl.SELECTORS["ga-s2"].cost, "nothing"]
-
-
 def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(known):
     figure = quality_and_cost(known, "kl", log=True)
     axes = figure.axes[0]
@@ -100,15 +85,8 @@ def test_quality_against_cost_fills_the_front_and_puts_what_is_free_at_the_left(
     assert [line.get_markerfacecolor() == "white" for line in points] == [False, False, True, True]
     x = [line.get_xdata()[0] for line in points]
     assert x[0] < x[1] == 1e5 < x[2] < x[3] and axes.get_xticklabels()[0].get_text() == "0"
-    assert axes.get_ylabel() == "held-out KL (nats a token)" and axes.get_xlabel() == "FLOPs of choosing (estimated)"
-    places = {}
-    for text in axes.texts:  # beside the axes a number and a name a line; within them the points' labels
-        places.setdefault(text.xy[1] if text.xycoords == "axes fraction" else None, []).append(text)
-    beside = [[text.get_text() for text in line] for place, line in places.items() if place is not None]
-    assert beside == [["1", "free"], ["2", "cheap"], ["3", "GA-S2"], ["4", "dear"]]
     figure.canvas.draw()
-    assert all(axes.bbox.contains(*corner) for text in places[None] for corner in text.get_window_extent().get_points())
-    with pytest.raises(ValueError, match="^cost='speed' is unknown"):
-        quality_and_cost(known, "kl", "speed")
+    numbers = [text for text in axes.texts if text.xycoords != "axes fraction"]  # the points' labels
+    assert all(axes.bbox.contains(*corner) for text in numbers for corner in text.get_window_extent().get_points())
     with pytest.raises(ValueError, match="no row with both"):
         quality_and_cost(dataclasses.replace(known, rows=known.rows.assign(flops=float("nan"))), "kl")

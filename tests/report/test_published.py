@@ -1,7 +1,5 @@
 """The published sets: what their columns must be, and statistics of sets against counting all of them."""
 
-from __future__ import annotations
-
 from itertools import combinations
 from random import Random
 
@@ -30,16 +28,12 @@ def test_layers_are_distinct_and_of_their_teacher():
         assert row.size == len(set(row.layers)) and 0 <= min(row.layers) <= max(row.layers) < row.num_layers
     assert set(SETS[SETS["budget"].isna()]["selector"]) == {"PostNAS"}
     assert set(SETS["student_mixer"]) == {"gdn", "gla"} and RESULTS["value"].between(0, 1).all()
-    assert set(SETS.dropna(subset=["probe_mixer"])["selector"]) == {"GA-S2"}
-    assert SETS[SETS["selector"] == "GA-S2"]["probe_mixer"].notna().all()
+    assert (SETS["probe_mixer"].notna() == (SETS["selector"] == "GA-S2")).all()
 
 
 def test_settings_name_a_budget_that_was_published():
-    assert published.PublishedSettings(share=0.33).share == 0.33
     with pytest.raises(ValueError, match=r"^share=0.3 was not published; choose one of 0.125, 0.25, 0.33, 0.5$"):
         published.PublishedSettings(share=0.3)
-    with pytest.raises(ValueError, match="^student='mamba'"):
-        published.PublishedSettings(student="mamba")
 
 
 @pytest.mark.parametrize("num_layers, k", [(7, 1), (7, 3), (8, 4), (5, 5)])
@@ -52,12 +46,8 @@ def test_contiguity_is_what_counting_all_sets_gives(num_layers, k):
         pairs, expected, probability = agreement.contiguity(reversed(layers), num_layers)
         assert pairs == count and expected == pytest.approx(np.mean(counts))
         assert probability == pytest.approx(np.mean([c >= count for c in counts]))
-
-
-def test_contiguity_refuses_layers_that_are_not_there():
-    for layers in ((), (0, 8), (-1,)):
-        with pytest.raises(ValueError, match="from 0 to 7$|^k=0 "):
-            agreement.contiguity(layers, 8)
+    with pytest.raises(ValueError, match=f"from 0 to {num_layers - 1}$"):
+        agreement.contiguity((0, num_layers), num_layers)
 
 
 def test_pairs_of_sets_differ_in_one_column_and_carry_what_random_sets_would_reach():

@@ -1,7 +1,5 @@
 """How far selectors rank layers alike: the scores that count, their pairs, agreement with known answers."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -51,14 +49,14 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
     titles.insert(titles.index("GA-S2") + 1, "GA-S2, seed 1")
 
     def check():
-        found = rankings.recorded_scores(study.ledger, contest)
-        assert list(found) == titles and found["GA-S2, seed 1"] == tuple(later.values)
+        scores = rankings.recorded_scores(study.ledger, contest)
+        assert list(scores) == titles and scores["GA-S2, seed 1"] == tuple(later.values)
         for name in kept:
             if name not in ("rad", "learned-gates"):  # which search, with such scores to begin from
-                assert found[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
-        return found
+                assert scores[hl.SELECTORS[name].title] == tuple(chosen[name].values), name
+        return scores
 
-    found = check()
+    scores = check()
     for changed in (dict(budget=1), dict(score_tokens=48), dict(mixer_learning_rate=1e-2), dict(heldout_tokens=128),
                     dict(align_tokens=128)):
         other = hl.Study(dataclasses.replace(settings, **changed))
@@ -67,7 +65,7 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
     study.selection("ga-s2-slow", rate=0.5), study.selection("gate-gradient", share=None)
     study.selection("smart", num_tokens=64)
     study.scores("gdn", 0, metric="mse", normalize=False)
-    assert check() == found  # other settings and options, and what is no selector's, stay out
+    assert check() == scores  # other settings and options, and what is no selector's, stay out
     gla = dataclasses.replace(contest, settings=contest.settings | {"mixer": "gla"})
     assert set(rankings.recorded_scores(study.ledger, gla)) == {"PPL", "RAD"}  # they ask the teacher alone
     another = dataclasses.replace(contest, settings=contest.settings | {
@@ -137,12 +135,9 @@ def test_agreement_with_ga_s2_is_of_the_same_seed_beside_what_ga_s2_agrees_with_
     assert ours["with_both"] == pytest.approx(spearman(UP, both)) and table["with_both"].isna().tolist() == [
         False, True, False]
     assert rankings.agreement_with_ga_s2(hl.Ledger(ledger.folder / "none"), [contest]).empty
-
-
-def test_a_ranking_that_costs_too_much_does_not_meet_the_aim(aims):
-    ledger, contest = aims([UP, UP], [UP, UP], flops=21.0)
+    ledger, contest = aims([UP, UP], [UP, UP], flops=21.0)  # it costs too much
     table = rankings.agreement_with_ga_s2(ledger, [contest])
-    assert list(table["spearman"]) == [1, 1] and list(table["met"]) == [False, False]
+    assert list(table["spearman"])[:2] == [1, 1] and not table["met"].any()
 
 
 def test_the_layers_whose_ranks_differ_most_are_named(aims):

@@ -1,7 +1,5 @@
 """What records allow to say: outcomes follow the interval, and hybrids are found by the rule that kept their layers."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 
