@@ -16,8 +16,7 @@ from hybridlib.checks import check_choice, check_executor, check_int
 from hybridlib.models.hybrid import check_layers
 from hybridlib.selection.rules import budget_layers
 
-__all__ = ["SearchResult", "beam", "exhaustive", "greedy_backward", "greedy_forward", "interactions", "rank_of",
-           "regret"]
+__all__ = ["SearchResult", "beam", "exhaustive", "greedy_backward", "greedy_forward", "interactions", "regret"]
 
 Layers = tuple[int, ...]
 Measure = Callable[[Layers], float]
@@ -67,17 +66,17 @@ def beam(measure: Measure, num_layers: int, budget: float | int, width: int, dir
     check_int("width", width, 1)
     count = _checked(measure, num_layers, budget, executor)
     everything = tuple(range(num_layers))
-    kept, rounds = ([()], count) if direction == "add" else ([everything], num_layers - count)
+    best, rounds = ([()], count) if direction == "add" else ([everything], num_layers - count)
     path, values = [], {}
     for _ in range(rounds):
         if direction == "add":
-            reached = {tuple(sorted((*layers, l))) for layers in kept for l in everything if l not in layers}
+            reached = {tuple(sorted((*layers, l))) for layers in best for l in everything if l not in layers}
         else:
-            reached = {tuple(m for m in layers if m != l) for layers in kept for l in layers}
+            reached = {tuple(m for m in layers if m != l) for layers in best for l in layers}
         values |= _measured(measure, sorted(reached), executor)
-        kept = sorted(reached, key=lambda layers: (values[layers], layers))[:width]
-        path.append((kept[0], values[kept[0]]))
-    return SearchResult(kept[0], tuple(path), values)
+        best = sorted(reached, key=lambda layers: (values[layers], layers))[:width]
+        path.append((best[0], values[best[0]]))
+    return SearchResult(best[0], tuple(path), values)
 
 
 def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = None, *,
@@ -89,9 +88,9 @@ def exhaustive(measure: Measure, num_layers: int, budget: float | int | None = N
     count = _checked(measure, num_layers, 1 if budget is None else budget, executor)
     path, values = [], {}
     for size in range(num_layers + 1) if budget is None else (count,):
-        found = _measured(measure, list(combinations(range(num_layers), size)), executor)
-        path.append(min(found.items(), key=lambda item: (item[1], item[0])))
-        values |= found
+        measured = _measured(measure, list(combinations(range(num_layers), size)), executor)
+        path.append(min(measured.items(), key=lambda item: (item[1], item[0])))
+        values |= measured
     return SearchResult(min(path, key=lambda item: item[1])[0], tuple(path), values)
 
 
@@ -115,23 +114,12 @@ def interactions(values: Mapping[Layers, float], num_layers: int) -> np.ndarray:
 
 def regret(layers: Iterable[int], values: Mapping[Layers, float]) -> float:
     """How much worse `layers` are than the best set of as many layers in `values`. ValueError if they are not there."""
-    own, rivals = _of_size(layers, values)
-    return own - min(rivals)
-
-
-def rank_of(layers: Iterable[int], values: Mapping[Layers, float]) -> tuple[int, int]:
-    """(rank, count) of `layers` among the sets of as many layers in `values`; 1 is best, equals share it."""
-    own, rivals = _of_size(layers, values)
-    return 1 + sum(value < own for value in rivals), len(rivals)
-
-
-def _of_size(layers, values):
     layers = tuple(sorted(layers))
     rivals = [value for other, value in values.items() if len(other) == len(layers)]
     if layers not in values:
         raise ValueError(f"layers={layers} are not in values, which has {len(rivals)} sets of {len(layers)} layers; "
                          "give a set that was measured")
-    return values[layers], rivals
+    return values[layers] - min(rivals)
 
 
 def _checked(measure, num_layers, budget, executor):

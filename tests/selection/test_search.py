@@ -15,7 +15,7 @@ import hybridlib as hl
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.settings import DistillationDiverged
 from hybridlib.selection.engine.candidates import distilled_kl
-from hybridlib.selection.search import beam, exhaustive, greedy_backward, greedy_forward, interactions, rank_of, regret
+from hybridlib.selection.search import beam, exhaustive, greedy_backward, greedy_forward, interactions, regret
 
 SIZES = [(n, k) for n in range(1, 8) for k in range(1, n + 1)]
 
@@ -184,14 +184,11 @@ def test_interactions_by_hand():
             interactions(values, 2)
 
 
-def test_regret_and_rank_are_among_sets_of_the_same_size():
+def test_regret_is_among_sets_of_the_same_size():
     values = {(0, 1): 3.0, (0, 2): 1.0, (1, 2): 3.0, (1, 3): 4.0, (0,): 0.0, (0, 1, 2): 0.5}
-    assert regret((0, 2), values) == 0 and rank_of((0, 2), values) == (1, 4)
-    assert regret((2, 1), values) == 2 and rank_of([1, 2], values) == rank_of((0, 1), values) == (2, 4)
-    assert rank_of((1, 3), values) == (4, 4)
-    for judge in (regret, rank_of):
-        with pytest.raises(ValueError, match=r"layers=\(2, 3\) are not in values, which has 4 sets of 2 layers"):
-            judge((2, 3), values)
+    assert regret((0, 2), values) == 0 and regret((2, 1), values) == 2
+    with pytest.raises(ValueError, match=r"layers=\(2, 3\) are not in values, which has 4 sets of 2 layers"):
+        regret((2, 3), values)
 
 
 def test_distilled_kl_trains_each_set_alike_and_leaves_the_student(aligned, tiny_tokens):

@@ -254,6 +254,6 @@ def _rows(tokens, num_tokens):
 
 def _check_rows(rows):
     if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or rows.is_floating_point() or rows.numel() == 0:
-        given = f"of shape {tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(f"tokens is {given}; give Tokens, or an integer tensor (rows, context) with a row")
+        form = f"of shape {tuple(rows.shape)}, {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise ValueError(f"tokens is {form}; give Tokens, or an integer tensor (rows, context) with a row")
     return rows
