@@ -205,6 +205,9 @@ def _smollm2(cache):
             _convert(gguf, Path(work) / SMOLLM2)
             os.replace(Path(work) / SMOLLM2, folder)
     except OSError as error:
+        if (folder / _SUMS).is_file():  # another process was quicker
+            _check_sums(folder)
+            return folder
         raise ValueError(f"cache_dir={str(cache)!r} cannot hold {SMOLLM2} (0.8 GB while it is unpacked): "
                          f"{error.strerror or error}") from None
     return folder

@@ -85,7 +85,7 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
     dict
         {layers: figures}: ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` and ``cost``
         (a dict) of this call, ``device``; for an evaluation the other figures of `evaluate`, and ``loss``,
-        ``loss_tokens`` and ``train_seconds``. A candidate that failed has only ``error``, the reason.
+        ``loss_tokens`` and ``train_seconds``. A candidate that failed has ``error``, the reason, in place of figures.
     """
     sets = [tuple(layers) for layers in sets]
     if job.num_tokens and (len(sets) > 1 if stack is None else stack):
