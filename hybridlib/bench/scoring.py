@@ -20,6 +20,7 @@ from hybridlib.bench.timing import Bench, wait
 from hybridlib.checks import check_choice, check_int
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.evaluate import heldout_kl
+from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import match
 from hybridlib.models.hybrid import restore
 from hybridlib.records.ledger import Ledger
@@ -204,7 +205,8 @@ def repeat_pairs(ledger: Ledger, scores: Mapping[str, Sequence[float]], teacher:
         first, rows = frame.iloc[0], frame[frame["reason"].isna()].set_index("loop")
         if ((first["aligned"]["teacher"], first["mixer"], first["direction"]) == (teacher, mixer, "add")
                 and {"plain", "recorded"} <= set(rows.index)):
-            rate = np.format_float_scientific(first["settings"]["mixer_learning_rate"], trim="-", exp_digits=1)
+            rate = MatchSettings.from_numbers(first["settings"]).attention_learning_rate
+            rate = np.format_float_scientific(rate, trim="-", exp_digits=1)
             repeats[f"{first['num_tokens']:,} tokens, mixers at {rate}"] = tuple(
                 rows.loc[["plain", "recorded"], "values"])
     if not repeats:

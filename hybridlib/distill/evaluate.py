@@ -12,15 +12,18 @@ from transformers import PreTrainedModel
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import divergence, divergence_from_hidden
-from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
+from hybridlib.distill.recall import RecallTask, generate_recall, score_recall, share_of
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 
-__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "row_kl"]
+__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures on held-out text: `kl` in nats a token; `stderr`s over rows (kl) and over answers (recall)."""
+    """Figures on held-out text: `kl` in nats a token; `stderr`s over rows (kl) and over answers (recall).
+
+    `kl_rows` are the means of each row, and `recall_hits` says which answers are right, as ones and zeros.
+    """
 
     kl: float
     kl_stderr: float
@@ -30,9 +33,12 @@ class Evaluation:
     heldout_tokens: int
     recall_exact: float | None = None
     recall_stderr: float | None = None
+    kl_rows: tuple[float, ...] = ()
+    recall_hits: str | None = None
 
     def metrics(self) -> dict:
-        return asdict(self)
+        """The figures as a record has them, `kl_rows` to a millionth of a nat."""
+        return asdict(self) | {"kl_rows": [round(kl, 6) for kl in self.kl_rows]}
 
 
 @torch.no_grad()
@@ -50,19 +56,19 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
             if tokens.tokenizer is None:
                 raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
             score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
-            answers = score.exact_match, score.stderr
+            answers = score.hits
         return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens, [answers],
                                 heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)[0]
 
 
 @torch.no_grad()
 def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], teacher: PreTrainedModel, tokens: Tokens,
-                     recall: Sequence[tuple[float, float] | None], *, heldout_tokens: int | None = None,
+                     recall: Sequence[Sequence[bool] | None], *, heldout_tokens: int | None = None,
                      batch_tokens: int = 8192, states: TeacherStates | None = None) -> list[Evaluation]:
     """Measure several models, in evaluation mode, as `evaluate` does one.
 
-    `logits` takes ids (rows, time) and gives each model's logits (rows, time, vocab); `recall` has each one's exact
-    match with its standard error. `states`, of this teacher, spare its pass.
+    `logits` takes ids (rows, time) and gives each model's logits (rows, time, vocab); `recall` says which of each one's
+    answers are right. `states`, of this teacher, spare its pass.
     """
     kl: list[list[float]] = [[] for _ in recall]
     sums = torch.zeros(len(recall), 3, dtype=torch.float64)
@@ -76,26 +82,35 @@ def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], t
                 agreement = (expected.argmax(-1) == own.argmax(-1)).float().mean(-1).sum().item()
                 sums[c] += torch.tensor([_nats(own, ids), teacher_nats, agreement], dtype=torch.float64)
     figures = []
-    for rows, total, score in zip(kl, sums, recall, strict=True):
+    for rows, total, hits in zip(kl, sums, recall, strict=True):
         nats, teacher_nats, agreement = (total / len(rows)).tolist()
-        figures.append(Evaluation(*_mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
-                                  len(rows) * tokens.context, *(score or (None, None))))
+        share = (None, None) if hits is None else share_of(hits)
+        marks = None if hits is None else "".join(str(int(hit)) for hit in hits)
+        figures.append(Evaluation(*mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
+                                  len(rows) * tokens.context, *share, tuple(rows), marks))
     return figures
 
 
-@torch.no_grad()
 def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *, heldout_tokens: int | None = None,
-               states: TeacherStates | None = None, measure: Callable | None = None) -> tuple[float, float]:
+               states: TeacherStates | None = None) -> tuple[float, float]:
     """Return mean and standard error over rows of KL(teacher || model) in nats a token on held-out rows.
 
-    `states`, of this teacher, spare its pass. `measure` is a faster `row_kl`, called with ids and teacher states.
+    `states`, of this teacher, spare its pass.
     """
+    return mean_stderr(heldout_row_kl(model, teacher, tokens, heldout_tokens=heldout_tokens, states=states))
+
+
+@torch.no_grad()
+def heldout_row_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *,
+                   heldout_tokens: int | None = None, states: TeacherStates | None = None,
+                   measure: Callable | None = None) -> list[float]:
+    """Return the KL of `heldout_kl` row by row; `measure` is a faster `row_kl`, called with ids and teacher states."""
     values = []
     with evaluation_mode(model):
         for ids, hidden in _batches(teacher, tokens, heldout_tokens, 8192, states):
             kl = measure(ids, hidden) if measure else row_kl(model, teacher, ids, hidden)
             values.append(kl.clone())  # the next call may write to the same place
-    return _mean_stderr(torch.cat(values).tolist())
+    return torch.cat(values).tolist()
 
 
 def row_kl(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, teacher_states: torch.Tensor, *,
@@ -131,6 +146,7 @@ def _nats(logits, ids):
     return nats.view(len(ids), -1).mean(-1).sum().item()
 
 
-def _mean_stderr(values: Sequence[float]) -> tuple[float, float]:
+def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of `values` and its standard error, nan for a single one."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return tensor.mean().item(), tensor.std().item() / len(tensor) ** 0.5 if len(tensor) > 1 else math.nan

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from hybridlib.checks import check_choice, check_int
 from hybridlib.models.passes import evaluation_mode
 
 __all__ = ["RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "generate_recall",
-           "recall_of_members", "score_recall"]
+           "recall_of_members", "score_recall", "share_of"]
 
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
 
@@ -96,11 +97,12 @@ class RecallExample:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Share of answers right, with its binomial standard error, and their number."""
+    """Share of answers right, with its binomial standard error, their number, and which are right."""
 
     exact_match: float
     stderr: float
     answers: int
+    hits: tuple[bool, ...] = ()
 
 
 def generate_recall(task: RecallTask, num_examples: int, seed: int = 0) -> list[RecallExample]:
@@ -138,11 +140,9 @@ def score_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
     check_choice("mode", mode, ("teacher_forced", "greedy"))
     encoded = encode_all(examples, tokenizer, model.config)
     with evaluation_mode(model):
-        if mode == "greedy":
-            exact_match, stderr = _share(_written(model, tokenizer, encoded, batch_size))
-            return RecallScore(exact_match, stderr, len(encoded))
-        exact_match, stderr = recall_of_members(model, tokenizer, encoded, batch_size)[0]
-    return RecallScore(exact_match, stderr, sum(len(spans) for _, spans in encoded))
+        hits = (_written(model, tokenizer, encoded, batch_size) if mode == "greedy"
+                else recall_of_members(model, tokenizer, encoded, batch_size)[0])
+    return RecallScore(*share_of(hits), len(hits), tuple(hits))
 
 
 def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase, config
@@ -160,8 +160,8 @@ def encode_all(examples: list[RecallExample], tokenizer: PreTrainedTokenizerBase
 
 @torch.no_grad()
 def recall_of_members(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, encoded, batch_size: int,
-                      members: int = 1) -> list[tuple[float, float]]:
-    """Return each member's share of right answers and its binomial standard error.
+                      members: int = 1) -> list[list[bool]]:
+    """Return which answers of each member are right.
 
     `encoded` is of `encode_all`. A `model` of several members gets each batch once for each, one after the other.
     """
@@ -177,7 +177,7 @@ def recall_of_members(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
                 shift = len(true) - len(row)
                 answers += [torch.equal(likeliest[start + shift - 1:end + shift - 1], true[start + shift:end + shift])
                             for start, end in spans]
-    return [_share(answers) for answers in right]
+    return right
 
 
 @torch.no_grad()
@@ -194,10 +194,10 @@ def _written(model, tokenizer, encoded, batch_size):
     return right
 
 
-def _share(right):
-    """The share of answers that are right, and its binomial standard error."""
-    p = sum(right) / len(right)
-    return p, (p * (1 - p) / len(right)) ** 0.5
+def share_of(hits: Sequence[bool]) -> tuple[float, float]:
+    """Return the share of answers that are right, and its binomial standard error."""
+    p = sum(hits) / len(hits)
+    return p, (p * (1 - p) / len(hits)) ** 0.5
 
 
 def _pad_id(tokenizer):

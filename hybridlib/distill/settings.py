@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from hybridlib.checks import check_choice, check_int, check_number
 from hybridlib.distill.objectives import check_divergence
 
-__all__ = ["AlignSettings", "DistillationDiverged", "History", "MatchSettings"]
+__all__ = ["GROUPINGS", "AlignSettings", "DistillationDiverged", "History", "MatchSettings"]
+
+GROUPINGS = ("attention", "mixers")  # the weights that stage 2 trains at the attention rate, see `MatchSettings`
 
 
 class DistillationDiverged(RuntimeError):
@@ -82,14 +85,19 @@ class AlignSettings(_Settings):
 
 @dataclass(frozen=True)
 class MatchSettings(_Settings):
-    """Stage 2 (paper: 600M tokens at context 4096, constant rates, 7e-6 and 1e-4).
+    """Stage 2 (paper: 600M tokens at context 4096, constant rates, 7e-6 and 1e-4; its code: decay .01, no warm-up).
 
-    `mixer_learning_rate` is the rate of the linear mixers, `learning_rate` that of all other weights. `divergence`,
-    `temperature`, `alpha` and `beta` are as in `objectives.divergence`.
+    `attention_learning_rate` is the rate of the weights that `grouping` names, `learning_rate` that of all others.
+    Grouping ``"attention"`` is that of the authors' code: all weights of every attention layer, linear or softmax, and
+    of the norm before it. ``"mixers"`` are those of linear layers alone. `divergence`, `temperature`, `alpha` and
+    `beta` are as in `objectives.divergence`.
     """
 
+    warmup: float = 0.0
+    weight_decay: float = 0.01
     learning_rate: float = 7e-6
-    mixer_learning_rate: float = 1e-4
+    attention_learning_rate: float = 1e-4
+    grouping: str = "attention"
     temperature: float = 1.0
     divergence: str = "forward"
     alpha: float | None = None
@@ -98,9 +106,26 @@ class MatchSettings(_Settings):
     def __post_init__(self):
         super().__post_init__()
         check_number("learning_rate", self.learning_rate, 0)
-        check_number("mixer_learning_rate", self.mixer_learning_rate, 0)
+        check_number("attention_learning_rate", self.attention_learning_rate, 0)
+        check_choice("grouping", self.grouping, GROUPINGS)
         check_number("temperature", self.temperature, 0, open_low=True)
         check_divergence(self.divergence, self.alpha, self.beta, name="divergence")
+
+    def numbers(self) -> dict:
+        """As in `AlignSettings`; with grouping ``"mixers"``, as records have had it before there was a choice."""
+        numbers = super().numbers()
+        if self.grouping == "mixers":
+            del numbers["grouping"]
+            numbers["mixer_learning_rate"] = numbers.pop("attention_learning_rate")
+        return numbers
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping) -> MatchSettings:
+        """The settings that `numbers` gave."""
+        fields = dict(numbers)
+        if "mixer_learning_rate" in fields:
+            fields |= {"grouping": "mixers", "attention_learning_rate": fields.pop("mixer_learning_rate")}
+        return cls(**fields | {"betas": tuple(fields.get("betas", cls.betas))})
 
 
 @dataclass
@@ -113,3 +138,9 @@ class History:
     elapsed: list[float] = field(default_factory=list)
     layer_losses: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def rose(self) -> bool:
+        """Whether the mean loss of the last tenth of the steps, at least one, is above that of the first step."""
+        last = self.losses[-max(1, len(self.losses) // 10):]
+        return bool(last) and sum(last) / len(last) > self.losses[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.loop import train_steps
 from hybridlib.distill.objectives import divergence_from_hidden, mixer_loss
 from hybridlib.distill.settings import AlignSettings, History, MatchSettings
+from hybridlib.kernels import fused
 from hybridlib.models.hybrid import linear_layers
-from hybridlib.models.passes import TeacherStates, attention_io, compiled_if, last_hidden
+from hybridlib.models.passes import TeacherStates, attention_io, compiled_if, last_hidden, repeatable
 
-__all__ = ["align", "match", "matching_loss", "weight_groups"]
+__all__ = ["align", "match", "matching_loss", "repeatable_if_fused", "weight_groups"]
 
 
 def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num_tokens: int, *,
@@ -49,8 +51,9 @@ def align(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, nu
             (losses[l] * (share / len(layers))).backward()
         return {l: loss.detach() for l, loss in losses.items()}
 
-    return train_steps("align", student, tokens, num_tokens, settings, [(named, settings.learning_rate)], step_loss,
-                       checkpoint=checkpoint)
+    with repeatable_if_fused(student):
+        return train_steps("align", student, tokens, num_tokens, settings, [(named, settings.learning_rate)],
+                           step_loss, checkpoint=checkpoint)
 
 
 def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num_tokens: int, *,
@@ -74,11 +77,26 @@ def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num
                        targets=None if states is None else partial(states, compiled=compiled))
 
 
+@contextlib.contextmanager
+def repeatable_if_fused(student: PreTrainedModel) -> Iterator[None]:
+    """`passes.repeatable` for training `student`, where no operator is refused by it: its mixers run fused kernels."""
+    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
+    ordered = next(student.parameters()).is_cuda and fused.why_not() is None and all(
+        mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS for mixer in mixers)
+    with repeatable() if ordered else contextlib.nullcontext():
+        yield
+
+
 def weight_groups(named, is_mixer: Callable[[str], bool], settings: MatchSettings) -> list:
-    """Stage 2's groups for `Run` of `named` weights: the mixers' at their rate, and all others at theirs."""
+    """Stage 2's groups for `Run` of `named` weights: those that `settings.grouping` names at their rate, then the rest.
+
+    A stacked or gated model has a layer's mixer and softmax attention below ``self_attn``, as a hybrid has one of them.
+    """
     named = list(named)
-    return [([(n, p) for n, p in named if is_mixer(n)], settings.mixer_learning_rate),
-            ([(n, p) for n, p in named if not is_mixer(n)], settings.learning_rate)]
+    chosen = is_mixer if settings.grouping == "mixers" else (
+        lambda name: ".self_attn." in name or ".input_layernorm." in name)
+    return [([(n, p) for n, p in named if chosen(n)], settings.attention_learning_rate),
+            ([(n, p) for n, p in named if not chosen(n)], settings.learning_rate)]
 
 
 def matching_loss(outputs: Callable, teacher: PreTrainedModel, settings: MatchSettings, compiled: bool = False, *,

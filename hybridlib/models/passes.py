@@ -15,6 +15,7 @@ from hybridlib.checks import check_int
 
 __all__ = ["TeacherStates", "attention_io", "compiled_if", "evaluation_mode", "last_hidden", "repeatable"]
 
+RECOMPILE_LIMIT = 64  # variants of a compiled function
 _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal without a mask
 
 
@@ -104,7 +105,15 @@ def compiled_if(compiled: bool, function: Callable) -> Callable:
     if not compiled:
         return function
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else None
-    return torch.compile(function, dynamic=False, options=fixed)
+    compiled_function = torch.compile(function, dynamic=False, options=fixed)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # Layers differ by kind, shape, mode and gradients; beyond torch's limit of 8 it would run them uncompiled.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled_function(*args, **kwargs)
+
+    return call
 
 
 def _begin(model, input_ids):

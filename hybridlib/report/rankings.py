@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 
 import numpy as np
 import pandas as pd
@@ -32,7 +31,7 @@ def recorded_scores(ledger: Ledger, contest: Contest) -> dict[str, tuple[float, 
 
 def _scores(ledger, contest) -> dict[tuple[str, int], Selection]:
     s, aligned, chosen = contest.settings, contest.settings["aligned"], {}
-    settings = StudySettings(**{f.name: s[f.name] for f in fields(StudySettings) if f.name in s})
+    settings = StudySettings.from_record(s)
     records = {_text(r.parameters): r for r in sorted(ledger.find("score"), key=lambda r: r.started)
                if "values" in r.metrics}
     for name, selector in SELECTORS.items():

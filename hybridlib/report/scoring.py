@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from hybridlib.bench.scoring import ENGINES
+from hybridlib.distill.settings import MatchSettings
 from hybridlib.records.folders import data_folder
 from hybridlib.report.style import mebibytes
 from hybridlib.selection.agreement import spearman, top_k_jaccard
@@ -80,7 +81,7 @@ def early_stop_table(frames: Sequence[pd.DataFrame], path: str | Path | None = N
 def _question(frame):
     first = frame.iloc[0]
     return {"teacher": first["aligned"]["teacher"], "tokens a candidate": f"{first['num_tokens']:,}",
-            "rate of mixers": f"{first['settings']['mixer_learning_rate']:g}"}
+            "rate of mixers": f"{MatchSettings.from_numbers(first['settings']).attention_learning_rate:g}"}
 
 
 def _loops(frame):

@@ -20,6 +20,7 @@ class LayerScores:
         of a candidate in nats a token (``"kl"``), the alignment error (``"mse"``), or what the scorer says.
     tokens, seconds : of training, forward and backward; of scoring.
     cost : all that scoring cost; None in old records.
+    rose : layers whose candidate ended with a higher loss than it started with, see `distill.settings.History`.
     history, history_tokens : the values at every measurement along training, and after how many tokens each was.
     """
 
@@ -33,6 +34,7 @@ class LayerScores:
     cost: Cost | None = None
     history: tuple[tuple[float, ...], ...] = ()
     history_tokens: tuple[int, ...] = ()
+    rose: tuple[int, ...] = ()
 
     @property
     def ranking(self) -> tuple[int, ...]:

@@ -39,14 +39,14 @@ def _rows(study, seed):
 def _stage_2_numbers(settings, rate, **changes):
     """Settings of stage 2 for a record, with mixers at `rate` times the rate that hybrids' have."""
     check_number("rate", rate, 0, open_low=True)
-    rate *= settings.mixer_learning_rate
-    return replace(settings.match_settings, mixer_learning_rate=rate, **changes).numbers()
+    rate *= settings.attention_learning_rate
+    return replace(settings.match_settings, attention_learning_rate=rate, **changes).numbers()
 
 
 def _stage_2(study, own):
     """The study's settings of stage 2 with the batch and rate in a record's parameters; None where these have none."""
     numbers = own.get("settings", {})
-    changed = {name: numbers[name] for name in ("batch_tokens", "mixer_learning_rate") if numbers}
+    changed = {name: numbers[name] for name in ("batch_tokens", "attention_learning_rate") if numbers}
     return replace(study.match_settings, **changed) if numbers else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from hybridlib.checks import check_choice, check_device, check_int, check_number
-from hybridlib.distill.settings import AlignSettings, MatchSettings
+from hybridlib.distill.settings import GROUPINGS, AlignSettings, MatchSettings
 from hybridlib.models.mixers import MIXERS
 from hybridlib.selection.rules import budget_layers
 
@@ -57,8 +57,12 @@ class StudySettings(NotebookSettings):
     ----------
     align_tokens, match_tokens, score_tokens : tokens of stage 1, of stage 2, and of stage 2 for a layer's candidate.
     seeds : how many seeds; seed s = 0, 1, ... draws the mixers' gates and the order of the data.
-    heldout_tokens : held-out tokens to score layers on, and as many others to measure hybrids on.
-    recall_pairs : pairs of the key-value recall task that hybrids are scored on, 200 prompts of one question.
+    grouping : the weights at `attention_learning_rate`, see `MatchSettings`. With ``"mixers"``, stage 2 has a warm-up
+        over a twentieth of its steps and no weight decay, as all records before there was a choice.
+    corpus_tokens : training tokens of the corpus to draw rows from; 0 for as many as each run trains on.
+    heldout_tokens, test_tokens : held-out tokens to score layers on, and others to measure hybrids on (0: as many).
+    recall_pairs, recall_prompts : pairs of the key-value recall task that hybrids are scored on, and its prompts of one
+        question.
     """
 
     align_tokens: int = 65_536
@@ -68,8 +72,12 @@ class StudySettings(NotebookSettings):
     heldout_tokens: int = 8_192
     align_learning_rate: float = 1e-2
     match_learning_rate: float = 3e-4
-    mixer_learning_rate: float = 1e-3
+    attention_learning_rate: float = 1e-3
     recall_pairs: int = 16
+    grouping: str = "attention"
+    corpus_tokens: int = 0
+    test_tokens: int = 0
+    recall_prompts: int = 200
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,9 +87,14 @@ class StudySettings(NotebookSettings):
             check_int("score_tokens", self.score_tokens, self.context)
         check_int("seeds", self.seeds, 1)
         check_number("align_learning_rate", self.align_learning_rate, 0, open_low=True)
-        for name in ("match_learning_rate", "mixer_learning_rate"):
+        for name in ("match_learning_rate", "attention_learning_rate"):
             check_number(name, getattr(self, name), 0)
         check_int("recall_pairs", self.recall_pairs, 2)
+        check_choice("grouping", self.grouping, GROUPINGS)
+        for name in ("corpus_tokens", "test_tokens"):
+            if getattr(self, name) != 0:
+                check_int(name, getattr(self, name), self.context)
+        check_int("recall_prompts", self.recall_prompts, 1)
 
     @property
     def align_settings(self) -> AlignSettings:
@@ -90,8 +103,18 @@ class StudySettings(NotebookSettings):
 
     @property
     def match_settings(self) -> MatchSettings:
+        before = {"warmup": 0.05, "weight_decay": 0.0} if self.grouping == "mixers" else {}
         return MatchSettings(batch_tokens=self.batch_tokens, learning_rate=self.match_learning_rate,
-                             mixer_learning_rate=self.mixer_learning_rate, compile=True, cuda_graph=True)
+                             attention_learning_rate=self.attention_learning_rate, grouping=self.grouping,
+                             compile=True, cuda_graph=True, **before)
+
+    @classmethod
+    def from_record(cls, parameters: Mapping) -> StudySettings:
+        """The settings among a record's `parameters`; of a record from before there was a choice of grouping, its."""
+        own = {f.name: parameters[f.name] for f in fields(StudySettings) if f.name in parameters}
+        if "mixer_learning_rate" in parameters:
+            own |= {"grouping": "mixers", "attention_learning_rate": parameters["mixer_learning_rate"]}
+        return StudySettings(**own)
 
 
 def notebook_settings(namespace: Mapping, form: type = StudySettings):

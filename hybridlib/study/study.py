@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import align
 from hybridlib.models.hybrid import linearize, load_hybrid
+from hybridlib.models.passes import TeacherStates
 from hybridlib.models.teachers import SMOLLM2, Teacher, load_teacher
 from hybridlib.records.folders import results_folder
 from hybridlib.records.ledger import Ledger, Record
-from hybridlib.selection.engine.candidates import Job, measure_set
+from hybridlib.selection.cost import Cost
+from hybridlib.selection.engine.candidates import Job, measure_along, one_layer_sets, shares_step
 from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs, weights_sha256
 from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.rules import budget_layers, select
@@ -42,24 +46,36 @@ class Study:
     Parameters
     ----------
     executor : scores layers by tasks, as in `Engine`; its workers must see the folder of records.
-    group : layers that are scored together, as in `Engine`. No record depends on it.
+    group, memory : layers that are scored together, and bytes for the teacher's states, as in `Engine`. No record
+        depends on them.
+    checkpoints : whether a run of more than ``checkpoint_every`` tokens leaves its state on disk.
 
     Raises ValueError if the teacher has a shorter context or fewer layers than `settings` ask for.
     """
 
-    def __init__(self, settings: StudySettings | None = None, executor=None, group: int | None = None):
+    def __init__(self, settings: StudySettings | None = None, executor=None, group: int | None = None,
+                 memory: int = 4 * 2**30, checkpoints: bool = True):
         check_executor(executor)
         if group is not None:
             check_int("group", group, 1)
         self.settings, self.executor, self.group = settings or StudySettings(), executor, group
         folder = Path(self.settings.results).expanduser() if self.settings.results else results_folder()
         self.ledger = Ledger(folder, device=str(check_device(self.settings.device)))
-        self._tokens: dict[tuple[int, int], Tokens] = {}
+        self._tokens: dict[tuple, Tokens] = {}
         self._done: set[str] = set()
+        self._inputs: dict[Path, LoadedInputs] = {}  # of one student
+        self.memory, self.checkpoints = memory, checkpoints
         limit = self.teacher.model.config.max_position_embeddings
         if self.settings.context > limit:
             raise ValueError(f"context={self.settings.context} is beyond teacher {self.teacher.name}'s {limit} tokens")
         budget_layers(self.settings.budget, self.num_layers)
+
+    def under(self, **changes) -> Study:
+        """A study of other settings, but for the teacher and where it runs, that shares what this one has loaded."""
+        check_choice("changes", next(iter({"teacher", "device", "results"} & set(changes)), None), (None,))
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **changes)
+        return other
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -74,18 +90,28 @@ class Study:
         return range(self.settings.seeds)
 
     def tokens(self, seed: int, num_tokens: int, part: str = "test") -> Tokens:
-        """Training rows of `num_tokens` in the order of `seed`, and the held-out half ``"score"`` or ``"test"``."""
+        """Training rows for `num_tokens` in the order of `seed`, and the held-out rows ``"score"`` or ``"test"``."""
         s = self.settings
-        key = seed, max(num_tokens, s.context)
-        if key not in self._tokens:
-            self._tokens[key] = load_tokens(s.corpus, self.teacher.tokenizer, s.context, seed, max_tokens=key[1],
-                                            heldout_tokens=2 * s.heldout_tokens)
-        whole = self._tokens[key]
-        half = len(whole.heldout) // 2
-        if half == 0:
+        most, heldout = max(num_tokens, s.context, s.corpus_tokens), s.heldout_tokens + self.test_tokens
+        source = s.corpus, s.context, most, s.heldout_tokens, heldout
+        if (*source, seed, part) in self._tokens:
+            return self._tokens[*source, seed, part]
+        if source not in self._tokens:
+            self._tokens[source] = load_tokens(s.corpus, self.teacher.tokenizer, s.context, max_tokens=most,
+                                               heldout_tokens=heldout)
+        whole = self._tokens[source]
+        first = len(whole.heldout) * s.heldout_tokens // heldout
+        if first == 0:
             raise ValueError(f"corpus={s.corpus!r} has fewer than two held-out rows of context={s.context} tokens")
-        rows = whole.heldout[:half] if part == "score" else whole.heldout[half:2 * half]
-        return Tokens(whole.train, rows, whole.tokenizer, whole.source, whole.seed)
+        last = 2 * first if self.test_tokens == s.heldout_tokens else len(whole.heldout)
+        rows = whole.heldout[:first] if part == "score" else whole.heldout[first:last]
+        tokens = self._tokens[*source, seed, part] = Tokens(whole.train, rows, whole.tokenizer, whole.source, seed)
+        return tokens
+
+    @property
+    def test_tokens(self) -> int:
+        """Held-out tokens that hybrids are measured on."""
+        return self.settings.test_tokens or self.settings.heldout_tokens
 
     def aligned(self, mixer: str, seed: int):
         """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
@@ -104,8 +130,8 @@ class Study:
             measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
             student.save_pretrained(folder)
-            return {"loss": history.losses, "loss_tokens": history.tokens, "tokens": history.tokens[-1],
-                    "train_seconds": history.seconds, "heldout_error": list(after.values),
+            return {"weights_sha256": weights_sha256(folder), "loss": history.losses, "loss_tokens": history.tokens,
+                    "tokens": history.tokens[-1], "train_seconds": history.seconds, "heldout_error": list(after.values),
                     "heldout_error_before": list(before.values), "kl": measured.kl, "kl_stderr": measured.kl_stderr}
 
         self.record("align", parameters, compute, missing=not folder.exists())
@@ -136,6 +162,35 @@ class Study:
 
         return LayerScores.from_dict(self.record("score", parameters, compute).metrics)
 
+    def candidate(self, layer: int, direction: str = "add", mixer: str | None = None, seed: int = 0,
+                  measure_at: Iterable[int] = ()) -> None:
+        """One candidate of `scores`, measured after each of `measure_at` tokens as well: records of kind
+        ``"candidate"``, which `scores`, here or of a study with as many ``score_tokens``, reads."""
+        s, mixer = self.settings, mixer or self.settings.mixer
+        records = StudyRecords(self, full_parameters(score_parameters(s, direction, "kl"), s,
+                                                     self.aligned_parameters(mixer, seed)))
+        points = sorted({point for point in measure_at if point < s.score_tokens})
+        if all(records.find(layer, until) for until in (*points, s.score_tokens)):
+            return
+        job = Job(self.inputs(mixer, seed, s.score_tokens, "score"), s.score_tokens, self.match_settings)
+        with tempfile.TemporaryDirectory() as checkpoints:
+            curve = measure_along(job if shares_step(job) else replace(job, checkpoints=checkpoints),
+                                  one_layer_sets(direction, self.num_layers)[layer], points)
+        for until, figures in zip((*points, s.score_tokens), curve, strict=True):
+            records.keep(layer, until, figures)
+
+    def inputs(self, mixer: str, seed: int, num_tokens: int, part: str = "test") -> LoadedInputs:
+        """The aligned student, the teacher and `tokens` for candidates; what they share is that of the last call for
+        this student, so that they can go on with one recorded step."""
+        key = self.ledger.path("align", self.aligned_parameters(mixer, seed))
+        if key not in self._inputs:
+            while self._inputs:  # before the next student takes memory
+                self._inputs.popitem()[1].forget()
+            self._inputs[key] = LoadedInputs(self.aligned(mixer, seed), self.teacher.model,
+                                             self.tokens(seed, num_tokens, part),
+                                             TeacherStates(self.teacher.model, self.memory))
+        return replace(self._inputs[key], tokens=self.tokens(seed, num_tokens, part))
+
     def select(self, selector: str, mixer: str | None = None, seed: int = 0, **options) -> tuple[int, ...]:
         """The layers, ascending, that `selector`, a name of `SELECTORS`, keeps under the study's budget."""
         return self.selection(selector, mixer, seed, **options).layers
@@ -156,20 +211,33 @@ class Study:
                       "data": Tokens(rows, rows).fingerprint, "context": s.context}
         return self.record(kind, full_parameters(parameters, s, origin), compute)
 
-    def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0) -> Record:
-        """Restore `layers`, run stage 2 and measure. Record kind ``"hybrid"``: `evaluate`'s figures, the losses."""
+    def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0,
+               measure_at: Iterable[int] = ()) -> Record:
+        """Restore `layers`, run stage 2 and measure. Record kind ``"hybrid"``: `evaluate`'s figures, the losses.
+
+        ``curve`` has the figures after each of `measure_at` tokens, rounded up to whole steps.
+        """
         s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
                       "layers": list(layers), "num_tokens": s.match_tokens, "settings": settings.numbers(),
-                      "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
+                      "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
+        if s.recall_prompts != StudySettings.recall_prompts:
+            parameters["recall_prompts"] = s.recall_prompts
+        if points := [int(point) for point in measure_at]:
+            parameters["measure_at"] = points
 
         def compute():
-            inputs = LoadedInputs(self.aligned(mixer, seed), self.teacher.model, self.tokens(seed, s.match_tokens))
-            with self._checkpoint("hybrid", parameters, s.match_tokens, settings) as checkpoint:
-                figures = measure_set(Job(inputs, s.match_tokens, settings, evaluation=True, recall=self.recall_task,
-                                          checkpoints=checkpoint), layers)
-            return {name: value for name, value in figures.items() if name not in ("seconds", "device")}
+            job = Job(self.inputs(mixer, seed, s.match_tokens), s.match_tokens, settings, evaluation=True,
+                      recall=self.recall_task, recall_examples=s.recall_prompts)
+            with self._checkpoint("hybrid", parameters, s.match_tokens, settings, points and not shares_step(job)
+                                  ) as checkpoint:
+                *curve, end = measure_along(replace(job, checkpoints=checkpoint), layers, points)
+            cost = Cost.total(Cost.from_dict(figures["cost"]) for figures in (*curve, end))
+            curve = [{name: figures[name] for name in ("tokens", "kl", "kl_stderr", "kl_rows", "perplexity",
+                      "top1_agreement", "recall_exact", "recall_stderr", "recall_hits")} for figures in curve]
+            return ({name: value for name, value in end.items() if name not in ("seconds", "device")}
+                    | {"cost": cost.to_dict()} | ({"curve": curve} if points else {}))
 
         return self.record("hybrid", parameters, compute)
 
@@ -177,9 +245,12 @@ class Study:
         """The teacher's own perplexity and recall. Record kind ``"teacher"``."""
         s = self.settings
         parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
-                      "context": s.context, "heldout_tokens": s.heldout_tokens, "recall": asdict(self.recall_task)}
+                      "context": s.context, "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
+        if s.recall_prompts != StudySettings.recall_prompts:
+            parameters["recall_prompts"] = s.recall_prompts
         return self.record("teacher", parameters, lambda: evaluate(
-            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task).metrics())
+            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task,
+            recall_examples=s.recall_prompts).metrics())
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
         """Distil every selection, {name: {seed: layers}}: a row each of ``selector``, ``seed``, ``layers``, metrics."""
@@ -200,7 +271,8 @@ class Study:
         s = self.settings
         folder = self._folder("align", self.aligned_parameters(mixer, seed))
         return ScoringInputs(str(folder.resolve()), weights_sha256(folder), _absolute(s.teacher), _absolute(s.corpus),
-                             s.context, seed, max(s.score_tokens, s.context), 2 * s.heldout_tokens,
+                             s.context, seed, max(s.score_tokens, s.context, s.corpus_tokens),
+                             s.heldout_tokens + self.test_tokens,
                              (0, len(tokens.heldout)), tokens.fingerprint, s.device)
 
     def _folder(self, kind, parameters):
@@ -218,9 +290,9 @@ class Study:
                 "context": s.context, "num_tokens": s.align_tokens, "settings": s.align_settings.numbers()}
 
     @contextmanager
-    def _checkpoint(self, kind, parameters, num_tokens, settings):
+    def _checkpoint(self, kind, parameters, num_tokens, settings, needed=False):
         folder = self._folder(kind, parameters).with_suffix(".checkpoint")
-        yield folder if num_tokens > settings.checkpoint_every else None
+        yield folder if needed or self.checkpoints and num_tokens > settings.checkpoint_every else None
         shutil.rmtree(folder, ignore_errors=True)
 
     def record(self, kind: str, parameters: Mapping, compute: Callable[[], dict], missing: bool = False) -> Record:

@@ -90,7 +90,7 @@ def test_how_far_two_loops_repeat_one_another_is_said_beside_every_score(tmp_pat
     metrics = {"reason": None, "seconds": 1.0, "tokens": 6, "history_tokens": [1]}
     for rate, again in ((1e-3, [0.0, 1, 2, 3, 4, 5]), (1e-4, [5.0, 4, 3, 2, 0, 1])):
         common = {"aligned": {"teacher": "lab"}, "mixer": "gdn", "seed": 0, "direction": "add", "num_tokens": 1000,
-                  "heldout_tokens": 64, "settings": {"mixer_learning_rate": rate}, "device": "a GPU"}
+                  "heldout_tokens": 64, "settings": {"attention_learning_rate": rate}, "device": "a GPU"}
         for loop, values in (("plain", plain), ("recorded", again)):
             ledger.add("scoring_speed", common | {"loop": loop}, metrics | {"values": values}, seconds=1.0)
     pairs = scoring.repeat_pairs(ledger, {"PPL": (1.0, 2, 3, 4, 5, 6)}, "lab")

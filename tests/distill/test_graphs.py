@@ -11,7 +11,7 @@ from hybridlib.models import passes
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SETTINGS = {"align": hl.AlignSettings(batch_tokens=128, learning_rate=1e-2),
-            "match": hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)}
+            "match": hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, attention_learning_rate=3e-3)}
 
 
 def train(stage, teacher, tokens, device, **changes):

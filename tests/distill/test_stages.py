@@ -15,7 +15,7 @@ from hybridlib.distill.settings import DistillationDiverged
 from hybridlib.models.passes import attention_io
 
 ALIGN = hl.AlignSettings(batch_tokens=128, learning_rate=1e-2)
-MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
+MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, attention_learning_rate=3e-3)
 
 
 @pytest.fixture
@@ -60,11 +60,35 @@ def test_matching_lowers_its_divergence_and_leaves_the_teacher(teacher, hybrid, 
     assert all(torch.equal(p, weights[n]) for n, p in teacher.named_parameters())
 
 
-def test_the_two_rates_go_to_their_own_weights(teacher, hybrid, tiny_tokens):
-    weights = {n: p.clone() for n, p in hybrid.named_parameters()}
-    hl.match(hybrid, teacher, tiny_tokens, 128, settings=replace(MATCH, learning_rate=0.0))
-    changed = {n for n, p in hybrid.named_parameters() if not torch.equal(p, weights[n])}
-    assert changed and all(n.startswith(("model.layers.0.self_attn", "model.layers.2.self_attn")) for n in changed)
+@pytest.mark.parametrize("grouping", ["attention", "mixers"])
+def test_the_two_rates_go_to_their_own_weights(teacher, hybrid, tiny_tokens, grouping):
+    fast = {"mixers": ("model.layers.0.self_attn", "model.layers.2.self_attn"),  # layer 1 is softmax
+            "attention": tuple(f"model.layers.{l}.{part}" for l in range(3) for part in ("self_attn", "input_layer"))}
+    for rates in ({"learning_rate": 0.0}, {"attention_learning_rate": 0.0}):
+        model = copy.deepcopy(hybrid)
+        settings = replace(MATCH, grouping=grouping, **rates)
+        hl.match(model, teacher, tiny_tokens, 128, settings=settings)
+        changed = {n for (n, p), q in zip(model.named_parameters(), hybrid.parameters()) if not torch.equal(p, q)}
+        every = {n for n, _ in hybrid.named_parameters()}
+        chosen = {n for n in every if n.startswith(fast[grouping])}
+        assert changed == (chosen if "learning_rate" in rates else every - chosen)
+
+
+def test_numbers_of_settings_give_them_back_and_old_grouping_keeps_its_keys():
+    for settings in (MATCH, hl.MatchSettings(grouping="mixers", attention_learning_rate=2e-3)):
+        assert hl.MatchSettings.from_numbers(settings.numbers()) == settings
+    old = hl.MatchSettings(grouping="mixers", warmup=0.05, weight_decay=0.0, attention_learning_rate=1e-3).numbers()
+    assert old["mixer_learning_rate"] == 1e-3 and not {"grouping", "attention_learning_rate"} & set(old)
+
+
+def test_a_run_that_ends_above_its_start_says_so(teacher, tiny_tokens, caplog):
+    fine = hl.match(hl.linearize(teacher), teacher, tiny_tokens, 1024, settings=replace(MATCH, clip=1.0))
+    assert not fine.rose and not caplog.records
+    worse = hl.match(hl.linearize(teacher), teacher, tiny_tokens, 384, settings=replace(
+        MATCH, learning_rate=0.3, attention_learning_rate=0.3))
+    assert worse.rose and "ended with a higher loss than it started with" in caplog.text
+    assert hl.History("match", losses=[1.0, *[3.0] * 17, 0.9, 1.2]).rose  # a tenth of 20 steps are two
+    assert not hl.History("match", losses=[1.0, *[3.0] * 17, 1.2, 0.7]).rose
 
 
 def test_micro_batches_give_the_same_training(teacher, hybrid, tiny_tokens):
@@ -143,7 +167,8 @@ def test_foreign_and_truncated_checkpoints_are_refused_and_a_full_disk_harms_non
 
 
 def test_divergence_stops_with_step_and_advice(teacher, tiny_tokens):
-    settings = replace(MATCH, learning_rate=3.0, mixer_learning_rate=3.0, clip=1e6, divergence_factor=1.5, warmup=0.5)
+    settings = replace(MATCH, learning_rate=3.0, attention_learning_rate=3.0, clip=1e6, divergence_factor=1.5,
+                       warmup=0.5)
     with pytest.raises(DistillationDiverged, match="step \\d+.*try a lower learning rate"):
         hl.match(hl.linearize(teacher), teacher, tiny_tokens, 8192, settings=settings)
 

@@ -57,7 +57,7 @@ def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, t
         return scores
 
     scores = check()
-    for changed in (dict(budget=1), dict(score_tokens=48), dict(mixer_learning_rate=1e-2), dict(heldout_tokens=128),
+    for changed in (dict(budget=1), dict(score_tokens=48), dict(attention_learning_rate=1e-2), dict(heldout_tokens=128),
                     dict(align_tokens=128)):
         other = hl.Study(dataclasses.replace(settings, **changed))
         for name in ("rad", "gate-gradient", "gate-gradient-turns", "learned-gates", "ga-s2", "ga-s2-slow"):
@@ -95,12 +95,12 @@ def test_scores_by_recall_are_those_of_the_task_that_the_selector_settles_on(kno
 def aims(known, tmp_path):
     """aims(ours, theirs, flops, again): a contest, and a ledger with scores of two seeds under its settings."""
     aligned = {"teacher": "tiny", "revision": "r1", "corpus": "pattern", "context": 16, "mixer": "gdn", "seed": 0}
-    settings = SETTINGS | {"mixer": "gdn", "mixer_learning_rate": 1e-3, "aligned": aligned, "selectors": ["ga-s2"]}
+    settings = SETTINGS | {"mixer": "gdn", "attention_learning_rate": 1e-3, "aligned": aligned, "selectors": ["ga-s2"]}
     contest = dataclasses.replace(known, settings=settings, num_layers=10)
 
     def make(ours, theirs, flops=10.0, again=None):
         ledger, settings = hl.Ledger(tmp_path), hl.MatchSettings(
-            batch_tokens=64, learning_rate=3e-4, mixer_learning_rate=1e-3, compile=True, cuda_graph=True).numbers()
+            batch_tokens=64, learning_rate=3e-4, attention_learning_rate=1e-3, compile=True, cuda_graph=True).numbers()
 
         def record(seed, values, flops, **asked):
             parameters = {"aligned": aligned | {"seed": seed}, "mixer": "gdn", "seed": seed, "heldout_tokens": 64}

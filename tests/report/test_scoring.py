@@ -10,7 +10,7 @@ from hybridlib.report import scoring
 
 def frame(values, seconds, tokens=(8000, 2000), reached=500):
     common = {"aligned": {"teacher": "lab"}, "device": "a GPU", "num_tokens": 1000, "heldout_tokens": 64, "group": 1,
-              "reason": None, "peak_bytes": None, "settings": {"mixer_learning_rate": 1e-3}}
+              "reason": None, "peak_bytes": None, "settings": {"attention_learning_rate": 1e-3}}
     plain = common | {"loop": "plain", "early_stop": None, "seconds": 60.0, "tokens": tokens[0],
                       "values": [8, 7, 6, 5, 4, 3, 2, 1], "history_tokens": [1000]}
     return pd.DataFrame([plain, common | {"loop": "engine", "seconds": seconds, "tokens": tokens[1], "values": values,

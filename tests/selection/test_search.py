@@ -194,7 +194,7 @@ def test_regret_is_among_sets_of_the_same_size():
 def test_distilled_kl_trains_each_set_alike_and_leaves_the_student(aligned, tiny_tokens):
     student, teacher = aligned
     before = {n: p.clone() for n, p in student.named_parameters()}
-    settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, attention_learning_rate=3e-3)
     measure = distilled_kl(student, teacher, tiny_tokens, num_tokens=512, settings=settings, heldout_tokens=64)
     untrained = distilled_kl(student, teacher, tiny_tokens, num_tokens=0, heldout_tokens=64)
     found = greedy_forward(untrained, 3, 2)

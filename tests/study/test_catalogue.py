@@ -18,7 +18,7 @@ from hybridlib.study import study as study_module
 from hybridlib.study.selector import scorer
 
 LAYERS, KEPT = 4, 2
-SMALL = CONTEST_SETTINGS | dict(score_tokens=128, seeds=1, match_learning_rate=1e-3, mixer_learning_rate=1e-2)
+SMALL = CONTEST_SETTINGS | dict(score_tokens=128, seeds=1, match_learning_rate=1e-3, attention_learning_rate=1e-2)
 NEED_TEXT = ("ar", "ar-mh", "halo")  # prompts for a teacher that has a tokenizer and recalls
 
 
@@ -136,7 +136,7 @@ def test_ga_s2_again_trains_on_the_next_rows(make, tiny_tokens):
 
 def test_ga_s2_slow_trains_mixers_at_a_share_of_the_rate(make):
     study = make()
-    measure = plain_kl(study, mixer_learning_rate=study.settings.mixer_learning_rate / 4)
+    measure = plain_kl(study, attention_learning_rate=study.settings.attention_learning_rate / 4)
     slow = study.selection("ga-s2-slow", rate=0.25)
     assert slow.values == pytest.approx([-measure((l,)) for l in range(LAYERS)], rel=1e-5)
     assert slow.values != study.selection("ga-s2").values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -17,14 +16,13 @@ from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.evaluate import evaluate, heldout_kl
+from hybridlib.distill.evaluate import evaluate, heldout_row_kl, mean_stderr
 from hybridlib.distill.loop import steps_done
 from hybridlib.distill.recall import RecallTask, encode_all, generate_recall
 from hybridlib.distill.settings import DistillationDiverged, History, MatchSettings
-from hybridlib.distill.stages import match
-from hybridlib.kernels import fused
+from hybridlib.distill.stages import match, repeatable_if_fused
 from hybridlib.models.hybrid import linear_layers, restore
-from hybridlib.models.passes import TeacherStates, repeatable
+from hybridlib.models.passes import TeacherStates
 from hybridlib.records.provenance import describe_device
 from hybridlib.selection.cost import Meter, heldout_size
 from hybridlib.selection.engine.cohort import Cohort
@@ -32,9 +30,12 @@ from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs
 from hybridlib.selection.engine.switched import Switched
 from hybridlib.selection.search import Layers, Measure
 
-__all__ = ["Job", "distilled_kl", "measure_set", "measure_sets", "one_layer_sets", "reason", "shares_step"]
+__all__ = ["Job", "distilled_kl", "measure_along", "measure_set", "measure_sets", "one_layer_sets", "reason",
+           "shares_step"]
 
 logger = logging.getLogger(__name__)
+
+_KL_FIGURES = ("kl", "kl_stderr", "kl_rows")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
     Returns
     -------
     dict
-        {layers: figures}: ``kl``, ``kl_stderr`` (nats a token), ``tokens`` (trained in all), ``seconds`` and ``cost``
-        (a dict) of this call, ``device``; for an evaluation the other figures of `evaluate`, and ``loss``,
-        ``loss_tokens`` and ``train_seconds``. A candidate that failed has ``error``, the reason, in place of figures.
+        {layers: figures}: ``kl``, ``kl_stderr``, ``kl_rows`` (nats a token), ``tokens`` (trained in all), ``rose`` (see
+        `History`), ``seconds`` and ``cost`` (a dict) of this call, ``device``; for an evaluation the other figures of
+        `evaluate`, and ``loss``, ``loss_tokens`` and ``train_seconds``. A candidate that failed has ``error``, the
+        reason, in place of figures.
     """
     sets = [tuple(layers) for layers in sets]
     if job.num_tokens and (len(sets) > 1 if stack is None else stack):
@@ -113,7 +115,7 @@ def measure_set(job: Job, layers: Layers, until: int | None = None, since: int =
     key = "step", job.num_tokens, job.settings
     if until and shares_step(job) and job.inputs.alive.get("without") != key:
         try:
-            with repeatable() if _sums_in_order(job.inputs.student) else contextlib.nullcontext():
+            with repeatable_if_fused(job.inputs.student):
                 return _measure_in_turn(job, key, layers, until, since)
         except DistillationDiverged:
             raise
@@ -123,6 +125,21 @@ def measure_set(job: Job, layers: Layers, until: int | None = None, since: int =
             job.inputs.forget()
             job.inputs.alive["without"] = key
     return _measure_alone(job, layers, until, since)
+
+
+def measure_along(job: Job, layers: Layers, points: Iterable[int] = ()) -> list[dict]:
+    """The figures of one candidate after each of `points` tokens and at its end; raises what went wrong.
+
+    Points are rounded up to whole steps, and several may be one. Where no recorded step serves (see `shares_step`),
+    `job` needs `checkpoints`.
+    """
+    step = job.settings.step_rows(job.inputs.context) * job.inputs.context
+    figures, since = [], 0
+    for point in (*points, job.num_tokens):
+        until = job.num_tokens if point >= job.num_tokens else -(-point // step) * step
+        figures.append(measure_set(job, layers, until, since))
+        since = figures[-1]["tokens"]
+    return figures
 
 
 def distilled_kl(student, teacher, tokens, *, num_tokens: int = 500_000, settings: MatchSettings | None = None,
@@ -150,18 +167,11 @@ def _kl(job, layers):
 
 
 def shares_step(job: Job) -> bool:
-    """Whether candidates take turns in one recorded step: on a GPU, if settings say so and the KL alone is measured."""
+    """Whether candidates take turns in one recorded step: on a GPU, if settings say so and inputs share states."""
     inputs = job.inputs
     return (isinstance(inputs, LoadedInputs) and job.settings.cuda_graph and inputs.states is not None
-            and not job.evaluation and next(inputs.student.parameters()).is_cuda
+            and next(inputs.student.parameters()).is_cuda
             and not inputs.student.config.attention_dropout)
-
-
-def _sums_in_order(student):
-    """Whether no operator of its step is refused by `repeatable`: its mixers run the fused kernels."""
-    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
-    return fused.why_not() is None and all(mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS
-                                           for mixer in mixers)
 
 
 class _Bill:
@@ -198,11 +208,11 @@ def _measure_alone(job, layers, until, since):
                            recall_examples=job.recall_examples, heldout_tokens=job.heldout_tokens).metrics()
         figures |= _training(history)
     else:
-        kl, stderr = heldout_kl(model, inputs.teacher, inputs.tokens, heldout_tokens=job.heldout_tokens,
-                                states=inputs.states)
-        figures = {"kl": kl, "kl_stderr": stderr}
+        figures = _kl_figures(heldout_row_kl(model, inputs.teacher, inputs.tokens, heldout_tokens=job.heldout_tokens,
+                                             states=inputs.states))
     _check_kl(figures["kl"], spent)
-    return figures | {"tokens": spent} | bill.figures([model], spent - since, job.heldout(inputs.tokens))[0]
+    return figures | {"tokens": spent, "rose": history.rose} | bill.figures(
+        [model], spent - since, job.heldout(inputs.tokens))[0]
 
 
 def _measure_in_turn(job, key, layers, until, since):
@@ -223,19 +233,22 @@ def _measure_in_turn(job, key, layers, until, since):
     if step.errors:
         raise step.errors[0]
     spent = step.step * step.step_tokens
-    kl, stderr = step.heldout_kl(inputs.tokens, job.heldout_tokens)
-    _check_kl(kl, spent)
+    if job.evaluation:
+        figures = step.figures(inputs.tokens, job.heldout(inputs.tokens), _prompts(job, inputs))[0]
+        figures |= _training(step.histories[0])
+    else:
+        figures = _kl_figures(step.heldout_row_kl(inputs.tokens, job.heldout_tokens))
+    _check_kl(figures["kl"], spent)
     if path is None and until < job.num_tokens:
         held[layers] = step.hold()
-    return {"kl": kl, "kl_stderr": stderr, "tokens": spent} | bill.figures(
+    return figures | {"tokens": spent, "rose": step.histories[0].rose} | bill.figures(
         [_parts_of(inputs, layers)], spent - since, job.heldout(inputs.tokens))[0]
 
 
 def _measure_together(job, inputs, sets, until, since):
     bill = _Bill(inputs, len(sets))
     steps = {layers: steps_done(job.checkpoint(layers)) for layers in sets}
-    examples = encode_all(generate_recall(job.recall, job.recall_examples, seed=1), inputs.tokens.tokenizer,
-                          inputs.student.config) if job.recall is not None else None
+    examples = _prompts(job, inputs)
     figures: dict[Layers, dict] = {}
     for step in dict.fromkeys(steps.values()):
         part = [layers for layers in sets if steps[layers] == step]
@@ -255,8 +268,8 @@ def _measure_together(job, inputs, sets, until, since):
             try:
                 if error is None:
                     _check_kl(measured["kl"], spent)
-                    shown = measured if job.evaluation else {name: measured[name] for name in ("kl", "kl_stderr")}
-                    figures[layers] = shown | done | {"tokens": spent}
+                    shown = measured if job.evaluation else {name: measured[name] for name in _KL_FIGURES}
+                    figures[layers] = shown | done | {"tokens": spent, "rose": cohort.histories[c].rose}
             except DistillationDiverged as caught:
                 error = caught
             if error is not None:
@@ -287,6 +300,17 @@ def _bar(run, end):
     count = len(run.histories)
     return tqdm(total=(end - run.step) * run.step_tokens * count, unit="tok", unit_scale=True, leave=False,
                 desc="match" if count == 1 else f"match {count} sets")
+
+
+def _prompts(job, inputs):
+    """The encoded prompts of `job.recall`; None if there is none."""
+    return job.recall and encode_all(generate_recall(job.recall, job.recall_examples, seed=1), inputs.tokens.tokenizer,
+                                     inputs.student.config)
+
+
+def _kl_figures(rows):
+    """The figures of `_KL_FIGURES`, as `evaluate.Evaluation.metrics` gives them, of the KL of each row."""
+    return dict(zip(_KL_FIGURES, (*mean_stderr(rows), [round(kl, 6) for kl in rows]), strict=True))
 
 
 def _training(history):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hybridlib.distill.evaluate import heldout_kl, row_kl
+from hybridlib.distill.evaluate import heldout_row_kl, row_kl
 from hybridlib.distill.graphs import Graphed
 from hybridlib.distill.loop import MOMENTS, Run
 from hybridlib.distill.settings import History
@@ -66,10 +66,10 @@ class Switched(Cohort):
         named, state = self.member(0)
         return [p for _, p in named] + [state[p][key] for key in MOMENTS for _, p in named]
 
-    def heldout_kl(self, tokens, heldout_tokens: int | None) -> tuple[float, float]:
-        """`evaluate.heldout_kl` of the candidate, of which each shape of a batch is recorded as well."""
-        return heldout_kl(self.stack, self.teacher, tokens, heldout_tokens=heldout_tokens, states=self.states,
-                          measure=self._measure)
+    def heldout_row_kl(self, tokens, heldout_tokens: int | None) -> list[float]:
+        """`evaluate.heldout_row_kl` of the candidate, of which each shape of a batch is recorded as well."""
+        return heldout_row_kl(self.stack, self.teacher, tokens, heldout_tokens=heldout_tokens, states=self.states,
+                              measure=self._measure)
 
     def release(self) -> None:
         super().release()

@@ -70,7 +70,8 @@ def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
                        tuple(c["kl_stderr"] for c in last), sum(c["tokens"] for c in last),
                        sum(c["seconds"] for c in measurements),
                        Cost.total(Cost.from_dict(c["cost"]) for c in measurements) if counted else None, history,
-                       tuple(each[0]["tokens"] for each in figures))
+                       tuple(each[0]["tokens"] for each in figures),
+                       tuple(l for l, c in enumerate(last) if c.get("rose")))
 
 
 @torch.no_grad()

@@ -35,9 +35,9 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
                        settings: MatchSettings | None = None, seed: int = 0):
     """Train a student with both branches in every layer, each step under a random placement of the budget's size.
 
-    All weights but those of the two branches are frozen; the models given are left as they were. `mixer_learning_rate`
-    of `settings` is for the mixers, `learning_rate` for the softmax branches; training runs without CUDA graphs and
-    ``torch.compile``. Returns (model, `distill.History`).
+    All weights but those of the two branches are frozen, and these train at the rates that `settings` give them,
+    without CUDA graphs and ``torch.compile``; the models given are left as they were. Returns (model,
+    `distill.History`).
     """
     count = budget_layers(budget, student.config.num_hidden_layers)
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)

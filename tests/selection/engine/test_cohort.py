@@ -19,7 +19,7 @@ from hybridlib.selection.engine.inputs import LoadedInputs
 from hybridlib.selection.engine.rounds import Engine, ScoringFailed
 from hybridlib.selection.engine.switched import Switched
 
-MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5)
+MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, attention_learning_rate=3e-3, clip=0.5)
 NEVER = hl.EarlyStop(1, 256, window=100)
 COUNTED = ("forward_tokens", "training_tokens", "flops")
 

@@ -31,7 +31,7 @@ from hybridlib.selection.engine.candidates import Job, distilled_kl
 from hybridlib.selection.engine.inputs import LoadedInputs
 from hybridlib.selection.engine.rounds import Engine, ScoringFailed, run_candidates
 
-MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, mixer_learning_rate=3e-3)
+MATCH = hl.MatchSettings(batch_tokens=128, learning_rate=1e-3, attention_learning_rate=3e-3)
 NEVER = hl.EarlyStop(1, 256, window=100)
 
 
@@ -126,7 +126,7 @@ def test_measuring_along_the_way_changes_no_score(aligned, tiny_tokens, tmp_path
 @pytest.mark.parametrize("group", [1, 3])
 def test_an_end_found_on_few_held_out_tokens_is_scored_on_all(aligned, tiny_tokens, group, kept):
     student, teacher = aligned
-    still = dataclasses.replace(MATCH, learning_rate=1e-9, mixer_learning_rate=1e-9)
+    still = dataclasses.replace(MATCH, learning_rate=1e-9, attention_learning_rate=1e-9)
     stop = hl.EarlyStop(2, 256, window=3)
     score = {"num_tokens": 2048, "settings": still}
     whole = hl.score_layers(student, teacher, tiny_tokens, **score, early_stop=stop, engine=Engine(group=group))

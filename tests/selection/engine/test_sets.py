@@ -17,7 +17,8 @@ from hybridlib.distill.settings import DistillationDiverged
 from hybridlib.selection.engine.sets import group_size, match_sets
 from hybridlib.selection.engine.stacked import stacked, stacked_weights
 
-SETTINGS = hl.MatchSettings(batch_tokens=64, learning_rate=1e-3, mixer_learning_rate=3e-3, clip=0.5, weight_decay=0.1)
+SETTINGS = hl.MatchSettings(batch_tokens=64, learning_rate=1e-3, attention_learning_rate=3e-3, clip=0.5,
+                            weight_decay=0.1)
 SETS = [(), (1,), (2, 0), (0, 1, 2)]
 TASK = RecallTask(pairs=2, queries=2, digits=2)
 
@@ -162,7 +163,7 @@ def test_not_a_number_in_one_candidate_is_named_and_kept_there(tiny_teacher, tok
 def test_a_candidate_that_breaks_on_the_way_stops_alone(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("llama"))
     student = student_of(teacher)
-    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, mixer_learning_rate=1e3, clip=1e6, warmup=0.5)
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5)
     bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
                               measure_at=(128, 4096))
     with pytest.raises(DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
