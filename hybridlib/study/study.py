@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,8 @@ from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
 
 __all__ = ["Study", "StudyRecords"]
+
+logger = logging.getLogger(__name__)
 
 
 class Study:
@@ -71,8 +74,9 @@ class Study:
         budget_layers(self.settings.budget, self.num_layers)
 
     def under(self, **changes) -> Study:
-        """A study of other settings, but for the teacher and where it runs, that shares what this one has loaded."""
-        check_choice("changes", next(iter({"teacher", "device", "results"} & set(changes)), None), (None,))
+        """A study of other settings that shares what this one has loaded: its teacher, device and results are fixed."""
+        if fixed := sorted({"teacher", "device", "results"} & set(changes)):
+            raise ValueError(f"{fixed[0]}={changes[fixed[0]]!r} cannot change within a study; make another Study")
         other = copy.copy(self)
         other.settings = replace(self.settings, **changes)
         return other
@@ -113,10 +117,16 @@ class Study:
         """Held-out tokens that hybrids are measured on."""
         return self.settings.test_tokens or self.settings.heldout_tokens
 
+    def is_aligned(self, mixer: str, seed: int) -> bool:
+        """Whether the student of `aligned` lies on this machine."""
+        parameters = self.aligned_parameters(mixer, seed)
+        return self._folder("align", parameters).exists() and self.ledger.path("align", parameters).exists()
+
     def aligned(self, mixer: str, seed: int):
-        """The all-linear student after stage 1, on the study's device. Record kind ``"align"``."""
+        """The all-linear student after stage 1, on the study's device. Record kind ``"align"``: ``repeats`` says how
+        often it was aligned again, here or elsewhere, to the same weights."""
         parameters, settings = self.aligned_parameters(mixer, seed), self.settings.align_settings
-        folder = self._folder("align", parameters)
+        folder, path = self._folder("align", parameters), self.ledger.path("align", parameters)
 
         def compute():
             teacher, tokens = self.teacher.model, self.tokens(seed, self.settings.align_tokens, "score")
@@ -130,8 +140,15 @@ class Study:
             measured = evaluate(student, teacher, tokens)
             shutil.rmtree(folder, ignore_errors=True)
             student.save_pretrained(folder)
-            return {"weights_sha256": weights_sha256(folder), "loss": history.losses, "loss_tokens": history.tokens,
-                    "tokens": history.tokens[-1], "train_seconds": history.seconds, "heldout_error": list(after.values),
+            weights = weights_sha256(folder)
+            earlier = self.ledger.run("align", parameters, dict).metrics if path.exists() else {}
+            same = weights == earlier.get("weights_sha256")
+            if not same and "weights_sha256" in earlier:
+                logger.warning("the student aligned anew (%s, seed %d) has other weights than the recorded one", mixer,
+                               seed)
+            return {"weights_sha256": weights, "repeats": earlier.get("repeats", 0) + 1 if same else 0,
+                    "loss": history.losses, "loss_tokens": history.tokens, "tokens": history.tokens[-1],
+                    "train_seconds": history.seconds, "heldout_error": list(after.values),
                     "heldout_error_before": list(before.values), "kl": measured.kl, "kl_stderr": measured.kl_stderr}
 
         self.record("align", parameters, compute, missing=not folder.exists())
@@ -164,20 +181,23 @@ class Study:
 
     def candidate(self, layer: int, direction: str = "add", mixer: str | None = None, seed: int = 0,
                   measure_at: Iterable[int] = ()) -> None:
-        """One candidate of `scores`, measured after each of `measure_at` tokens as well: records of kind
-        ``"candidate"``, which `scores`, here or of a study with as many ``score_tokens``, reads."""
+        """One candidate of `scores`, which reads its record. Record kind ``"candidate"``: its ``curve`` has the figures
+        after each of `measure_at` tokens, rounded up to whole steps."""
         s, mixer = self.settings, mixer or self.settings.mixer
-        records = StudyRecords(self, full_parameters(score_parameters(s, direction, "kl"), s,
-                                                     self.aligned_parameters(mixer, seed)))
-        points = sorted({point for point in measure_at if point < s.score_tokens})
-        if all(records.find(layer, until) for until in (*points, s.score_tokens)):
+        records = self.candidates(direction, mixer, seed)
+        if records.find(layer, s.score_tokens):
             return
         job = Job(self.inputs(mixer, seed, s.score_tokens, "score"), s.score_tokens, self.match_settings)
         with tempfile.TemporaryDirectory() as checkpoints:
-            curve = measure_along(job if shares_step(job) else replace(job, checkpoints=checkpoints),
-                                  one_layer_sets(direction, self.num_layers)[layer], points)
-        for until, figures in zip((*points, s.score_tokens), curve, strict=True):
-            records.keep(layer, until, figures)
+            *curve, end = measure_along(job if shares_step(job) else replace(job, checkpoints=checkpoints),
+                                        one_layer_sets(direction, self.num_layers)[layer], measure_at)
+        records.keep(layer, s.score_tokens, _with_curve(end, curve))
+
+    def candidates(self, direction: str = "add", mixer: str | None = None, seed: int = 0) -> StudyRecords:
+        """The records of the candidates of `scores`."""
+        origin = self.aligned_parameters(mixer or self.settings.mixer, seed)
+        own = score_parameters(self.settings, direction, "kl")
+        return StudyRecords(self, full_parameters(own, self.settings, origin))
 
     def inputs(self, mixer: str, seed: int, num_tokens: int, part: str = "test") -> LoadedInputs:
         """The aligned student, the teacher and `tokens` for candidates; what they share is that of the last call for
@@ -203,43 +223,51 @@ class Study:
                  kind: str = "score") -> Record:
         """The record of a measurement of the aligned student or, without `mixer`, of the teacher."""
         s = self.settings
-        if mixer is not None:
-            origin = self.aligned_parameters(mixer, seed)
-        else:
-            rows = self.tokens(0, s.score_tokens, "score").heldout
-            origin = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
-                      "data": Tokens(rows, rows).fingerprint, "context": s.context}
+        origin = self.teacher_parameters() if mixer is None else self.aligned_parameters(mixer, seed)
         return self.record(kind, full_parameters(parameters, s, origin), compute)
+
+    def teacher_parameters(self) -> dict:
+        """The parameters that records of measurements of the teacher build on."""
+        s = self.settings
+        rows = self.tokens(0, s.score_tokens, "score").heldout
+        return {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
+                "data": Tokens(rows, rows).fingerprint, "context": s.context}
 
     def hybrid(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0,
                measure_at: Iterable[int] = ()) -> Record:
         """Restore `layers`, run stage 2 and measure. Record kind ``"hybrid"``: `evaluate`'s figures, the losses.
 
-        ``curve`` has the figures after each of `measure_at` tokens, rounded up to whole steps.
+        ``curve`` has the figures after each of `measure_at` tokens, rounded up to whole steps, on as many held-out
+        tokens as layers are scored on.
         """
         s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
-        layers = select("manual", layers=list(layers), num_layers=self.num_layers)
-        parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
-                      "layers": list(layers), "num_tokens": s.match_tokens, "settings": settings.numbers(),
-                      "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
-        if s.recall_prompts != StudySettings.recall_prompts:
-            parameters["recall_prompts"] = s.recall_prompts
-        if points := [int(point) for point in measure_at]:
-            parameters["measure_at"] = points
+        parameters = self.hybrid_parameters(layers, mixer, seed, measure_at)
+        layers, points = tuple(parameters["layers"]), parameters.get("measure_at", ())
 
         def compute():
             job = Job(self.inputs(mixer, seed, s.match_tokens), s.match_tokens, settings, evaluation=True,
                       recall=self.recall_task, recall_examples=s.recall_prompts)
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings, points and not shares_step(job)
                                   ) as checkpoint:
-                *curve, end = measure_along(replace(job, checkpoints=checkpoint), layers, points)
-            cost = Cost.total(Cost.from_dict(figures["cost"]) for figures in (*curve, end))
-            curve = [{name: figures[name] for name in ("tokens", "kl", "kl_stderr", "kl_rows", "perplexity",
-                      "top1_agreement", "recall_exact", "recall_stderr", "recall_hits")} for figures in curve]
-            return ({name: value for name, value in end.items() if name not in ("seconds", "device")}
-                    | {"cost": cost.to_dict()} | ({"curve": curve} if points else {}))
+                *curve, end = measure_along(replace(job, checkpoints=checkpoint), layers, points, s.heldout_tokens)
+            figures = _with_curve(end, curve)
+            return {name: value for name, value in figures.items() if name not in ("seconds", "device")}
 
         return self.record("hybrid", parameters, compute)
+
+    def hybrid_parameters(self, layers: Iterable[int], mixer: str | None = None, seed: int = 0,
+                          measure_at: Iterable[int] = ()) -> dict:
+        """The parameters of the record of `hybrid`."""
+        s, mixer = self.settings, mixer or self.settings.mixer
+        layers = select("manual", layers=list(layers), num_layers=self.num_layers)
+        parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
+                      "layers": list(layers), "num_tokens": s.match_tokens, "settings": self.match_settings.numbers(),
+                      "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
+        if s.recall_prompts != StudySettings.recall_prompts:
+            parameters["recall_prompts"] = s.recall_prompts
+        if points := [int(point) for point in measure_at]:
+            parameters["measure_at"] = points
+        return parameters
 
     def teacher_record(self) -> Record:
         """The teacher's own perplexity and recall. Record kind ``"teacher"``."""
@@ -303,6 +331,17 @@ class Study:
         return self.ledger.run(kind, parameters, compute, recompute=again)
 
 
+def _with_curve(end, curve):
+    """The figures of `measure_along` as one record: those at the end, with the time and the cost of all."""
+    if not curve:
+        return end
+    total = {"seconds": sum(figures["seconds"] for figures in (*curve, end)),
+             "cost": Cost.total(Cost.from_dict(figures["cost"]) for figures in (*curve, end)).to_dict()}
+    shown = ("tokens", "kl", "kl_stderr", "kl_rows", "perplexity", "top1_agreement", "recall_exact", "recall_stderr",
+             "recall_hits")
+    return end | total | {"curve": [{name: figures[name] for name in shown if name in figures} for figures in curve]}
+
+
 def _absolute(name):
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
@@ -314,9 +353,13 @@ class StudyRecords:
     def __init__(self, study: Study, parameters: Mapping):
         self.study, self.parameters = study, parameters
 
+    def path(self, candidate, tokens, heldout_tokens=None) -> Path:
+        """The place of a record, which need not exist."""
+        return self.study.ledger.path("candidate", self._of(candidate, tokens, heldout_tokens))
+
     def find(self, candidate, tokens, heldout_tokens=None):
         parameters = self._of(candidate, tokens, heldout_tokens)
-        path = self.study.ledger.path("candidate", parameters)
+        path = self.path(candidate, tokens, heldout_tokens)
         if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
             return None
         return self.study.ledger.run("candidate", parameters, dict).metrics

@@ -1,0 +1,269 @@
+"""The study that decides the paper's claims on a language model, as pieces of a queue, those first that others need.
+
+``python -m hybridlib.study.evidence SETTINGS --minutes M`` works on it for M minutes, SETTINGS being a YAML file of
+`StudySettings`; call it again, anywhere that the records are, until nothing is left. With ``--worker I``, several
+processes, one a GPU, share the work.
+
+=========== ========================================================================================================
+part        what is run
+=========== ========================================================================================================
+regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
+scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
+stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
+random      balanced random sets of layers, measured early and at their end
+main        the hybrids of eight selectors and of three random sets, three seeds, and five for three selectors
+causes      layers 17 and 18 in and out of GA-S2's set
+budgets     half and twice the softmax layers, five selectors, three seeds
+=========== ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import yaml
+
+from hybridlib.checks import check_int
+from hybridlib.distill.settings import GROUPINGS
+from hybridlib.selection.rules import budget_layers, select
+from hybridlib.study.catalogue import SELECTORS
+from hybridlib.study.queue import Piece, work
+from hybridlib.study.selector import full_parameters
+from hybridlib.study.settings import StudySettings
+from hybridlib.study.study import Study
+
+__all__ = ["Evidence", "balanced_sets"]
+
+RATES = (1e-4, 3e-4, 1e-3)
+SCORE_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the tokens of a candidate, at which it is measured on the way
+STABILITY_SHARE = 0.25  # of the tokens of a candidate, at the other rates
+SEEDS, MORE_SEEDS = 3, 5
+SCORERS = ("ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns", "learned-gates",
+           "smart", "ppl", "ar", "halo")
+MAIN = ("ga-s2", "gr-s2", "avg", "ga-s1", "ar", "gate-gradient", "learned-gates", "uniform", "random")
+REPEATED = ("ga-s2", "gr-s2", "gate-gradient")  # with more seeds, for the hypotheses
+RANDOM_SETS = 32
+PAIR = (17, 18)  # of SmolLM2-135M: what recall hangs on
+
+
+class Evidence:
+    """The pieces of the study.
+
+    Parameters
+    ----------
+    study : its settings are those of every part but what the part varies; `match_tokens` are those of the main part.
+    speed : tokens of stage 2 a second, for estimates.
+    """
+
+    def __init__(self, study: Study, speed: float = 170_000):
+        self.study, self.speed = study, speed
+        self.budget = budget_layers(study.settings.budget, study.num_layers)
+
+    def pieces(self) -> Iterator[Piece]:
+        """All pieces that records allow to name, in the order of their parts."""
+        yield from self.regime()
+        if (study := self.chosen()) is not None:
+            for part in (self.scores, self.stability, self.main, self.causes, self.random, self.budgets):
+                yield from part(study)
+
+    def regime(self) -> Iterator[Piece]:
+        """Every rate and grouping for 3/20 of the tokens, the two best for half of them."""
+        yield self._align(0)
+        for study in self._regimes():
+            for layers in self._yardsticks():
+                yield self._hybrid("regime", study, layers)
+        for study in self._best(self._regimes(), 2):
+            for layers in self._yardsticks():
+                yield self._hybrid("regime", study, layers)
+
+    def chosen(self) -> Study | None:
+        """The study under the best regime, once it is known."""
+        finalists = self._best(self._regimes(), 2)
+        return next(iter(self._best(finalists, 1, self.study.settings.match_tokens)), None)
+
+    def stability(self, study: Study) -> Iterator[Piece]:
+        tokens = self._tokens(study.settings.score_tokens, STABILITY_SHARE)
+        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES if share < STABILITY_SHARE]
+        for rate in sorted(set(RATES) - {study.settings.attention_learning_rate}, reverse=True):
+            other = study.under(attention_learning_rate=rate, score_tokens=tokens)
+            for direction, seed in product(("add", "remove"), range(2)):
+                yield from self._candidates("stability", other, seed, direction, points)
+
+    def scores(self, study: Study) -> Iterator[Piece]:
+        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES]
+        for seed in range(SEEDS):
+            for direction in ("add", "remove"):
+                yield from self._candidates("scores", study, seed, direction, points)
+            for name in SCORERS:
+                yield self._scorer(study, name, seed)
+            yield self._scorer(study, "ga-s1", seed, normalize=False)
+
+    def random(self, study: Study) -> Iterator[Piece]:
+        half = study.under(match_tokens=study.settings.match_tokens // 2)
+        early = [self._tokens(study.settings.score_tokens, share) for share in (0.0, 0.25, 0.5, 1.0)]
+        for layers in balanced_sets(study.num_layers, self.budget, RANDOM_SETS):
+            yield self._hybrid("random", half, layers, measure_at=early)
+
+    def main(self, study: Study) -> Iterator[Piece]:
+        points = [self._tokens(study.settings.match_tokens, share) for share in (0.1, 0.3)]
+        for seed in range(MORE_SEEDS):
+            if seed >= SEEDS:
+                for direction in ("add", "remove"):
+                    yield from self._candidates("main", study, seed, direction, ())
+                yield self._scorer(study, "gate-gradient", seed)
+            for name in MAIN if seed < SEEDS else REPEATED:
+                if (layers := self._layers(study, name, seed)) is not None:
+                    yield self._hybrid("main", study, layers, seed, points)
+
+    def causes(self, study: Study) -> Iterator[Piece]:
+        """GA-S2's set of seed 0 with both, one or none of `PAIR`, the places filled by the next best."""
+        if study.num_layers <= max(PAIR) or not self._scored(study, "ga-s2", 0):
+            return
+        ranking = [l for l in study.scores(study.settings.mixer, 0).ranking if l not in PAIR]
+        half = study.under(match_tokens=study.settings.match_tokens // 2)
+        for kept, seed in product(((), PAIR[:1], PAIR[1:], PAIR), range(SEEDS)):
+            yield self._hybrid("causes", half, (*kept, *ranking[:self.budget - len(kept)]), seed)
+
+    def budgets(self, study: Study) -> Iterator[Piece]:
+        for count, seed in product((self.budget // 2, min(2 * self.budget, study.num_layers) - 1), range(SEEDS)):
+            half = study.under(match_tokens=study.settings.match_tokens // 2, budget=count)
+            for name in (*REPEATED, "avg", "uniform"):
+                if (layers := self._layers(half, name, seed)) is not None:
+                    yield self._hybrid("budgets", half, layers, seed)
+
+    # What parts are made of.
+
+    def _tokens(self, tokens, share):
+        """A share of tokens, in whole rows."""
+        return round(share * tokens / self.study.settings.context) * self.study.settings.context
+
+    def _regimes(self):
+        tokens = self._tokens(self.study.settings.match_tokens, 0.15)
+        return [self.study.under(attention_learning_rate=rate, grouping=grouping, match_tokens=tokens)
+                for rate, grouping in product(RATES, GROUPINGS)]
+
+    def _yardsticks(self):
+        return select("uniform", self.budget, num_layers=self.study.num_layers), ()
+
+    def _best(self, studies, count, tokens=None):
+        """The `count` studies with the lowest mean KL over the yardsticks, with the tokens of the next round (None:
+        half of the main part's); none until all are on record."""
+        kl = []
+        for study in studies:
+            records = [study.ledger.path("hybrid", study.hybrid_parameters(layers)) for layers in self._yardsticks()]
+            if not all(path.exists() for path in records):
+                return []
+            kl.append(sum(study.hybrid(layers).metrics["kl"] for layers in self._yardsticks()))
+        best = sorted(range(len(kl)), key=kl.__getitem__)[:count]
+        tokens = tokens or self._tokens(self.study.settings.match_tokens, 0.5)
+        return [studies[i].under(match_tokens=tokens) for i in best]
+
+    def _seconds(self, tokens):
+        return 15 + tokens / self.speed
+
+    def _align(self, seed, mixer=None):
+        study, mixer = self.study, mixer or self.study.settings.mixer
+        return Piece(f"align {mixer}, seed {seed}", f"align {seed}", 60 + study.settings.align_tokens / 2 / self.speed,
+                     partial(study.is_aligned, mixer, seed), partial(study.aligned, mixer, seed))
+
+    def _hybrid(self, part, study, layers, seed=0, measure_at=()):
+        s = study.settings
+        layers = tuple(sorted(layers))
+        path = study.ledger.path("hybrid", study.hybrid_parameters(layers, None, seed, measure_at))
+        regime = f"{s.grouping} at {s.attention_learning_rate:g}"
+        group = f"{regime}, seed {seed}, {part}"
+        return Piece(f"{group}: {layers}, {s.match_tokens} tokens", group,
+                     self._seconds(s.match_tokens), path.exists,
+                     partial(study.hybrid, layers, None, seed, measure_at), partial(study.is_aligned, s.mixer, seed))
+
+    def _candidates(self, part, study, seed, direction, points):
+        yield self._align(seed)
+        s, records = study.settings, study.candidates(direction, seed=seed)
+        group = f"{s.grouping} at {s.attention_learning_rate:g}, seed {seed}, {part}"
+        for layer in range(study.num_layers):
+            yield Piece(f"{group}: {direction} layer {layer}, {s.score_tokens} tokens", group,
+                        self._seconds(s.score_tokens) - 10, records.path(layer, s.score_tokens).exists,
+                        partial(study.candidate, layer, direction, None, seed, points),
+                        partial(study.is_aligned, s.mixer, seed))
+
+    def _scorer(self, study, name, seed, **options):
+        paths = self._score_paths(study, name, seed, **options)
+        return Piece(f"scores: {name}, seed {seed} {options or ''}", f"scores {seed}", 30,
+                     lambda: any(path.exists() for path in paths),
+                     partial(study.selection, name, seed=seed, **options),
+                     partial(study.is_aligned, study.settings.mixer, seed))
+
+    def _score_paths(self, study, name, seed, **options):
+        """The records of which one says what the selector's scores are."""
+        s, selector = study.settings, SELECTORS[name]
+        origin = (study.teacher_parameters() if selector.needs == "teacher"
+                  else study.aligned_parameters(s.mixer, seed))
+        return [study.ledger.path("score", full_parameters(own, s, origin))
+                for own in selector.records(s, study.num_layers, seed, **options)]
+
+    def _scored(self, study, name, seed):
+        """Whether the selector can choose without computing: by a rule, its own record, or all candidates."""
+        if SELECTORS[name].needs == "nothing":
+            return True
+        if name in ("ga-s2", "gr-s2", "avg"):
+            return all(study.candidates(direction, seed=seed).path(layer, study.settings.score_tokens).exists()
+                       for direction in {"ga-s2": ("add",), "gr-s2": ("remove",)}.get(name, ("add", "remove"))
+                       for layer in range(study.num_layers))
+        return any(path.exists() for path in self._score_paths(study, name, seed))
+
+    def _layers(self, study, name, seed):
+        """The selector's layers, None until its scores are on record; GA-S1's by the paper's raw error."""
+        options = {"normalize": False} if name == "ga-s1" else {}
+        return study.select(name, seed=seed, **options) if self._scored(study, name, seed) else None
+
+
+def balanced_sets(num_layers: int, size: int, count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """`count` different sets of `size` layers in which all layers, and all pairs as far as it goes, are equally common.
+
+    Layers are added one by one: of those in fewest sets, one that was least often with the set's layers, else by lot.
+    """
+    check_int("num_layers", num_layers, 2)
+    check_int("size", size, 1, num_layers - 1)
+    check_int("count", count, 1)
+    draw = random.Random(seed)
+    uses, pairs, sets = [0] * num_layers, {}, []
+    while len(sets) < count:
+        chosen: list[int] = []
+        while len(chosen) < size:
+            rest = [l for l in range(num_layers) if l not in chosen]
+            together = {l: sum(pairs.get(frozenset((l, m)), 0) for m in chosen) for l in rest}
+            chosen.append(min(rest, key=lambda l: (uses[l], together[l], draw.random())))
+        if (layers := tuple(sorted(chosen))) in sets:
+            continue
+        sets.append(layers)
+        for l, m in product(layers, layers):
+            uses[l] += l == m
+            if l < m:
+                pairs[frozenset((l, m))] = pairs.get(frozenset((l, m)), 0) + 1
+    return sets
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """The command line, see the module."""
+    parser = argparse.ArgumentParser(prog="python -m hybridlib.study.evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("settings", type=Path, help="a YAML file of StudySettings")
+    parser.add_argument("--minutes", type=float, required=True, help="how long to work")
+    parser.add_argument("--worker", type=int, default=0, help="number of this process, 0 for the first")
+    parser.add_argument("--memory", type=int, default=32, help="GiB for the teacher's hidden states")
+    parser.add_argument("--results", help="folder of records, in place of the file's")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    fields = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    study = Study(StudySettings(**fields | ({"results": options.results} if options.results else {})),
+                  memory=options.memory * 2**30, checkpoints=False)
+    work(Evidence(study).pieces, options.minutes, study.ledger.folder / "models" / "locks", worker=options.worker)
+
+
+if __name__ == "__main__":
+    main()
