@@ -176,7 +176,8 @@ def test_not_a_number_in_one_candidate_is_named_and_kept_there(tiny_teacher, tok
 def test_a_candidate_that_breaks_on_the_way_stops_alone(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("llama"))
     student = student_of(teacher)
-    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5)
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5,
+                                grouping="mixers")
     bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
                               measure_at=(128, 4096))
     with pytest.raises(DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
