@@ -23,10 +23,12 @@ import argparse
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import product
+from math import comb
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from hybridlib.checks import check_int
@@ -107,7 +109,8 @@ class Evidence:
     def random(self, study: Study) -> Iterator[Piece]:
         half = study.under(match_tokens=study.settings.match_tokens // 2)
         early = [self._tokens(study.settings.score_tokens, share) for share in (0.0, 0.25, 0.5, 1.0)]
-        for layers in balanced_sets(study.num_layers, self.budget, RANDOM_SETS):
+        count = min(RANDOM_SETS, comb(study.num_layers, self.budget))
+        for layers in balanced_sets(study.num_layers, self.budget, count):
             yield self._hybrid("random", half, layers, measure_at=early)
 
     def main(self, study: Study) -> Iterator[Piece]:
@@ -223,30 +226,29 @@ class Evidence:
         return study.select(name, seed=seed, **options) if self._scored(study, name, seed) else None
 
 
-def balanced_sets(num_layers: int, size: int, count: int, seed: int = 0) -> list[tuple[int, ...]]:
+@cache
+def balanced_sets(num_layers: int, size: int, count: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     """`count` different sets of `size` layers in which all layers, and all pairs as far as it goes, are equally common.
 
-    Layers are added one by one: of those in fewest sets, one that was least often with the set's layers, else by lot.
+    Layers are added one by one: of those in fewest sets, one that was least often with the set's layers, else by lot; a
+    set that was there before gives way to the lot.
     """
     check_int("num_layers", num_layers, 2)
     check_int("size", size, 1, num_layers - 1)
-    check_int("count", count, 1)
-    draw = random.Random(seed)
-    uses, pairs, sets = [0] * num_layers, {}, []
+    check_int("count", count, 1, comb(num_layers, size))
+    draw, sets, repeats = random.Random(seed), [], 0
+    together = np.zeros((num_layers, num_layers), dtype=int)  # sets with both layers; with the layer, on the diagonal
     while len(sets) < count:
         chosen: list[int] = []
         while len(chosen) < size:
-            rest = [l for l in range(num_layers) if l not in chosen]
-            together = {l: sum(pairs.get(frozenset((l, m)), 0) for m in chosen) for l in rest}
-            chosen.append(min(rest, key=lambda l: (uses[l], together[l], draw.random())))
-        if (layers := tuple(sorted(chosen))) in sets:
-            continue
-        sets.append(layers)
-        for l, m in product(layers, layers):
-            uses[l] += l == m
-            if l < m:
-                pairs[frozenset((l, m))] = pairs.get(frozenset((l, m)), 0) + 1
-    return sets
+            chosen.append(min(set(range(num_layers)) - set(chosen), key=lambda l: (
+                together[l, l] + repeats * draw.random(), together[l, chosen].sum(), draw.random())))
+        layers = tuple(sorted(chosen))
+        repeats = repeats + 1 if layers in sets else 0
+        if not repeats:
+            sets.append(layers)
+            together[np.ix_(layers, layers)] += 1
+    return tuple(sets)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -258,7 +260,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--memory", type=int, default=32, help="GiB for the teacher's hidden states")
     parser.add_argument("--results", help="folder of records, in place of the file's")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("hybridlib.study.queue").setLevel(logging.INFO)
     fields = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     study = Study(StudySettings(**fields | ({"results": options.results} if options.results else {})),
                   memory=options.memory * 2**30, checkpoints=False)
