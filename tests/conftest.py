@@ -101,6 +101,24 @@ def tiny_tokens():
     return Tokens(rows[:64].int(), rows[64:].int(), source="pattern", seed=0)
 
 
+class Characters:
+    """A tokenizer of one token a character, of an alphabet that the tiny teachers have room for."""
+
+    bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+    alphabet = "\n abcdefghijklmnopqrstuvwxyz0123456789:.,()ABCDEFGHLPQZ"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [self.alphabet.find(c) + 3 for c in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(self.alphabet[i - 3:i - 2] for i in ids if i > 2)
+
+
+@pytest.fixture(scope="session")
+def characters():
+    return Characters()
+
+
 @pytest.fixture(scope="module")
 def aligned(tiny_teacher, tiny_tokens):
     """(student, teacher): a tiny teacher and its aligned all-linear student, which tests leave as they are."""

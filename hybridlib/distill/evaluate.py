@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import divergence, divergence_from_hidden
-from hybridlib.distill.recall import RecallTask, generate_recall, score_recall, share_of
+from hybridlib.distill.recall import RecallTask, generate_recall, marks, score_recall, share_of
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 
-__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl"]
+__all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl",
+           "written_recall"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures on held-out text: `kl` in nats a token; `stderr`s over rows (kl) and over answers (recall).
 
-    `kl_rows` are the means of each row, and `recall_hits` says which answers are right, as ones and zeros.
+    `kl_rows` are the means of each row, and `recall_hits` says which answers are right, as ones and zeros. Those of
+    `written_recall` are None, and no metrics, unless asked for.
     """
 
     kl: float
@@ -35,30 +37,47 @@ class Evaluation:
     recall_stderr: float | None = None
     kl_rows: tuple[float, ...] = ()
     recall_hits: str | None = None
+    recall_written: float | None = None
+    recall_written_stderr: float | None = None
+    recall_written_hits: str | None = None
 
     def metrics(self) -> dict:
         """The figures as a record has them, `kl_rows` to a millionth of a nat."""
-        return asdict(self) | {"kl_rows": [round(kl, 6) for kl in self.kl_rows]}
+        metrics = asdict(self) | {"kl_rows": [round(kl, 6) for kl in self.kl_rows]}
+        return {name: value for name, value in metrics.items() if "written" not in name or value is not None}
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *, recall: RecallTask | None = None,
-             recall_examples: int = 200, heldout_tokens: int | None = None, batch_tokens: int = 8192) -> Evaluation:
+             recall_examples: int = 200, written: bool = False, heldout_tokens: int | None = None,
+             batch_tokens: int = 8192) -> Evaluation:
     """Measure `model` (a hybrid, or the teacher itself) against `teacher` on the held-out rows of `tokens`.
 
-    `recall` is a task to score by teacher-forced exact match. `heldout_tokens` are those to measure on, None for all,
-    and `batch_tokens` those of a forward pass. Perplexity is over all next tokens of a row. Raises ValueError if there
-    are fewer held-out tokens than one row, or for recall without `tokens.tokenizer`.
+    `recall` is a task to score by teacher-forced exact match and, if `written`, by what the model writes as well.
+    `heldout_tokens` are those to measure on, None for all, and `batch_tokens` those of a forward pass. Perplexity is
+    over all next tokens of a row. Raises ValueError if there are fewer held-out tokens than one row, for recall without
+    `tokens.tokenizer`, or for `written` without recall.
     """
-    answers = None
+    if written and recall is None:
+        raise ValueError("written=True needs a recall task to write the answers of; give recall")
+    answers, own = None, {}
     with evaluation_mode(model):
         if recall is not None:
             if tokens.tokenizer is None:
                 raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
             score = score_recall(model, tokens.tokenizer, generate_recall(recall, recall_examples, seed=1))
             answers = score.hits
-        return evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens, [answers],
-                                heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)[0]
+            own = written_recall(model, tokens.tokenizer, recall, recall_examples) if written else {}
+        return replace(evaluate_members(lambda ids: [model.lm_head(last_hidden(model, ids))], teacher, tokens,
+                                        [answers], heldout_tokens=heldout_tokens, batch_tokens=batch_tokens)[0], **own)
+
+
+def written_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recall: RecallTask, examples: int
+                   ) -> dict:
+    """Return the figures ``recall_written*`` of `Evaluation`: as its recall, but of what the model writes itself."""
+    score = score_recall(model, tokenizer, generate_recall(recall, examples, seed=1), mode="greedy", batch_size=64)
+    return {"recall_written": score.exact_match, "recall_written_stderr": score.stderr,
+            "recall_written_hits": marks(score.hits)}
 
 
 @torch.no_grad()
@@ -84,10 +103,9 @@ def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], t
     figures = []
     for rows, total, hits in zip(kl, sums, recall, strict=True):
         nats, teacher_nats, agreement = (total / len(rows)).tolist()
-        share = (None, None) if hits is None else share_of(hits)
-        marks = None if hits is None else "".join(str(int(hit)) for hit in hits)
+        share, stderr, right = (None, None, None) if hits is None else (*share_of(hits), marks(hits))
         figures.append(Evaluation(*mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
-                                  len(rows) * tokens.context, *share, tuple(rows), marks))
+                                  len(rows) * tokens.context, share, stderr, tuple(rows), right))
     return figures
 
 

@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlib.checks import check_choice, check_int
-from hybridlib.models.passes import evaluation_mode
+from hybridlib.models.passes import evaluation_mode, last_hidden
 
-__all__ = ["RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "generate_recall",
-           "recall_of_members", "score_recall", "share_of"]
+__all__ = ["RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "forced_answers",
+           "generate_recall", "marks", "recall_of_members", "score_recall", "share_of", "write"]
 
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
 
@@ -180,24 +182,53 @@ def recall_of_members(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
     return right
 
 
-@torch.no_grad()
 def _written(model, tokenizer, encoded, batch_size):
     """Whether the model writes the first answer of each example."""
-    right = []
+    answers = [row[slice(*spans[0])] for row, spans in encoded]
+    texts = write(model, tokenizer, [row[:spans[0][0]] for row, spans in encoded], max(map(len, answers)), batch_size)
+    return [text[:len(answer)] == answer for text, answer in zip(texts, answers, strict=True)]
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int,
+          batch_size: int) -> list[list[int]]:
+    """Return the token ids, up to `new_tokens`, that a model writes greedily behind each of `prompts`, ids too."""
+    device, texts, generate = next(model.parameters()).device, [], cast(Callable, model.generate)
+    for i in range(0, len(prompts), batch_size):
+        ids, mask = _pad_left(prompts[i:i + batch_size], tokenizer, device)
+        texts += generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+                          pad_token_id=_pad_id(tokenizer))[:, ids.shape[1]:].tolist()
+    return texts
+
+
+@torch.no_grad()
+def forced_answers(model: PreTrainedModel, encoded, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whether each answer's tokens are all the arg max, given the true text before it, and its log likelihood.
+
+    Both are (answers,), the latter in nats a token. `encoded` is of `encode_recall`. Logits are made of answers alone.
+    """
+    device, right, likelihood = next(model.parameters()).device, [], []
     for i in range(0, len(encoded), batch_size):
-        part = encoded[i:i + batch_size]
-        answers = [row[slice(*spans[0])] for row, spans in part]
-        ids, mask = _pad_left([row[:spans[0][0]] for row, spans in part], tokenizer, next(model.parameters()).device)
-        texts = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(map(len, answers)),
-                               do_sample=False, pad_token_id=_pad_id(tokenizer))[:, ids.shape[1]:].tolist()
-        right += [text[:len(answer)] == answer for text, answer in zip(texts, answers, strict=True)]
-    return right
+        batch = encoded[i:i + batch_size]
+        ids = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True).to(device)
+        hidden = last_hidden(model, ids)  # padding stands on the right, where a causal model does not look
+        for row, states, (_, spans) in zip(ids, hidden, batch, strict=True):
+            for start, end in spans:
+                logits = model.lm_head(states[start - 1:end - 1]).float()
+                right.append((logits.argmax(-1) == row[start:end]).all())
+                likelihood.append(-cross_entropy(logits, row[start:end]))
+    return torch.stack(right), torch.stack(likelihood)
 
 
 def share_of(hits: Sequence[bool]) -> tuple[float, float]:
     """Return the share of answers that are right, and its binomial standard error."""
     p = sum(hits) / len(hits)
     return p, (p * (1 - p) / len(hits)) ** 0.5
+
+
+def marks(hits: Sequence[bool]) -> str:
+    """Return which answers are right as a record has it: ones and zeros, an answer each."""
+    return "".join(str(int(hit)) for hit in hits)
 
 
 def _pad_id(tokenizer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from hybridlib.checks import check_choice, check_device, check_int, check_number
@@ -63,6 +63,8 @@ class StudySettings(NotebookSettings):
     heldout_tokens, test_tokens : held-out tokens to score layers on, and others to measure hybrids on (0: as many).
     recall_pairs, recall_prompts : pairs of the key-value recall task that hybrids are scored on, and its prompts of one
         question.
+    written : whether recall is also scored by what hybrids, and the teacher, write themselves.
+    reading, reading_items : parquet files to read, or folders of them, and how many items of each; see `reading`.
     """
 
     align_tokens: int = 65_536
@@ -78,6 +80,9 @@ class StudySettings(NotebookSettings):
     corpus_tokens: int = 0
     test_tokens: int = 0
     recall_prompts: int = 200
+    written: bool = False
+    reading: Sequence[str] = ()
+    reading_items: int = 500
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,6 +100,12 @@ class StudySettings(NotebookSettings):
             if getattr(self, name) != 0:
                 check_int(name, getattr(self, name), self.context)
         check_int("recall_prompts", self.recall_prompts, 1)
+        if not isinstance(self.written, bool):
+            raise ValueError(f"written={self.written!r} is neither True nor False")
+        if not isinstance(self.reading, (list, tuple)) or not all(isinstance(name, str) for name in self.reading):
+            raise ValueError(f"reading={self.reading!r} is not a list of files or folders")
+        check_int("reading_items", self.reading_items, 1)
+        object.__setattr__(self, "reading", tuple(self.reading))
 
     @property
     def align_settings(self) -> AlignSettings:
@@ -110,8 +121,11 @@ class StudySettings(NotebookSettings):
 
     @classmethod
     def from_record(cls, parameters: Mapping) -> StudySettings:
-        """The settings among a record's `parameters`; of a record from before there was a choice of grouping, its."""
-        own = {f.name: parameters[f.name] for f in fields(StudySettings) if f.name in parameters}
+        """The settings among a record's `parameters`; of a record from before there was a choice of grouping, its.
+
+        A record says what was read, but not where that lies, so that `reading` is empty.
+        """
+        own = {f.name: parameters[f.name] for f in fields(StudySettings) if f.name in {*parameters} - {"reading"}}
         if "mixer_learning_rate" in parameters:
             own |= {"grouping": "mixers", "attention_learning_rate": parameters["mixer_learning_rate"]}
         return StudySettings(**own)

@@ -17,13 +17,14 @@ import pandas as pd
 from hybridlib.checks import check_choice, check_device, check_executor, check_int
 from hybridlib.distill.corpus import Tokens, load_tokens
 from hybridlib.distill.evaluate import evaluate
+from hybridlib.distill.reading import encode_reading, load_reading, reading_figures, reading_files
 from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import align
 from hybridlib.models.hybrid import linearize, load_hybrid
 from hybridlib.models.passes import TeacherStates
 from hybridlib.models.teachers import SMOLLM2, Teacher, load_teacher
-from hybridlib.records.folders import results_folder
+from hybridlib.records.folders import results_folder, sha256_of
 from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.cost import Cost
 from hybridlib.selection.engine.candidates import Job, measure_along, one_layer_sets, shares_step
@@ -238,15 +239,16 @@ class Study:
         """Restore `layers`, run stage 2 and measure. Record kind ``"hybrid"``: `evaluate`'s figures, the losses.
 
         ``curve`` has the figures after each of `measure_at` tokens, rounded up to whole steps, on as many held-out
-        tokens as layers are scored on.
+        tokens as layers are scored on. What the settings say of writing and reading is measured at the end.
         """
         s, settings, mixer = self.settings, self.match_settings, mixer or self.settings.mixer
         parameters = self.hybrid_parameters(layers, mixer, seed, measure_at)
         layers, points = tuple(parameters["layers"]), parameters.get("measure_at", ())
 
         def compute():
+            reading = self._reading()  # before anything is trained
             job = Job(self.inputs(mixer, seed, s.match_tokens), s.match_tokens, settings, evaluation=True,
-                      recall=self.recall_task, recall_examples=s.recall_prompts)
+                      recall=self.recall_task, recall_examples=s.recall_prompts, written=s.written, reading=reading)
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings, points and not shares_step(job)
                                   ) as checkpoint:
                 *curve, end = measure_along(replace(job, checkpoints=checkpoint), layers, points, s.heldout_tokens)
@@ -262,23 +264,43 @@ class Study:
         layers = select("manual", layers=list(layers), num_layers=self.num_layers)
         parameters = {"aligned": self.aligned_parameters(mixer, seed), "mixer": mixer, "seed": seed,
                       "layers": list(layers), "num_tokens": s.match_tokens, "settings": self.match_settings.numbers(),
-                      "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
-        if s.recall_prompts != StudySettings.recall_prompts:
-            parameters["recall_prompts"] = s.recall_prompts
+                      "heldout_tokens": self.test_tokens, **self._judging()}
         if points := [int(point) for point in measure_at]:
             parameters["measure_at"] = points
         return parameters
 
     def teacher_record(self) -> Record:
-        """The teacher's own perplexity and recall. Record kind ``"teacher"``."""
+        """The teacher's own perplexity and recall, and what it writes and reads. Record kind ``"teacher"``."""
         s = self.settings
         parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
-                      "context": s.context, "heldout_tokens": self.test_tokens, "recall": asdict(self.recall_task)}
-        if s.recall_prompts != StudySettings.recall_prompts:
-            parameters["recall_prompts"] = s.recall_prompts
-        return self.record("teacher", parameters, lambda: evaluate(
-            self.teacher.model, self.teacher.model, self.tokens(0, s.match_tokens), recall=self.recall_task,
-            recall_examples=s.recall_prompts).metrics())
+                      "context": s.context, "heldout_tokens": self.test_tokens, **self._judging()}
+
+        def compute():
+            teacher, reading = self.teacher.model, self._reading()
+            metrics = evaluate(teacher, teacher, self.tokens(0, s.match_tokens), recall=self.recall_task,
+                               recall_examples=s.recall_prompts, written=s.written).metrics()
+            return metrics | ({"reading": reading_figures(teacher, self.teacher.tokenizer, reading)} if reading else {})
+
+        return self.record("teacher", parameters, compute)
+
+    def _judging(self):
+        """Parameters of what hybrids and the teacher are judged by; those that came later, only where they are set."""
+        s, files = self.settings, reading_files(self.settings.reading)
+        prompts = {} if s.recall_prompts == StudySettings.recall_prompts else {"recall_prompts": s.recall_prompts}
+        written = {"written": True} if s.written else {}
+        reading = {"reading": {stem: sha256_of(file) for stem, file in files.items()},
+                   "reading_items": s.reading_items} if files else {}
+        return {"recall": asdict(self.recall_task)} | prompts | written | reading
+
+    def _reading(self):
+        """{stem: items} of the files to read; ValueError if the teacher cannot read one of them."""
+        files, teacher = reading_files(self.settings.reading), self.teacher
+        if files and teacher.tokenizer is None:
+            raise ValueError(f"reading={self.settings.reading!r} needs a tokenizer; teacher {teacher.name} has none")
+        reading = {stem: load_reading(file, self.settings.reading_items) for stem, file in files.items()}
+        for items in reading.values():
+            encode_reading(items, teacher.tokenizer, teacher.model.config)
+        return reading
 
     def compare(self, selections: Mapping[str, Mapping[int, Iterable[int]]], mixer: str | None = None) -> pd.DataFrame:
         """Distil every selection, {name: {seed: layers}}: a row each of ``selector``, ``seed``, ``layers``, metrics."""

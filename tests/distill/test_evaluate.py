@@ -7,7 +7,7 @@ import torch
 
 import hybridlib as hl
 from hybridlib.distill.evaluate import heldout_kl
-from hybridlib.distill.recall import RecallTask
+from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
 
 
 def test_figures_are_those_of_the_plain_formulas(tiny_teacher, tiny_tokens):
@@ -36,6 +36,26 @@ def test_fewer_held_out_tokens_are_the_first_rows(tiny_teacher, tiny_tokens):
         heldout_kl(hybrid, teacher, tiny_tokens, heldout_tokens=15)
     with pytest.raises(ValueError, match="tokens.tokenizer=None cannot encode recall"):
         hl.evaluate(hybrid, teacher, tiny_tokens, recall=RecallTask())
+
+
+def test_what_is_written_is_the_greedy_recall_and_asked_for(tiny_teacher, tiny_tokens):
+    class Bits:
+        bos_token_id = eos_token_id = pad_token_id = 0
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [ord(c) // 2 % 2 for c in text]}
+
+    teacher = tiny_teacher(max_position_embeddings=512, vocab_size=2, eos_token_id=None)
+    task = RecallTask(pairs=2, digits=2)
+    tokens = hl.Tokens(tiny_tokens.train % 2, tiny_tokens.heldout % 2, Bits())
+    measured = hl.evaluate(teacher, teacher, tokens, recall=task, recall_examples=40, written=True)
+    score = score_recall(teacher, Bits(), generate_recall(task, 40, seed=1), mode="greedy", batch_size=1)
+    assert (measured.recall_written, measured.recall_written_stderr) == (score.exact_match, score.stderr)
+    assert measured.recall_written_hits == "".join(str(int(hit)) for hit in score.hits) and 0 < score.exact_match < 1
+    plain = hl.evaluate(teacher, teacher, tokens, recall=task, recall_examples=40).metrics()
+    assert set(measured.metrics()) - set(plain) == {f"recall_written{end}" for end in ("", "_stderr", "_hits")}
+    with pytest.raises(ValueError, match="written=True needs a recall task"):
+        hl.evaluate(teacher, teacher, tokens, written=True)
 
 
 def test_measuring_builds_no_graph_and_leaves_gradients_on(tiny_teacher, tiny_tokens):

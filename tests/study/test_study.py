@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
+import pandas as pd
 import pytest
+from tests.conftest import CONTEST_SETTINGS
 
 import hybridlib as hl
+from hybridlib.distill.reading import READING_MODES
+from hybridlib.records.folders import sha256_of
 from hybridlib.selection.engine import candidates
 from hybridlib.study import settings as settings_module, study as study_module
 
@@ -109,7 +113,34 @@ def test_compare_gives_a_row_a_selection_and_seed(small_study):
     assert small_study.calls.count("match") == 3
 
 
+def test_hybrids_and_the_teacher_are_judged_by_what_they_write_and_read(tiny_files, tmp_path):
+    rows = pd.DataFrame({"doc_id": list("abcde"), "text": [f"w{i} w{i + 5} w{i + 10}" for i in range(5)],
+                         "value": [f"w{i + 15}" for i in range(5)]})
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        rows.to_parquet(tmp_path / folder / "pattern.parquet")
+    plain = hl.Study(hl.StudySettings(**CONTEST_SETTINGS | tiny_files | {"results": str(tmp_path / "results")}))
+    study = plain.under(written=True, reading=[str(tmp_path / "one")], reading_items=4)
+    for kind in ("hybrid", "teacher"):
+        without, record, again = (one.hybrid([1], measure_at=[64]) if kind == "hybrid" else one.teacher_record()
+                                  for one in (plain, study, study.under(reading=(str(tmp_path / "two"),))))
+        own = {"written": True, "reading_items": 4,
+               "reading": {"pattern": sha256_of(tmp_path / "one" / "pattern.parquet")}}
+        assert record.parameters == without.parameters | own and again == record
+        assert set(record.metrics) - set(without.metrics) == {
+            "reading", *(f"recall_written{end}" for end in ("", "_stderr", "_hits"))}
+        assert all(len(record.metrics["reading"]["pattern"][f"{mode}_hits"]) == 4 for mode in READING_MODES)
+        assert len(record.metrics["recall_written_hits"]) == 200
+    assert all("reading" not in point and "recall_written" not in point for point in record.metrics.get("curve", []))
+    assert hl.StudySettings.from_record(record.parameters).reading == ()
+    with pytest.raises(ValueError, match="pattern takes 27 tokens .* context is 20"):
+        study.teacher.model.config.max_position_embeddings = 20
+        study.under(reading_items=5).hybrid([2])
+
+
 @pytest.mark.parametrize(("changes", "message"), [
+    (dict(written=1), "written=1"), (dict(reading="a.parquet"), "reading='a.parquet' is not a list"),
+    (dict(reading_items=0), "reading_items=0"),
     (dict(budget=0), "budget=0"), (dict(mixer="mamba"), "mixer='mamba'"), (dict(seeds=0), "seeds=0"),
     (dict(context=1), "context=1"), (dict(align_tokens=8), "align_tokens=8"), (dict(batch_tokens=8), "batch_tokens=8"),
     (dict(device="tpu9"), "device='tpu9'"), (dict(recompute=1), "recompute=1"), (dict(teacher=3), "teacher=3"),

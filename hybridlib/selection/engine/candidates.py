@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.evaluate import evaluate, heldout_row_kl, mean_stderr
+from hybridlib.distill.evaluate import evaluate, heldout_row_kl, mean_stderr, written_recall
 from hybridlib.distill.loop import steps_done
+from hybridlib.distill.reading import ReadingItem, reading_figures
 from hybridlib.distill.recall import RecallTask, encode_all, generate_recall
 from hybridlib.distill.settings import DistillationDiverged, History, MatchSettings
 from hybridlib.distill.stages import match, repeatable_if_fused
@@ -47,6 +48,7 @@ class Job:
     num_tokens, settings : of stage 2; 0 tokens measure candidates untrained.
     heldout_tokens : held-out tokens to measure on, None for all.
     evaluation : measure all figures of `evaluate.evaluate`, not the KL alone, and give the losses of training.
+    written, reading : for an evaluation at the end: `recall` by what a hybrid writes too, and files (see `reading`).
     checkpoints : folder in which candidates leave their state; None for nowhere.
     """
 
@@ -57,6 +59,8 @@ class Job:
     evaluation: bool = False
     recall: RecallTask | None = None
     recall_examples: int = 200
+    written: bool = False
+    reading: Mapping[str, Sequence[ReadingItem]] = field(default_factory=dict)
     checkpoints: str | Path | None = None
 
     def checkpoint(self, layers: Layers) -> Path | None:
@@ -86,8 +90,8 @@ def measure_sets(job: Job, sets: Iterable[Layers], until: int | None = None, sin
     dict
         {layers: figures}: ``kl``, ``kl_stderr``, ``kl_rows`` (nats a token), ``tokens`` (trained in all), ``rose`` (see
         `History`), ``seconds`` and ``cost`` (a dict) of this call, ``device``; for an evaluation the other figures of
-        `evaluate`, and ``loss``, ``loss_tokens`` and ``train_seconds``. A candidate that failed has ``error``, the
-        reason, in place of figures.
+        `evaluate`, ``loss``, ``loss_tokens`` and ``train_seconds``, and at the end those of `job.written` and
+        `job.reading`. A candidate that failed has ``error``, the reason, in place of figures.
     """
     sets = [tuple(layers) for layers in sets]
     if job.num_tokens and (len(sets) > 1 if stack is None else stack):
@@ -214,7 +218,7 @@ def _measure_alone(job, layers, until, since):
                                              states=inputs.states))
     _check_kl(figures["kl"], spent)
     return figures | {"tokens": spent, "rose": history.rose} | bill.figures(
-        [model], spent - since, job.heldout(inputs.tokens))[0]
+        [model], spent - since, job.heldout(inputs.tokens))[0] | _texts(job, inputs, until, lambda: model)
 
 
 def _measure_in_turn(job, key, layers, until, since):
@@ -244,7 +248,8 @@ def _measure_in_turn(job, key, layers, until, since):
     if path is None and until < job.num_tokens:
         held[layers] = step.hold()
     return figures | {"tokens": spent, "rose": step.histories[0].rose} | bill.figures(
-        [_parts_of(inputs, layers)], spent - since, job.heldout(inputs.tokens))[0]
+        [_parts_of(inputs, layers)], spent - since, job.heldout(inputs.tokens))[0] | _texts(job, inputs, until,
+                                                                                            step.hybrid)
 
 
 def _measure_together(job, inputs, sets, until, since):
@@ -271,7 +276,8 @@ def _measure_together(job, inputs, sets, until, since):
                 if error is None:
                     _check_kl(measured["kl"], spent)
                     shown = measured if job.evaluation else {name: measured[name] for name in _KL_FIGURES}
-                    figures[layers] = shown | done | {"tokens": spent, "rose": cohort.histories[c].rose}
+                    figures[layers] = shown | done | {"tokens": spent, "rose": cohort.histories[c].rose} | _texts(
+                        job, inputs, until, partial(cohort.hybrid, c))
             except DistillationDiverged as caught:
                 error = caught
             if error is not None:
@@ -302,6 +308,18 @@ def _bar(run, end):
     count = len(run.histories)
     return tqdm(total=(end - run.step) * run.step_tokens * count, unit="tok", unit_scale=True, leave=False,
                 desc="match" if count == 1 else f"match {count} sets")
+
+
+def _texts(job, inputs, until, hybrid: Callable):
+    """The figures of what a candidate at its end, the plain model that `hybrid` gives, reads and writes."""
+    figures: dict = {}
+    if job.evaluation and until == job.num_tokens and (job.written or job.reading):
+        model, tokenizer = hybrid(), inputs.tokens.tokenizer
+        if job.written:
+            figures |= written_recall(model, tokenizer, job.recall, job.recall_examples)
+        if job.reading:
+            figures["reading"] = reading_figures(model, tokenizer, job.reading)
+    return figures
 
 
 def _prompts(job, inputs):

@@ -7,12 +7,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from hybridlib.distill.evaluate import evaluate_members
 from hybridlib.distill.loop import Run
 from hybridlib.distill.recall import recall_of_members
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import matching_loss, weight_groups
+from hybridlib.models.hybrid import restore
 from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
 from hybridlib.selection.engine.stacked import own_weights, stacked, stacked_weights
 
@@ -26,7 +28,7 @@ class Cohort(Run):
 
     def __init__(self, student, teacher, tokens, sets: Sequence[tuple[int, ...]], num_tokens: int,
                  settings: MatchSettings, states: TeacherStates | None = None):
-        self.teacher, self.states, self.sets = teacher, states, sets
+        self.student, self.teacher, self.states, self.sets = student, teacher, states, sets
         self.stack = self.build(student, teacher)
         self.members = self.members_of_weights()
         groups = weight_groups(self.stack.named_parameters(), lambda name: ".self_attn.linear." in name, settings)
@@ -48,6 +50,14 @@ class Cohort(Run):
             return [member.metrics() for member in evaluate_members(
                 lambda ids: (F.linear(*output) for output in self.outputs(ids)), self.teacher, tokens, recall,
                 heldout_tokens=heldout_tokens, states=self.states)]
+
+    @torch.no_grad()
+    def hybrid(self, c: int = 0) -> PreTrainedModel:
+        """Candidate c as it stands now, as `restore` and `match` alone make it: a model to write with, or to save."""
+        hybrid, trained = restore(self.student, self.teacher, self.sets[c]), dict(self.member(c)[0])
+        for name, weight in hybrid.named_parameters():
+            weight.copy_(trained[name])
+        return hybrid
 
     def build(self, student, teacher):
         """The model that trains."""

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
-from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
+from hybridlib.distill.recall import RecallTask, encode_recall, forced_answers, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
 from hybridlib.models.passes import evaluation_mode, last_hidden
 from hybridlib.models.teachers import check_family
@@ -189,18 +188,9 @@ def _prompts(encoded):
 
 
 def _answers(model, encoded):
-    """Whether each answer's tokens are all the arg max, given the true text before it; its log likelihood a token."""
-    device, right, likelihood = next(model.parameters()).device, [], []
-    for i in range(0, len(encoded), _EXAMPLES_A_PASS):
-        batch = encoded[i:i + _EXAMPLES_A_PASS]
-        ids = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True).to(device)
-        hidden = last_hidden(model, ids)  # padding stands on the right, where a causal model does not look
-        for row, states, (_, spans) in zip(ids, hidden, batch, strict=True):
-            for start, end in spans:
-                logits = model.lm_head(states[start - 1:end - 1]).float()
-                right.append((logits.argmax(-1) == row[start:end]).all())
-                likelihood.append(-cross_entropy(logits, row[start:end]))
-    return torch.stack(right).double().cpu(), torch.stack(likelihood).double().cpu()
+    """`recall.forced_answers` in float64 on the CPU."""
+    right, likelihood = forced_answers(model, encoded, _EXAMPLES_A_PASS)
+    return right.double().cpu(), likelihood.double().cpu()
 
 
 def _refuse_chance(task, accuracy, answers):

@@ -14,6 +14,8 @@ import torch
 import hybridlib as hl
 from hybridlib.models.passes import TeacherStates
 from hybridlib.distill import loop
+from hybridlib.distill.reading import READING_MODES, ReadingItem, reading_figures
+from hybridlib.distill.recall import RecallTask
 from hybridlib.selection.engine import candidates, rounds
 from hybridlib.selection.engine.inputs import LoadedInputs
 from hybridlib.selection.engine.rounds import Engine, ScoringFailed
@@ -208,6 +210,33 @@ def test_where_the_shared_step_cannot_run_candidates_have_their_own(job, alone, 
     found = {l: candidates.measure_set(job, (l,), 256) for l in range(3)}
     assert kls(found) == [alone[l, 256] for l in range(3)] and "now by itself" in caplog.text
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize("way", ["alone", "in turn", "together"])
+def test_finished_hybrids_read_and_write_however_they_trained(aligned, tiny_tokens, characters, request, monkeypatch,
+                                                              caplog, way):
+    student, teacher = aligned
+    monkeypatch.setattr(student.config, "max_position_embeddings", 128)
+    if way == "in turn":
+        request.getfixturevalue("recorded")  # and no warning below, so that it is not measured alone after all
+    tokens, task = hl.Tokens(tiny_tokens.train, tiny_tokens.heldout, characters), RecallTask(pairs=2, digits=1)
+    texts = [characters.decode(row[:4 + i].tolist()) + " " for i, row in enumerate(tiny_tokens.heldout[:4])]
+    items = [ReadingItem(text, text, value, 6) for text in texts for value in characters.alphabet[2:]]
+    job = dataclasses.replace(job_of(student, teacher, tokens), evaluation=True, recall=task, recall_examples=4,
+                              written=True, reading={"pattern": items})
+    sets = [(0,), (1, 2)]
+    for until in (256, 512):
+        found = candidates.measure_sets(job, sets, until, until - 256, stack=way == "together")
+        for layers, figures in found.items():
+            written = {name for name in figures if "written" in name or name == "reading"}
+            assert len(written) == 4 * (until == 512)
+    for layers in sets:
+        hybrid = hl.restore(student, teacher, layers)
+        hl.match(hybrid, teacher, tokens, 512, settings=MATCH)
+        assert found[layers]["reading"] == reading_figures(hybrid, characters, job.reading)
+        assert all("1" in found[layers]["reading"]["pattern"][f"{mode}_hits"] for mode in READING_MODES)
+        measured = hl.evaluate(hybrid, teacher, tokens, recall=task, recall_examples=4, written=True)
+        assert found[layers]["recall_written_hits"] == measured.recall_written_hits and not caplog.records
 
 
 @pytest.mark.parametrize(("cuda", "flops", "executor", "expected"), [

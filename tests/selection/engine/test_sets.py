@@ -14,8 +14,9 @@ import torch
 import hybridlib as hl
 from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import DistillationDiverged
+from hybridlib.selection.engine.cohort import Cohort
 from hybridlib.selection.engine.sets import group_size, match_sets
-from hybridlib.selection.engine.stacked import stacked, stacked_weights
+from hybridlib.selection.engine.switched import Switched
 
 SETTINGS = hl.MatchSettings(batch_tokens=64, learning_rate=1e-3, attention_learning_rate=3e-3, clip=0.5,
                             weight_decay=0.1)
@@ -87,22 +88,34 @@ def test_in_single_precision_they_differ_by_rounding(tiny_teacher, tokens):
         assert result["kl"] == pytest.approx(measured.kl, abs=1e-5) and result["recall_exact"] is None
 
 
-def test_the_trained_weights_are_those_of_single_runs(tiny_teacher, tokens, monkeypatch):
-    kept = []
-    monkeypatch.setattr("hybridlib.selection.engine.cohort.stacked",
-                        lambda *args: kept.append(stacked(*args)) or kept[0])
-    teacher = in_double(tiny_teacher("qwen2"))
-    student = student_of(teacher)
-    match_sets(student, teacher, tokens, SETS, 256, settings=SETTINGS)
-    order = sorted(SETS, key=lambda layers: tuple(sorted(layers)))
-    for c, layers in enumerate(order):
-        hybrid = hl.restore(student, teacher, layers)
-        hl.match(hybrid, teacher, tokens, 256, settings=SETTINGS)
-        own = {re.sub(r"(self_attn\.)(linear|softmax)\.(stacked\.)?|(norm\.)norm\.", r"\1\4", name):
-               p[members.tolist().index(c)].squeeze(0) for name, p, members in stacked_weights(kept[0]) if c in members}
-        theirs = dict(hybrid.named_parameters())
-        assert own.keys() == theirs.keys()
-        assert all(torch.allclose(own[name], theirs[name], rtol=1e-5, atol=1e-7) for name in theirs)
+@pytest.mark.parametrize(("family", "mixer"), [("qwen2", "gdn"), ("llama_tied_bias", "gla"), ("qwen3", "gdn")])
+@torch.no_grad()
+def test_a_candidate_becomes_the_plain_hybrid_of_a_single_run(tiny_teacher, tokens, tmp_path, family, mixer):
+    teacher = in_double(tiny_teacher(family))
+    student, ids = student_of(teacher, mixer), tokens.heldout.long()
+    with torch.enable_grad():
+        cohort = Cohort(student, teacher, tokens, SETS, 256, SETTINGS)
+        switched = Switched(student, teacher, tokens, 256, SETTINGS)
+        cohort.train(cohort.steps)
+    outputs = [states @ head.mT for states, head in cohort.outputs(ids)]
+    for c, layers in enumerate(SETS):
+        single = hl.restore(student, teacher, layers)
+        switched.take(layers)
+        with torch.enable_grad():
+            hl.match(single, teacher, tokens, 256, settings=SETTINGS)
+            switched.train(switched.steps)
+        for hybrid in (cohort.hybrid(c), switched.hybrid()):
+            theirs = dict(single.named_parameters())
+            assert type(hybrid) is type(single) and not hybrid.training
+            assert all(torch.allclose(p, theirs.pop(name), rtol=1e-5, atol=1e-7)
+                       for name, p in hybrid.named_parameters()) and not theirs
+            logits = hybrid(input_ids=ids).logits
+            assert torch.allclose(logits, outputs[c], rtol=1e-5, atol=1e-7)
+            assert torch.allclose(logits, single(input_ids=ids).logits, rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(logits, hl.restore(student, teacher, layers)(input_ids=ids).logits, rtol=1e-3)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again = hl.load_hybrid(tmp_path / "hybrid", dtype=torch.float64)
+    assert torch.equal(again(input_ids=ids).logits, logits)
 
 
 @pytest.mark.parametrize("change", [dict(micro_batch_tokens=16), dict(schedule="cosine", warmup=0.5),
@@ -163,7 +176,8 @@ def test_not_a_number_in_one_candidate_is_named_and_kept_there(tiny_teacher, tok
 def test_a_candidate_that_breaks_on_the_way_stops_alone(tiny_teacher, tokens):
     teacher = in_double(tiny_teacher("llama"))
     student = student_of(teacher)
-    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5)
+    settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5,
+                                grouping="mixers")
     bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
                               measure_at=(128, 4096))
     with pytest.raises(DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
