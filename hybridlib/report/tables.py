@@ -19,34 +19,42 @@ __all__ = ["as_table", "neighbour_counts", "settings_table"]
 
 _SETTINGS = {"teacher": "teacher", "mixer": "mixer of the linear layers", "softmax_layers": "softmax layers",
              "align_tokens": "tokens of stage 1", "score_tokens": "tokens of stage 2 for a candidate",
-             "match_tokens": "tokens of stage 2", "recall_pairs": "pairs in a recall prompt", "seeds": "seeds",
+             "match_tokens": "tokens of stage 2", "align_learning_rate": "rate of stage 1",
+             "match_learning_rate": "rate of stage 2", "mixer_learning_rate": "higher rate of stage 2",
+             "grouping": "weights at the higher rate", "recall_pairs": "pairs in a recall prompt", "seeds": "seeds",
              "sets": "sets distilled", "failed": "sets that could not be trained", "device": "device",
              "commit": "commit"}
 
 
 def settings_table(run: Study | Contest | pd.DataFrame | Sequence[Record] | None) -> pd.DataFrame:
-    """List what was run, a line a setting; empty where nothing was. `run` is a study, a contest, a frame of
-    `verdicts.recorded_hybrids`, or the records of an oracle, one a seed."""
+    """List what was run, a line each, in a column, or one for each ``setting`` of a frame; empty where nothing was.
+    `run` is a study, a contest, a frame of `verdicts.recorded_hybrids`, or the records of an oracle, one a seed."""
     if run is None or not isinstance(run, (Study, Contest)) and len(run) == 0:
         return pd.DataFrame()
     if isinstance(run, Study):
         s = run.settings
         values = vars(s) | {"teacher": run.teacher.name, "commit": code_commit(run.ledger.folder),
                             "softmax_layers": _count(budget_layers(s.budget, run.num_layers), run),
-                            "device": describe_device(s.device)}
+                            "grouping": _grouping(vars(s.match_settings)), "device": describe_device(s.device)}
     elif isinstance(run, Contest):
         values = run.settings | {"teacher": run.settings["aligned"]["teacher"], "device": run.device,
-                                 "softmax_layers": _count(len(run.chosen["layers"].iloc[0]), run), "commit": run.commit}
+                                 "grouping": _grouping(run.settings), "commit": run.commit,
+                                 "softmax_layers": _count(len(run.chosen["layers"].iloc[0]), run)}
     elif isinstance(run, pd.DataFrame):
-        values = {name: _joined(run[name]) for name in _SETTINGS if name in run} | {"seeds": run["seed"].nunique()}
+        return pd.concat([_shown({key: _joined(part[key].dropna()) or None for key in _SETTINGS if key in part}
+                                 | {"seeds": part["seed"].nunique()}, name)
+                          for name, part in run.groupby("setting", sort=False)], axis=1)
     else:
         p, sets = run[0].parameters, [row for record in run for row in record.metrics["sets"]]
+        trained = p["settings"]
         values = {"teacher": p["aligned"]["teacher"], "mixer": p["mixer"], "match_tokens": p["num_tokens"],
                   "align_tokens": p["aligned"]["num_tokens"], "seeds": len(run), "sets": len(run[0].metrics["sets"]),
+                  "align_learning_rate": p["aligned"]["settings"]["learning_rate"], "grouping": _grouping(trained),
+                  "match_learning_rate": trained["learning_rate"],
+                  "mixer_learning_rate": trained["mixer_learning_rate"],
                   "failed": sum("error" in row for row in sets), "device": _joined(r.device for r in run),
                   "commit": _joined(r.commit for r in run)}
-    shown = {heading: _text(values[name]) for name, heading in _SETTINGS.items() if values.get(name) is not None}
-    return pd.DataFrame({"value": shown}).rename_axis("setting")
+    return _shown(values, "value")
 
 
 def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str] | Mapping[str, str], *,
@@ -74,6 +82,15 @@ def _range(column):
         return 0.0, np.inf
     ranges = RANGES | {"r2": (-np.inf, 1.0)}
     return next((within for name, within in ranges.items() if column.startswith(name)), None)
+
+
+def _shown(values, column):
+    shown = {heading: _text(values[name]) for name, heading in _SETTINGS.items() if values.get(name) is not None}
+    return pd.DataFrame({column: shown}).rename_axis("setting")
+
+
+def _grouping(settings):
+    return settings.get("grouping", "mixers")  # of records from before there was a choice
 
 
 def _count(count, run):
