@@ -10,6 +10,7 @@ import pandas as pd
 from hybridlib.checks import check_choice
 from hybridlib.records.ledger import Ledger, Record
 from hybridlib.report.style import MEASURES, format_interval, format_number
+from hybridlib.report.tables import attention_rate
 from hybridlib.selection.agreement import (RANGES, bootstrap_interval, chance_jaccard, kendall, paired_difference,
                                            spearman, top_k_jaccard)
 from hybridlib.selection.rules import select
@@ -18,9 +19,10 @@ from hybridlib.selection.scores import LayerScores
 __all__ = ["direction", "outcome", "rankings", "recorded_hybrids", "verdicts"]
 
 _NAMES = ["teacher", "mixer", "softmax_layers"]  # what every setting is named by, and what it may be told apart by
-_APART = {"align_tokens": "{:,} tokens of stage 1", "match_tokens": "{:,} tokens of stage 2",
+_APART = {"corpus": "text {}", "align_tokens": "{:,} tokens of stage 1", "match_tokens": "{:,} tokens of stage 2",
           "align_learning_rate": "stage 1 at {}", "match_learning_rate": "stage 2 at {}",
-          "mixer_learning_rate": "higher rate {}", "grouping": "{} at the higher rate", "device": "{}"}
+          "attention_learning_rate": "higher rate {}", "grouping": "{} at the higher rate",
+          "recall_pairs": "recall of {} pairs", "device": "{}"}
 
 
 def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4) -> str:
@@ -89,10 +91,10 @@ def recorded_hybrids(ledger: Ledger, rules: Mapping[str, Mapping | None], mixer:
     the hybrid that keeps no layer, which stands in every budget's setting; `mixer` None takes any hybrid. Layers are
     chosen again from the longest recorded scores.
 
-    Hybrids of one ``setting`` differ in layers, seed and the text's fingerprint alone; of a rule and seed the latest
-    counts, but where a rule keeps other layers by other text, each text has a setting. The deepest teacher is first,
-    then the latest setting. Its name is unique: teacher, mixer and budget, then what else tells those alike apart.
-    Columns are those of `Study.compare`, and what was run, for `tables.settings_table`.
+    Hybrids of one ``setting`` differ in layers, seed and the text's fingerprint alone, measurements on the way apart;
+    of a rule and seed the latest counts, but where a rule keeps other layers by other text, each text has a setting.
+    The deepest teacher is first, then the latest setting. Its name is unique: teacher, mixer and budget, then what else
+    tells those alike apart. Columns are those of `Study.compare`, and what was run, for `tables.settings_table`.
     """
     records = list(ledger)
     depths = {_text(r.parameters): len(r.metrics["heldout_error"]) for r in records if r.kind == "align"}
@@ -132,14 +134,14 @@ def _layers_by_rule(rule, hybrid: Record, records: list[Record], depths: dict[st
     count, num_layers = len(p["layers"]), depths.get(_text(p["aligned"]))
     if rule is None or count == 0 or num_layers is None:
         return () if rule is None and num_layers is not None else None
-    same = {"aligned": p["aligned"] | {"mixer": rule.get("mixer") or p["mixer"]}, "heldout_tokens": p["heldout_tokens"]}
+    same = {"aligned": p["aligned"] | {"mixer": rule.get("mixer") or p["mixer"]}}
     scores = []
     for own in ({"direction": "add", "metric": "kl", "settings": p["settings"]},
                 {"direction": "remove", "metric": "kl", "settings": p["settings"]},
                 {"direction": "add", "metric": "mse", "normalize": rule.get("normalize", True)}):
         alike = [r for r in records if r.kind == "score" and (same | own).items() <= r.parameters.items()]
         if alike:
-            longest = max(alike, key=lambda r: (r.tokens or 0, r.started))
+            longest = max(alike, key=lambda r: (r.tokens or 0, r.parameters["heldout_tokens"], r.started))
             scores.append(LayerScores.from_dict(longest.metrics))
     try:
         return select(rule["selector"], count, scores=scores, num_layers=num_layers, seed=p["seed"])
@@ -150,15 +152,15 @@ def _layers_by_rule(rule, hybrid: Record, records: list[Record], depths: dict[st
 def _row(label: str, record: Record, depths: dict[str, int]) -> dict:
     p = record.parameters
     aligned, trained = p["aligned"], p.get("settings", {})
-    common = {k: v for k, v in p.items() if k not in ("seed", "layers")}
+    common = {k: v for k, v in p.items() if k not in ("seed", "layers", "measure_at")}
     common["aligned"] = {k: v for k, v in aligned.items() if k not in ("seed", "data")}
     return {"selector": label, "seed": p["seed"], "layers": tuple(p["layers"]),
-            **{k: v for k, v in record.metrics.items() if not isinstance(v, list)},
+            **{k: v for k, v in record.metrics.items() if not isinstance(v, (list, dict))},
             "teacher": aligned["teacher"], "mixer": p["mixer"], "align_tokens": aligned["num_tokens"],
             "match_tokens": p["num_tokens"], "align_learning_rate": aligned.get("settings", {}).get("learning_rate"),
             "match_learning_rate": trained.get("learning_rate"),
-            "mixer_learning_rate": trained.get("mixer_learning_rate"),
-            "grouping": trained.get("grouping", "mixers"),  # records from before there was a choice
+            **attention_rate(trained), "corpus": aligned.get("corpus"),
+            "recall_pairs": p.get("recall", {}).get("pairs"),
             "device": record.device, "commit": record.commit and record.commit[:7], "started": record.started,
             "common": _text(common), "count": len(p["layers"]), "depth": depths[_text(aligned)],
             "text": str(aligned.get("data"))}

@@ -132,7 +132,7 @@ def test_every_setting_is_given_the_deepest_teacher_and_then_the_latest_first(le
     ledger.run("align", deep, lambda: {"heldout_error": [0.5] * 9})
     ledger.hybrid(1, (2, 6), 0.3, aligned=deep)
     ledger.hybrid(1, (2, 6), 0.4, settings={"lr": 1, "mixer_learning_rate": 0.1, "grouping": "attention"})
-    ledger.hybrid(0, (2, 6), 0.4, recall={"pairs": 5})  # no setting that has a name differs
+    ledger.hybrid(0, (2, 6), 0.4, recall={"pairs": 4, "digits": 5})  # what no name tells
     hybrids = verdicts.recorded_hybrids(ledger, RULES | {"last": {"selector": "last"}})
     names = list(hybrids["setting"].unique())
     assert names[0] == "deep, gdn, 2 of 9" and "t, gdn, 1 of 8" in names and len(names) == 6
@@ -167,5 +167,5 @@ def test_a_table_of_settings_says_what_was_run(tmp_path, ledger):
     settings = tables.settings_table(verdicts.recorded_hybrids(ledger, RULES))["t, gdn, 2 of 8"]
     assert settings[["teacher", "mixer of the linear layers", "softmax layers", "tokens of stage 1",
                      "tokens of stage 2", "seeds"]].tolist() == ["t", "gdn", "2 of 8", "1,000", "2,000", "2"]
-    assert settings["weights at the higher rate"] == "mixers" and len(settings) == 9
+    assert settings["weights at the higher rate"] == "mixers" and len(settings) == 10
     assert settings["device"] == next(iter(ledger)).device
