@@ -46,10 +46,11 @@ def settings_table(run: Study | Contest | pd.DataFrame | Sequence[Record] | None
                           for name, part in run.groupby("setting", sort=False)], axis=1)
     else:
         p, sets = run[0].parameters, [row for record in run for row in record.metrics["sets"]]
+        trained = p.get("settings", {})
         values = {"teacher": p["aligned"]["teacher"], "mixer": p["mixer"], "match_tokens": p["num_tokens"],
                   "align_tokens": p["aligned"]["num_tokens"], "seeds": len(run), "sets": len(run[0].metrics["sets"]),
-                  "align_learning_rate": p["aligned"]["settings"]["learning_rate"],
-                  "match_learning_rate": p["settings"]["learning_rate"], **attention_rate(p["settings"]),
+                  "align_learning_rate": p["aligned"].get("settings", {}).get("learning_rate"),
+                  "match_learning_rate": trained.get("learning_rate"), **attention_rate(trained),
                   "failed": sum("error" in row for row in sets), "device": _joined(r.device for r in run),
                   "commit": _joined(r.commit for r in run)}
     return _shown(values, "value")
