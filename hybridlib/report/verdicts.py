@@ -160,8 +160,9 @@ def _row(label: str, record: Record, depths: dict[str, int]) -> dict:
             "match_tokens": p["num_tokens"], "align_learning_rate": aligned.get("settings", {}).get("learning_rate"),
             "match_learning_rate": trained.get("learning_rate"),
             **attention_rate(trained), "corpus": aligned.get("corpus"),
-            "recall_pairs": p.get("recall", {}).get("pairs"),
-            "device": record.device, "commit": record.commit and record.commit[:7], "started": record.started,
+            "recall_pairs": p.get("recall", {}).get("pairs"), "device": record.device,
+            "commit": record.commit and record.commit[:7] + record.commit[40:],  # that of an edited tree says so
+            "started": record.started,
             "common": _text(common), "count": len(p["layers"]), "depth": depths[_text(aligned)],
             "text": str(aligned.get("data"))}
 
