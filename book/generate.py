@@ -18,7 +18,6 @@ from pathlib import Path
 
 import yaml
 
-from hybridlib.distill import recall
 from hybridlib.distill.loop import _rate_at
 from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.records.ledger import Ledger
@@ -48,9 +47,9 @@ def values() -> dict[str, str]:
     """Numbers of ours as text, by the name that the role ``{value}`` takes: settings and options by their owner."""
     align, match = AlignSettings(), MatchSettings()
     groups = {"align": vars(align) | {"last_rate": _rate_at(999_999, 1_000_000, align)}, "match": dict(vars(match)),
-              "gates": dict(vars(GateSettings())), **read_profiles(), **{k: dict(s.options) for k, s in SELECTORS.items()},
-              "task": {"cap": ablation.HALO_CAP, "least": getattr(ablation, "LEAST_RECALL", "chance"),
-                       "addends": getattr(recall, "ADDENDS", 1)}}
+              "gates": dict(vars(GateSettings())), **read_profiles(),
+              **{name: dict(selector.options) for name, selector in SELECTORS.items()},
+              "task": {"cap": ablation.HALO_CAP, "least": getattr(ablation, "LEAST_RECALL", "chance")}}
     for own in groups.values():  # the name of this rate before it was that of all attention
         if "mixer_learning_rate" in own:
             own |= {"attention_learning_rate": own["mixer_learning_rate"], "grouping": own.get("grouping", "mixers")}
