@@ -1,4 +1,5 @@
-"""Write the book's generated pages, book/_generated/*.md, from profiles, data cards and records.
+"""Write the book's generated pages, book/_generated/*.md, and the numbers of ours that other pages name, values.json,
+from code, profiles, data cards and records.
 
 Usage: python book/generate.py [OUT]
 
@@ -17,7 +18,12 @@ from pathlib import Path
 
 import yaml
 
+from hybridlib.distill.loop import _rate_at
+from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.records.ledger import Ledger
+from hybridlib.selection.scorers import ablation
+from hybridlib.selection.scorers.gates import GateSettings
+from hybridlib.study.catalogue import SELECTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "cpu", "gpu", "paper")
@@ -31,13 +37,29 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def read_profiles() -> dict[str, dict]:
+    """The parameters of each profile that is there."""
+    paths = {name: ROOT / "notebooks" / "profiles" / f"{name}.yaml" for name in PROFILES}
+    return {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
+def values() -> dict[str, str]:
+    """Numbers of ours as text, by the name that the role ``{value}`` takes: settings and options by their owner."""
+    align, match = AlignSettings(), MatchSettings()
+    groups = {"align": vars(align) | {"last_rate": _rate_at(999_999, 1_000_000, align)}, "match": dict(vars(match)),
+              "gates": dict(vars(GateSettings())), **read_profiles(),
+              **{name: dict(selector.options) for name, selector in SELECTORS.items()},
+              "task": {"cap": ablation.HALO_CAP, "least": getattr(ablation, "LEAST_RECALL", "chance")}}
+    for own in groups.values():  # the name of this rate before it was that of all attention
+        if "mixer_learning_rate" in own:
+            own |= {"attention_learning_rate": own["mixer_learning_rate"], "grouping": own.get("grouping", "mixers")}
+    return {f"{group}.{name}": _cell(list(value) if isinstance(value, tuple) else value)
+            for group, own in groups.items() for name, value in own.items()}
+
+
 def profiles() -> str:
     """One column a profile, one row a parameter."""
-    found = {}
-    for name in PROFILES:
-        path = ROOT / "notebooks" / "profiles" / f"{name}.yaml"
-        if path.is_file():
-            found[name] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = read_profiles()
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     rows = [[f"`{name}`", *(_cell(values.get(name, "")) for values in found.values())] for name in names]
     return table(["Parameter", *(f"`{name}`" for name in found)], rows)
@@ -124,5 +146,6 @@ def _cell(value) -> str:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "book" / "_generated"
+    write(out / "values.json", json.dumps(values(), indent=1))
     write(out / "profiles.md", profiles())
     write(out / "provenance.md", provenance())

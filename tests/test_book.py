@@ -11,6 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+
+from hybridlib.distill.settings import MatchSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text(encoding="utf-8"))
@@ -87,6 +90,13 @@ def test_maths_is_rendered_by_the_mathjax_of_the_book(pages, build):
     for script in scripts:
         assert (build.html / script.split("?")[0]).is_file()
     assert list((build.html / "_static" / "mathjax").rglob("*.woff"))
+
+
+def test_numbers_of_ours_are_filled_in_from_code_and_profiles(pages, build):
+    text = re.sub(r"<[^>]+>", "", (build.html / "differences.html").read_text(encoding="utf-8"))
+    tokens = yaml.safe_load((ROOT / "notebooks" / "profiles" / "gpu.yaml").read_text(encoding="utf-8"))["score_tokens"]
+    assert f"all else at {MatchSettings().learning_rate:.4g}" in " ".join(text.split())
+    assert f"Profile gpu: {tokens:,}; profile cpu" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("module", MODULES)

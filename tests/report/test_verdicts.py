@@ -31,7 +31,8 @@ def test_an_outcome_follows_the_interval_of_the_paired_difference():
 
 @pytest.mark.parametrize("a, b, text", [
     ([0.10, 0.30, 0.20], [0.20, 0.20, 0.25], "\u2212.* nats a token: not told apart"),  # the interval contains 0
-    ([0.1], [0.9, 0.8], "\u22120.8000 nats a token: one seed cannot tell"),
+    ([0.1], [0.9, 0.8], "\u22120.8000 nats a token: one seed cannot tell; seeds: 1 of 2 in common"),
+    ([0.25, 0.5, None], [0.25, 0.5, 1], "equal on every seed; seeds: 2 of 3 in common"),
     ([0.25, 0.5, 0.75], [0.375, 0.625, 0.875], "\u22120.1250 nats a token: not told apart"),  # the same step each time
     ([0.25, 0.5], [0.25, 0.5], "equal on every seed"), ([0.25, None], [None, 0.5], "no seed in common")])
 def test_an_outcome_claims_nothing_without_an_interval_that_excludes_0(a, b, text):
@@ -53,8 +54,13 @@ def test_verdicts_have_a_row_a_pair_and_a_column_a_value():
     assert list(table.index) == ["a against b", "a against c"]
     assert list(table.columns) == ["held-out KL (lower is better)", "recall (higher is better)"]
     assert list(table.iloc[0]) == [verdicts.outcome(runs, value, "a", "b") for value in ("kl", "recall_exact")]
-    assert set(table.iloc[1]) == {"not both were run"}
+    assert set(table.iloc[1]) == {"not on record: c"}
     assert verdicts.verdicts(pd.DataFrame(), [("a", "b")]).empty
+    by_setting = pd.concat([runs.assign(setting="z"), runs[runs["selector"] == "b"].assign(setting="y")])
+    both = verdicts.verdicts(by_setting, [("a", "b"), ("c", "d")])
+    assert both.loc["z"].iloc[0].equals(table.iloc[0]) and both.index.unique("setting").tolist() == ["z", "y"]
+    assert [set(both.loc["y"].loc[row]) for row in ("a against b", "c against d")] == [
+        {"not on record: a"}, {"not on record: c, d"}]
 
 
 def test_rankings_show_agreement_beside_chance():
@@ -119,19 +125,47 @@ def test_hybrids_are_found_by_the_scores_of_the_rule(ledger):
     assert verdicts.recorded_hybrids(ledger, {"GLA probe": {"selector": "ga-s2", "mixer": "gla"}}).empty
 
 
-def test_hybrids_of_different_settings_are_not_mixed(ledger):
+def test_every_setting_is_given_the_deepest_teacher_and_then_the_latest_first(ledger):
     ledger.hybrid(0, (0, 2), 0.05, num_tokens=9000)  # a longer stage 2 of one rule only
-    assert set(verdicts.recorded_hybrids(ledger, RULES)["match_tokens"]) == {2000}
-    ledger.hybrid(0, (0,), 0.5)  # a smaller budget of one rule only
-    assert set(verdicts.recorded_hybrids(ledger, RULES)["softmax_layers"]) == {"2 of 8"}
-    assert verdicts.recorded_hybrids(ledger, RULES, require=("GA-S2", "GA-S1")).empty
+    ledger.hybrid(1, (7,), 0.5)  # a smaller budget of one rule only
+    deep = {"teacher": "deep", "mixer": "gdn", "seed": 1, "num_tokens": 1000}
+    ledger.run("align", deep, lambda: {"heldout_error": [0.5] * 9})
+    ledger.hybrid(1, (2, 6), 0.3, aligned=deep)
+    ledger.hybrid(1, (2, 6), 0.4, settings={"lr": 1, "mixer_learning_rate": 0.1, "grouping": "attention"})
+    ledger.hybrid(0, (2, 6), 0.4, recall={"pairs": 4, "digits": 5})  # what no name tells
+    hybrids = verdicts.recorded_hybrids(ledger, RULES | {"last": {"selector": "last"}})
+    names = list(hybrids["setting"].unique())
+    assert names[0] == "deep, gdn, 2 of 9" and "t, gdn, 1 of 8" in names and len(names) == 6
+    at_two = [name for name in names if name.startswith("t, gdn, 2 of 8, ")]
+    assert "t, gdn, 2 of 8, 9,000 tokens of stage 2, higher rate nan, mixers at the higher rate" in at_two
+    assert "t, gdn, 2 of 8, 2,000 tokens of stage 2, higher rate 0.1, attention at the higher rate" in at_two
+    assert [name[-3:] for name in at_two if name.endswith(")")] == ["(1)", "(2)"]
+    assert hybrids[hybrids["setting"] == "t, gdn, 1 of 8"]["selector"].tolist() == [FLOOR, FLOOR, "last"]
     assert verdicts.recorded_hybrids(ledger, RULES, mixer="gla").empty
+
+
+def test_of_one_rule_and_seed_the_latest_counts_unless_another_text_changes_its_layers(ledger):
+    other = {"teacher": "t", "mixer": "gdn", "seed": 0, "data": "other text", "num_tokens": 1000}
+    ledger.run("align", other, lambda: {"heldout_error": [0.5] * 8})
+    ledger.hybrid(0, (2, 6), 0.7, aligned=other)
+    hybrids = verdicts.recorded_hybrids(ledger, RULES)
+    assert hybrids[hybrids["selector"] == "uniform"]["kl"].tolist() == [0.7, 0.2] and len(hybrids) == 8
+    ledger.run("score", {"aligned": other, "mixer": "gdn", "direction": "add", "metric": "kl", "heldout_tokens": 64,
+                         "num_tokens": 100, "settings": {"lr": 1}}, lambda: {
+        "direction": "add", "metric": "kl", "values": [0] * 6 + [1, 2], "tokens": 100, "measured": [0] * 8,
+        "stderr": [0] * 8, "seconds": 1.0})
+    ledger.hybrid(0, (6, 7), 0.6, aligned=other)
+    texts = [part.set_index(["selector", "seed"])["kl"].to_dict() for _, part in verdicts.recorded_hybrids(
+        ledger, RULES).groupby("setting", sort=False)]
+    assert texts[0] == {("GA-S2", 0): 0.6, ("uniform", 0): 0.7, ("random", 0): 0.6}
+    assert len(texts[1]) == 8 and texts[1]["GA-S2", 0] == 0.1 and texts[1]["uniform", 0] == 0.2
 
 
 def test_a_table_of_settings_says_what_was_run(tmp_path, ledger):
     nothing = verdicts.recorded_hybrids(Ledger(tmp_path / "none"), RULES)
     assert nothing.empty and tables.settings_table(nothing).empty and tables.settings_table(None).empty
-    settings = tables.settings_table(verdicts.recorded_hybrids(ledger, RULES))["value"]
+    settings = tables.settings_table(verdicts.recorded_hybrids(ledger, RULES))["t, gdn, 2 of 8"]
     assert settings[["teacher", "mixer of the linear layers", "softmax layers", "tokens of stage 1",
                      "tokens of stage 2", "seeds"]].tolist() == ["t", "gdn", "2 of 8", "1,000", "2,000", "2"]
+    assert settings["weights at the higher rate"] == "mixers" and len(settings) == 10
     assert settings["device"] == next(iter(ledger)).device
