@@ -8,7 +8,7 @@ from functools import cache, partial
 
 from hybridlib.checks import check_int, check_number
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.recall import RecallTask
+from hybridlib.distill.recall import ADDENDS, RecallTask
 from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import Job, measure_set
 from hybridlib.selection.engine.inputs import LoadedInputs
@@ -28,6 +28,7 @@ PAPER, ALONE = "the paper (arXiv 2512.20569)", "layers add up: each is judged al
 SILENCED = "what the teacher misses with a layer's attention silenced is what a mixer cannot give; " + ALONE
 SHORT = "sets rank after a short stage 2 as they do after a long one"
 SLOW = "training at a lower rate than the hybrid's ranks layers as that would"
+NEEDLES, SUMS = (("needle", 1, 3),), (("lookup_sum", 1, 1),)
 SLOPES = "passes of the gated model, forward and backward, over held-out rows"
 
 
@@ -70,11 +71,13 @@ def perplexity(study, mixer, seed, own):
 
 
 def _recall_records(families, settings, num_layers, seed, pairs, num_examples, selector="ar"):
-    """A record a task: with `pairs` pairs each of `families`, (name, hops), then with half as many, down to 2."""
-    pairs, records = settings.recall_pairs if pairs is None else pairs, []
-    while pairs > 1 or not records:
-        records += [{"selector": selector, "task": asdict(RecallTask(name, pairs=pairs, hops=hops)),
-                     "num_examples": num_examples} for name, hops in families]
+    """A record a task: with `pairs` pairs each of `families`, (name, hops, digits), then with half as many, down to 2
+    (in sums, 3)."""
+    least, records = ADDENDS if families == SUMS else 2, []
+    pairs = max(least, settings.recall_pairs) if pairs is None else pairs
+    while pairs >= least or not records:
+        records += [{"selector": selector, "task": asdict(RecallTask(name, pairs=pairs, hops=hops, digits=digits)),
+                     "num_examples": num_examples} for name, hops, digits in families]
         pairs //= 2
     return records
 
@@ -83,11 +86,15 @@ def _recall_records(families, settings, num_layers, seed, pairs, num_examples, s
         "are beyond the teacher, and by fewer of them where both are", "teacher",
         "the teacher recalls over two hops; " + SILENCED, "as AR, for the task that it settles on",
         options={"pairs": 8, "num_examples": 200}, note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, (("multi_hop", 2), ("variable_tracking", 2))))
+        record=partial(_recall_records, (("multi_hop", 2, 3), ("variable_tracking", 2, 3))))
 @scorer("ar", "AR", "baseline of " + PAPER, "teacher", "the teacher recalls; " + SILENCED,
         "L + 1 passes of the teacher over 200 prompts", options={"pairs": None, "num_examples": 200},
         note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, (("key_value", 1),)))
+        record=partial(_recall_records, NEEDLES))
+@scorer("ar-sum", "AR, sums", "as " + PAPER + " asks it: the sum of three looked-up numbers, here of a digit each",
+        "teacher", "the teacher recalls and adds; " + SILENCED, "as AR", options={"pairs": None, "num_examples": 200},
+        note="scores of the task {task[name]}, {task[pairs]} pairs",
+        record=partial(_recall_records, SUMS, selector="ar-sum"))
 def recall(study, mixer, seed, own):
     """By the first task that is not beyond the teacher; tasks that were refused are not in the cost."""
     return score_associative_recall(study.teacher.model, study.teacher.tokenizer, RecallTask(**own["task"]),
@@ -138,7 +145,8 @@ _by_scores("ga-s1", "GA-S1", PAPER, "student", "the alignment error at a layer i
 
 @scorer("halo", "HALO", "arXiv 2601.22156", "student", "a layer serves recall or common sense; " + ALONE,
         "L + 1 passes over 200 prompts and L over held-out rows", options={"pairs": None, "num_examples": 200},
-        record=lambda *a, **options: _recall_records((("key_value", 1),), *a, selector="halo", **options)[:1])
+        note="scores of the task {task[name]}, {task[pairs]} pairs",
+        record=partial(_recall_records, NEEDLES, selector="halo"))
 def recall_over_sense(study, mixer, seed, own):
     return score_halo(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed), RecallTask(**own["task"]),
                       num_examples=own["num_examples"])

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import CONTEST_SETTINGS
 
 import hybridlib as hl
+from hybridlib.distill.recall import JUDGING_FAMILIES, TRAINING_FAMILIES
 from hybridlib.selection.cost import Cost, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.rules import RULES
@@ -19,7 +20,7 @@ from hybridlib.study.selector import scorer
 
 LAYERS, KEPT = 4, 2
 SMALL = CONTEST_SETTINGS | dict(score_tokens=128, seeds=1, match_learning_rate=1e-3, mixer_learning_rate=1e-2)
-NEED_TEXT = ("ar", "ar-mh", "halo")  # prompts for a teacher that has a tokenizer and recalls
+NEED_TEXT = ("ar", "ar-mh", "ar-sum", "halo")  # prompts for a teacher that has a tokenizer and recalls
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembe
     assert needs == "nothing" or {r.kind for r in study.ledger} >= {"score"}
 
 
-@pytest.mark.parametrize("name", NEED_TEXT)
+@pytest.mark.parametrize("name", [name for name in NEED_TEXT if name != "ar-sum"])
 def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     study = lab_study()
     found = study.selection(name, num_examples=40)
@@ -85,7 +86,27 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     if name == "ar-mh":  # the lab teacher is at chance in multi_hop
         assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     else:
-        assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
+        assert found.note == f"scores of the task needle, {study.settings.recall_pairs} pairs"
+
+
+def test_no_selector_chooses_by_a_family_on_which_hybrids_are_judged(lab_study):
+    def texts(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return {value} if isinstance(value, str) else set().union(*map(texts, parts))
+
+    study = lab_study()
+    assert study.recall_task.name in JUDGING_FAMILIES and not set(JUDGING_FAMILIES) & set(TRAINING_FAMILIES)
+    used = {name: texts(one.records(study.settings, 8, 0)) for name, one in hl.SELECTORS.items()}
+    for name, own in used.items():
+        assert not own & set(JUDGING_FAMILIES), name
+    assert "needle" in used["ar"] & used["halo"] and "lookup_sum" in used["ar-sum"]
+
+
+def test_sums_are_beyond_the_lab_teacher(lab_study):
+    with pytest.raises(ablation.TaskTooHard, match="'lookup_sum', pairs=4.* 0.3 or less tells nothing"):
+        lab_study().select("ar-sum", num_examples=8)
+    tasks = [own["task"] for own in hl.SELECTORS["ar-sum"].records(hl.StudySettings(recall_pairs=16), 8, 0)]
+    assert [(task["pairs"], task["digits"]) for task in tasks] == [(16, 1), (8, 1), (4, 1)]
 
 
 def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):

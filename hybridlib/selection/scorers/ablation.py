@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import comb
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -11,17 +12,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
-from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall
+from hybridlib.distill.recall import ADDENDS, RecallTask, encode_recall, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
 from hybridlib.models.passes import evaluation_mode, last_hidden
 from hybridlib.models.teachers import check_family
 from hybridlib.selection.cost import Meter
 from hybridlib.selection.scores import LayerScores
 
-__all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
+__all__ = ["HALO_CAP", "LEAST_RECALL", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
            "score_perplexity", "silence_each"]
 
 HALO_CAP = 50.0  # the highest score of HALO
+LEAST_RECALL = 0.3  # of the intact teacher, above which a task can tell layers apart
 _EXAMPLES_A_PASS = 32
 
 
@@ -83,12 +85,13 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
                              seed: int = 0) -> LayerScores:
     """AR, of one hop, and AR-MH, of more: how much recall the teacher loses with layer l silenced (arXiv 2512.20569).
 
-    `task` None is ``RecallTask("key_value")``. `measured` is the exact match (each answer token the arg max given the
-    true text before it) with the layer silenced, with its binomial standard error; `values` is the exact match lost,
-    where ties are ordered by log likelihood.
+    `task` None is ``RecallTask("needle")``; ``RecallTask("lookup_sum")`` asks as the authors do, but counts no answer
+    that merely holds the right one. `measured` is the exact match (each answer token the arg max given the true text
+    before it) with the layer silenced, with its binomial standard error; `values` is the exact match lost, where ties
+    are ordered by log likelihood.
 
     Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher's exact match
-    is within two standard errors of guessing among the prompt's answers.
+    is within two standard errors of guessing among the prompt's answers, or no more than `LEAST_RECALL`.
     """
     check_family(teacher.config)
     meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)
@@ -103,7 +106,8 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
     passes, (size, context) = len(values) + 1, _prompts(encoded)
     meter.forward(teacher, passes * size, context, head=False, passes=passes)  # the head reads the answers alone
     cost = meter.cost()
-    return LayerScores("remove", "ar" if task.hops == 1 else "ar-mh", tuple(values), tuple(measured),
+    metric = "ar-sum" if task.name == "lookup_sum" else "ar" if task.hops == 1 else "ar-mh"
+    return LayerScores("remove", metric, tuple(values), tuple(measured),
                        _binomial_stderr(measured, answers), 0, cost.seconds, cost)
 
 
@@ -170,7 +174,7 @@ def _row_nats(model, batches):
 
 def _intact(teacher, tokenizer, task, num_examples, seed):
     """The task, its encoded prompts and `_answers` of the intact teacher. Raises `TaskTooHard` if that is at chance."""
-    task = task or RecallTask("key_value")
+    task = task or RecallTask("needle")
     encoded = [encode_recall(example, tokenizer) for example in generate_recall(task, num_examples, seed)]
     longest, limit = max(len(ids) for ids, _ in encoded), teacher.config.max_position_embeddings
     if longest > limit:
@@ -204,12 +208,12 @@ def _answers(model, encoded):
 
 
 def _refuse_chance(task, accuracy, answers):
-    chance = 1 / task.pairs
-    threshold = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
-    if accuracy <= threshold:
+    chance = 1 / (comb(task.pairs, ADDENDS) if task.name == "lookup_sum" else task.pairs)
+    guessed = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
+    if accuracy <= max(guessed, LEAST_RECALL):
         raise TaskTooHard(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
-                         f"guessing gives up to {threshold:.3f}, so no layer has recall to lose; "
-                         "give an easier task or another teacher")
+                         f"guessing gives up to {guessed:.3f} and {LEAST_RECALL} or less tells nothing, so no layer "
+                         "has recall to lose; give an easier task or another teacher")
 
 
 def _binomial_stderr(shares, answers):

@@ -221,6 +221,7 @@ def test_bad_calls_are_refused_and_so_is_a_teacher_at_chance(tiny_teacher, tiny_
     student, recall = hl.linearize(teacher), partial(score_associative_recall, lab.model, lab.tokenizer)
     for call, message in (
             (lambda: recall(hard, num_examples=24), r"name='multi_hop', pairs=8.* is beyond the teacher.*easier task"),
+            (lambda: recall(RecallTask("multi_hop", pairs=4, hops=2)), r"answers 0.245 of 200 .* 0.3 or less tells"),
             (lambda: score_halo(hl.linearize(lab.model), lab.model, lab_tokens, hard, num_examples=24), "is beyond"),
             (lambda: recall(num_examples=0), "num_examples=0"),
             (lambda: recall(RecallTask(pairs=512), num_examples=1), "teacher's context is 1024; use fewer pairs"),
