@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from hybridlib.selection.cost import Cost
 
@@ -21,6 +22,7 @@ class LayerScores:
     tokens, seconds : of training, forward and backward; of scoring.
     cost : all that scoring cost; None in old records.
     history, history_tokens : the values at every measurement along training, and after how many tokens each was.
+    figures : what else the scorer says, by name.
     """
 
     direction: str
@@ -33,6 +35,7 @@ class LayerScores:
     cost: Cost | None = None
     history: tuple[tuple[float, ...], ...] = ()
     history_tokens: tuple[int, ...] = ()
+    figures: Mapping = field(default_factory=dict)
 
     @property
     def ranking(self) -> tuple[int, ...]:
@@ -53,4 +56,6 @@ class LayerScores:
 
 
 def _tuples(value):
+    if isinstance(value, Mapping):
+        return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 
 from hybridlib.checks import check_int, check_number
+from hybridlib.distill.choice import ChoiceTask
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.recall import ADDENDS, RecallTask
 from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
@@ -143,13 +144,19 @@ _by_scores("ga-s1", "GA-S1", PAPER, "student", "the alignment error at a layer i
            "one pass of the teacher and of all mixers over held-out rows", options={"normalize": True})
 
 
-@scorer("halo", "HALO", "arXiv 2601.22156", "student", "a layer serves recall or common sense; " + ALONE,
-        "L + 1 passes over 200 prompts and L over held-out rows", options={"pairs": None, "num_examples": 200},
-        note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, NEEDLES, selector="halo"))
+def _halo_records(settings, num_layers, seed, items, choices, length, **options):
+    sense = {"sense": asdict(ChoiceTask(items, choices, length))}
+    return [own | sense for own in _recall_records(NEEDLES, settings, num_layers, seed, selector="halo", **options)]
+
+
+@scorer("halo", "HALO", "arXiv 2601.22156; common sense by a multiple choice among continuations of held-out text",
+        "student", "a layer serves recall or common sense; " + ALONE,
+        "L + 1 passes over 200 prompts and L over 200 questions of 4 choices", record=_halo_records,
+        options={"pairs": None, "num_examples": 200, "items": 200, "choices": 4, "length": 8},
+        note="scores of the task {task[name]}, {task[pairs]} pairs")
 def recall_over_sense(study, mixer, seed, own):
     return score_halo(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed), RecallTask(**own["task"]),
-                      num_examples=own["num_examples"])
+                      num_examples=own["num_examples"], sense=ChoiceTask(**own["sense"]))
 
 
 def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0):

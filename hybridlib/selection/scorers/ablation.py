@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
+from hybridlib.distill.choice import ChoiceTask, choice_probabilities, generate_choices
 from hybridlib.distill.recall import ADDENDS, RecallTask, encode_recall, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
 from hybridlib.models.passes import evaluation_mode, last_hidden
@@ -112,33 +113,40 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
 
 
 def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_examples: int = 200, seed: int = 0,
-               batch_tokens: int = 8192) -> LayerScores:
+               sense: ChoiceTask | None = None, batch_tokens: int = 8192) -> LayerScores:
     """HALO: recall lost over common sense lost, where layer l of the teacher alone is replaced by its aligned mixer.
 
-    Recall, r(l), is the exact match of `score_associative_recall`, and raises as it does; common sense, c(l), is the
-    share of held-out tokens predicted first, where the authors take question sets (arXiv 2601.22156). `values` are
-    `halo_values`, and `measured` is r(l) with its binomial standard error. The student is all linear and aligned.
+    Recall, r(l), is the exact match of `score_associative_recall`, and raises as it does. Common sense, c(l), is the
+    mean probability of the true continuation among those of `sense` (None: `ChoiceTask` as it is), cut from held-out
+    rows, where the authors take the accuracy on question sets (arXiv 2601.22156): a probability has no ties. The
+    student is all linear and aligned. `values` are `halo_values`, and `measured` is r(l) with its binomial standard
+    error. Of `figures`, ``sense`` and ``sense_accuracy`` are c(l) and the share of items whose true continuation is
+    likeliest, of ``items``; ``at_cap`` layers have the highest score, ``cap``, and their order is that of their index.
     """
     check_family(teacher.config)
-    num_layers = student.config.num_hidden_layers
+    num_layers, sense = student.config.num_hidden_layers, sense or ChoiceTask()
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
-    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, batch_tokens)
+    check_int("batch_tokens", batch_tokens, 1)
+    meter, items = Meter(teacher, student), generate_choices(tokens.heldout, sense, seed)
     _, encoded, answers, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
-    text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
+    (prompts, prompt), read = _prompts(encoded), len(items) * (items.shape[2] + (sense.choices - 1) * sense.length)
     meter.forward(teacher, prompts, prompt, head=False)
-    recall, sense = [], []
+    recall, mean, accuracy = [], [], []
     for l in tqdm(range(num_layers), desc="score (halo)", unit="layer", leave=False):
         replaced = restore(student, teacher, [m for m in range(num_layers) if m != l])
         with measuring(replaced):
             recall.append(_answers(replaced, encoded)[0].mean().item())
-            right = [replaced.lm_head(last_hidden(replaced, ids))[:, :-1].argmax(-1) == ids[:, 1:] for ids in batches]
-            sense.append(torch.cat(right).double().mean().item())
+            probabilities = choice_probabilities(replaced, items, sense.length, batch_tokens)
+        mean.append(probabilities[:, 0].mean().item())
+        accuracy.append((probabilities.argmax(1) == 0).double().mean().item())
         meter.forward(replaced, prompts, prompt, head=False)
-        meter.forward(replaced, text, tokens.context)
-    cost = meter.cost()
-    return LayerScores("remove", "halo", halo_values(recall, sense), tuple(recall),
-                       _binomial_stderr(recall, len(answers)), 0, cost.seconds, cost)
+        meter.forward(replaced, read, items.shape[2], head=False)
+    cost, values = meter.cost(), halo_values(recall, mean)
+    return LayerScores("remove", "halo", values, tuple(recall), _binomial_stderr(recall, len(answers)), 0,
+                       cost.seconds, cost, figures={
+                           "sense": tuple(mean), "sense_accuracy": tuple(accuracy), "items": len(items),
+                           "at_cap": values.count(HALO_CAP), "cap": HALO_CAP})
 
 
 def halo_values(recall, sense) -> tuple[float, ...]:
