@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from itertools import combinations
 
 import pytest
@@ -17,6 +18,7 @@ from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.rules import RULES
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import gate_gradient_flops
+from hybridlib.selection.scorers.postnas import search_once_for_all
 from hybridlib.study import catalogue, study as study_module
 from hybridlib.study.selector import scorer
 
@@ -124,6 +126,15 @@ def test_gates_learn_from_prompts_of_families_that_do_not_judge(lab_study, monke
         assert not {"families", "recall_tokens", "data"} & set(text)  # as records have been
     with pytest.raises(ValueError, match="^tokenizer=None is no tokenizer"):
         recall_tokens(None, 64, 512)
+
+
+def test_the_record_of_postnas_names_what_its_search_is_given(make):
+    study, given = make(), inspect.signature(search_once_for_all).parameters.keys() - {"student", "teacher", "tokens"}
+    changed = [study.selection("postnas", **options) for options in ({}, {"width": 1}, {"num_tokens": 64})]
+    records = study.ledger.find("score", selector="postnas", seed=0)
+    assert len(records) >= len(changed) and all(given <= r.parameters.keys() for r in records)
+    before = hl.Ledger(hl.results_folder("h100")).find("score", selector="postnas")
+    assert {frozenset(r.parameters) for r in (*records, *before)} == {frozenset(records[0].parameters)} and before
 
 
 def test_sums_are_beyond_the_lab_teacher(lab_study):
