@@ -37,7 +37,7 @@ class ChoiceTask:
 
 
 def generate_choices(rows: torch.Tensor, task: ChoiceTask, seed: int = 0) -> torch.Tensor:
-    """Cut `rows` (rows, context) into questions: token ids (items, choices, time), the true continuation first.
+    """Cut `rows`, ids (rows, context), into questions: token ids (items, choices, time), the true continuation first.
 
     Each row gives as many windows of prompt and continuation as it holds, of which `seed` draws; wrong continuations
     are those of other questions. Raises ValueError for rows too short or questions too few.

@@ -99,14 +99,14 @@ def _recall_records(families, settings, num_layers, seed, pairs, num_examples, s
         "the teacher recalls over two hops; " + SILENCED, "as AR, for the task that it settles on",
         options={"pairs": 8, "num_examples": 200}, note="scores of the task {task[name]}, {task[pairs]} pairs",
         record=partial(_recall_records, (("multi_hop", 2, 3), ("variable_tracking", 2, 3))))
-@scorer("ar", "AR", "baseline of " + PAPER, "teacher", "the teacher recalls; " + SILENCED,
-        "L + 1 passes of the teacher over 200 prompts", options={"pairs": None, "num_examples": 200},
-        note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, NEEDLES))
 @scorer("ar-sum", "AR, sums", "as " + PAPER + " asks it: the sum of three looked-up numbers, here of a digit each",
         "teacher", "the teacher recalls and adds; " + SILENCED, "as AR", options={"pairs": None, "num_examples": 200},
         note="scores of the task {task[name]}, {task[pairs]} pairs",
         record=partial(_recall_records, SUMS, selector="ar-sum"))
+@scorer("ar", "AR", "baseline of " + PAPER, "teacher", "the teacher recalls; " + SILENCED,
+        "L + 1 passes of the teacher over 200 prompts", options={"pairs": None, "num_examples": 200},
+        note="scores of the task {task[name]}, {task[pairs]} pairs",
+        record=partial(_recall_records, NEEDLES))
 def recall(study, mixer, seed, own):
     """By the first task that is not beyond the teacher; tasks that were refused are not in the cost."""
     return score_associative_recall(study.teacher.model, study.teacher.tokenizer, RecallTask(**own["task"]),
