@@ -18,12 +18,13 @@ from pathlib import Path
 
 import yaml
 
-from hybridlib.distill.loop import _rate_at
+from hybridlib.distill.loop import rate_at
 from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.records.ledger import Ledger
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import GateSettings
 from hybridlib.study.catalogue import SELECTORS
+from hybridlib.study.settings import StudySettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "cpu", "gpu", "paper")
@@ -46,13 +47,11 @@ def read_profiles() -> dict[str, dict]:
 def values() -> dict[str, str]:
     """Numbers of ours as text, by the name that the role ``{value}`` takes: settings and options by their owner."""
     align, match = AlignSettings(), MatchSettings()
-    groups = {"align": vars(align) | {"last_rate": _rate_at(999_999, 1_000_000, align)}, "match": dict(vars(match)),
-              "gates": dict(vars(GateSettings())), **read_profiles(),
+    groups = {"align": vars(align) | {"last_rate": rate_at(999_999, 1_000_000, align)}, "match": vars(match),
+              "gates": vars(GateSettings()),
+              **{name: vars(StudySettings()) | own for name, own in read_profiles().items()},
               **{name: dict(selector.options) for name, selector in SELECTORS.items()},
-              "task": {"cap": ablation.HALO_CAP, "least": getattr(ablation, "LEAST_RECALL", "chance")}}
-    for own in groups.values():  # the name of this rate before it was that of all attention
-        if "mixer_learning_rate" in own:
-            own |= {"attention_learning_rate": own["mixer_learning_rate"], "grouping": own.get("grouping", "mixers")}
+              "task": {"cap": ablation.HALO_CAP, "least": ablation.LEAST_RECALL}}
     return {f"{group}.{name}": _cell(list(value) if isinstance(value, tuple) else value)
             for group, own in groups.items() for name, value in own.items()}
 

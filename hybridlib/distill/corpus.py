@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import random
 import re
 import zlib
 from collections.abc import Iterator
@@ -32,14 +33,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hybridlib.checks import check_int
+from hybridlib.distill.recall import TRAINING_FAMILIES, RecallTask, encode_recall, generate_recall
 from hybridlib.records.folders import data_folder, sha256_of
 
-__all__ = ["Tokens", "is_heldout_text", "load_tokens"]
+__all__ = ["Tokens", "is_heldout_text", "load_tokens", "recall_tokens"]
 
 HELDOUT_SHARE = 50  # one document in so many is held out, where the source does not say which
 HELDOUT_TOKENS = 131_072
 HUB_TOKENS = 20_000_000
 KINDS = (".parquet", ".jsonl")
+MOST_DRAWS = 1_000  # of prompts for a row
+LINE_TOKENS = 12  # of a recall prompt, about
 BATCH_CHARACTERS = 500_000  # of text that is tokenized at a time
 _LOCAL = "a folder or file of .parquet or .jsonl text"
 
@@ -102,10 +106,7 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     """
     check_int("context", context, 2)
     check_int("seed", seed, 0)
-    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-        raise ValueError(f"tokenizer={tokenizer!r} is no tokenizer; pass a teacher's: load_teacher('lab').tokenizer")
-    if _end(tokenizer) is None:
-        raise ValueError("tokenizer has neither an end-of-text nor a beginning-of-text token to put between documents")
+    _checked(tokenizer)
     for name, value in (("max_tokens", max_tokens), ("heldout_tokens", heldout_tokens)):
         if value is not None:
             check_int(name, value, context)
@@ -120,9 +121,46 @@ def load_tokens(source: str | Path = "lab", tokenizer: PreTrainedTokenizerBase |
     return Tokens(train, heldout, tokenizer, name, seed)
 
 
+def recall_tokens(tokenizer: PreTrainedTokenizerBase, context: int, num_tokens: int, seed: int = 0) -> Tokens:
+    """Generate rows of recall prompts with their answers to train on, none of them held out.
+
+    A row is filled with whole prompts, and then with the beginning of one more. They are of `TRAINING_FAMILIES`, which
+    `Tokens.source` names, of the train split, with 2 to 16 pairs, chains of 2 links, 1 or 2 questions, and 0 to 4
+    filler sentences before each fact. Raises ValueError for a context that no prompt fits.
+    """
+    check_int("context", context, 2)
+    check_int("num_tokens", num_tokens, context)
+    end, rng, rows = _end(_checked(tokenizer)), random.Random(f"recall-{seed}"), []
+    for _ in range(num_tokens // context):
+        row: list[int] = []
+        for _ in range(MOST_DRAWS):
+            family, filler = rng.choice(TRAINING_FAMILIES), rng.randint(0, min(4, context // 64))
+            hops = 1 if family == "needle" else 2
+            most = max(2, min(16, context // (LINE_TOKENS * hops * (1 + filler))))
+            task = RecallTask(family, rng.randint(2, most), rng.randint(1, 2), hops, filler=filler, split="train")
+            ids, _ = encode_recall(generate_recall(task, 1, rng.getrandbits(60))[0], tokenizer)
+            if row or len(ids) < context:
+                row += ids if ids[0] == end else [*ids, end]
+            if len(row) >= context:
+                break
+        else:
+            raise ValueError(f"context={context} is too short for a recall prompt; use a longer one")
+        rows.append(row[:context])
+    train = torch.tensor(rows)
+    return Tokens(train, train[:0], tokenizer, f"recall: {', '.join(TRAINING_FAMILIES)}", seed)
+
+
 def is_heldout_text(text: str) -> bool:
     """Tell whether a document is held out where its source does not say."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % HELDOUT_SHARE == 0
+
+
+def _checked(tokenizer):
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"tokenizer={tokenizer!r} is no tokenizer; pass a teacher's: load_teacher('lab').tokenizer")
+    if _end(tokenizer) is None:
+        raise ValueError("tokenizer has neither an end-of-text nor a beginning-of-text token to put between documents")
+    return tokenizer
 
 
 def _end(tokenizer):

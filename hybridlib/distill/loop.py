@@ -90,7 +90,7 @@ class Run:
             if len(self.errors) == count:
                 break
             self.silence()
-            self._update(_rate_at(step, self.steps, self.settings))
+            self._update(rate_at(step, self.steps, self.settings))
             self.step = step + 1
             seconds = (time.perf_counter() - begun) / count
             means = [sum(value.values()) / len(value) for value in values]
@@ -247,7 +247,7 @@ def _trainable(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[No
             module.training = training
 
 
-def _rate_at(step: int, steps: int, settings: _Settings) -> float:
+def rate_at(step: int, steps: int, settings: _Settings) -> float:
     warmup = math.ceil(settings.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,17 +1,19 @@
 """In-context recall: tasks generated from a seed, and how a causal LM scores on them.
 
-=================  ==========================================================  =====================
+=================  ==========================================================  ==============================
 name               the prompt                                                  the question
-=================  ==========================================================  =====================
+=================  ==========================================================  ==============================
 key_value          a phone book, one ``name: number`` a line                   a name's number
 needle             ``The code of name is number.`` among filler sentences      a name's code
 multi_hop          aliases ``name is other.`` that end in a number             the number behind a name
 variable_tracking  assignments ``set name = number`` and ``set name = other``  every name with a value
-=================  ==========================================================  =====================
+lookup_sum         ``name has number.`` a line                                 the sum of three names' numbers
+=================  ==========================================================  ==============================
 
 The families follow associative recall (MQAR, arXiv 2312.04927) and RULER (arXiv 2404.06654: multi-key needle, variable
-tracking). Names are two common words ("quiet river"). Each (name, number) pair belongs to the ``train`` or to the
-``heldout`` split by a checksum, so a model trained on one has never seen a pair of the other.
+tracking); ``lookup_sum`` follows the question of arXiv 2512.20569. Names are two common words ("quiet river"). Each
+(name, number) pair belongs to the ``train`` or to the ``heldout`` split by a checksum, so a model trained on one has
+never seen a pair of the other.
 """
 
 from __future__ import annotations
@@ -30,9 +32,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybridlib.checks import check_choice, check_int
 from hybridlib.models.passes import evaluation_mode, last_hidden
 
-__all__ = ["RecallExample", "RecallScore", "RecallTask", "encode_all", "encode_recall", "forced_answers",
-           "generate_recall", "marks", "recall_of_members", "score_recall", "share_of", "write"]
+__all__ = ["JUDGING_FAMILIES", "RecallExample", "RecallScore", "RecallTask", "TRAINING_FAMILIES", "encode_all",
+           "encode_recall", "forced_answers", "generate_recall", "marks", "recall_of_members", "score_recall",
+           "share_of", "write"]
 
+JUDGING_FAMILIES = ("key_value",)  #: on which hybrids are judged, so that no selector may choose by them
+TRAINING_FAMILIES = ("needle", "multi_hop", "variable_tracking")  #: on which selectors may train
+ADDENDS = 3  # in a sum
 HELDOUT_SHARE = 8  # one (name, number) pair in so many belongs to the heldout split
 
 _FIRST = ("amber big black blue bold brave bright brown calm clean clear cold cool dark deep dry early empty "
@@ -59,9 +65,9 @@ class RecallTask:
 
     Parameters
     ----------
-    pairs : facts with a number in the prompt (chains, for the last two families); 2 to 512.
-    queries : questions after the prompt, each on another fact; 1 to `pairs`.
-    hops : links from a question's name to its number, 1 to 8; 1 for ``key_value`` and ``needle``.
+    pairs : facts with a number in the prompt (chains, in ``multi_hop`` and ``variable_tracking``); 2 to 512.
+    queries : questions after the prompt, each on other facts; 1 to `pairs`, or a third of that in ``lookup_sum``.
+    hops : links from a question's name to its number, 1 to 8 in ``multi_hop`` and ``variable_tracking``, else 1.
     digits : digits of a number, 1 to 12.
     filler : filler sentences before each fact, 0 to 64.
     split : ``"heldout"`` or ``"train"``.
@@ -78,9 +84,10 @@ class RecallTask:
     def __post_init__(self):
         check_choice("name", self.name, _GENERATORS)
         check_choice("split", self.split, ("train", "heldout"))
-        check_int("pairs", self.pairs, 2, 512)
-        check_int("queries", self.queries, 1, self.pairs)
-        check_int("hops", self.hops, 1, 1 if self.name in ("key_value", "needle") else 8)
+        names = ADDENDS if self.name == "lookup_sum" else 1  # in a question
+        check_int("pairs", self.pairs, max(2, names), 512)
+        check_int("queries", self.queries, 1, self.pairs // names)
+        check_int("hops", self.hops, 1, 8 if self.name in ("multi_hop", "variable_tracking") else 1)
         check_int("digits", self.digits, 1, 12)
         check_int("filler", self.filler, 0, 64)
 
@@ -328,5 +335,18 @@ def _variable_tracking(task, rng):
                                        for chain, v in rng.sample(chains, task.queries)))
 
 
+def _lookup_sum(task, rng):
+    facts: dict[str, int] = {}
+    for name in _names(rng, task.pairs):
+        number = None
+        while number is None or name in facts or _is_heldout(name, number) != (task.split == "heldout"):
+            name, number = f"{rng.choice(_FIRST)} {name.split()[1]}", rng.randrange(10 ** task.digits)
+        facts[name] = number
+    prompt = "".join(f"{_filler(rng, task)}{k} has {v}.\n" for k, v in facts.items()) + "\nAdd up:"
+    asked = rng.sample(list(facts), ADDENDS * task.queries)
+    return RecallExample(prompt, tuple((f"\n{a}, {b} and {c} have", f" {facts[a] + facts[b] + facts[c]}.")
+                                       for a, b, c in zip(*(asked[i::ADDENDS] for i in range(ADDENDS)))))
+
+
 _GENERATORS = {"key_value": _key_value, "needle": _needle, "multi_hop": _multi_hop,
-               "variable_tracking": _variable_tracking}
+               "variable_tracking": _variable_tracking, "lookup_sum": _lookup_sum}

@@ -73,8 +73,9 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
 def attention_rate(settings: Mapping) -> dict:
     """Return the higher rate of stage 2 in `settings` of a study or of stage 2, and the ``grouping`` of the weights
     that have it; before there was a choice these were the linear mixers, and the rate was called theirs."""
-    rate = settings.get("attention_learning_rate", settings.get("mixer_learning_rate"))
-    return {"attention_learning_rate": rate, "grouping": settings.get("grouping", "mixers")}
+    if "mixer_learning_rate" in settings:
+        return {"attention_learning_rate": settings["mixer_learning_rate"], "grouping": "mixers"}
+    return {name: settings.get(name) for name in ("attention_learning_rate", "grouping")}
 
 
 def neighbour_counts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -84,6 +85,8 @@ def neighbour_counts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _range(column):
+    if column.startswith("recall") and column.endswith("regret"):
+        return None  # a set may recall more than the set that it is held against
     if column.endswith("regret") or column in ("rmse", "tied", "distinct"):
         return 0.0, np.inf
     ranges = RANGES | {"r2": (-np.inf, 1.0)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from hybridlib.selection.cost import Cost
 
@@ -22,6 +23,7 @@ class LayerScores:
     cost : all that scoring cost; None in old records.
     rose : layers whose candidate ended with a higher loss than it started with, see `distill.settings.History`.
     history, history_tokens : the values at every measurement along training, and after how many tokens each was.
+    figures : what else the scorer says, by name.
     """
 
     direction: str
@@ -35,6 +37,7 @@ class LayerScores:
     history: tuple[tuple[float, ...], ...] = ()
     history_tokens: tuple[int, ...] = ()
     rose: tuple[int, ...] = ()
+    figures: Mapping = field(default_factory=dict)
 
     @property
     def ranking(self) -> tuple[int, ...]:
@@ -55,4 +58,6 @@ class LayerScores:
 
 
 def _tuples(value):
+    if isinstance(value, Mapping):
+        return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

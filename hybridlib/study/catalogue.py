@@ -6,9 +6,10 @@ import math
 from dataclasses import asdict, replace
 from functools import cache, partial
 
-from hybridlib.checks import check_int, check_number
-from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.recall import RecallTask
+from hybridlib.checks import check_choice, check_int, check_number
+from hybridlib.distill.choice import ChoiceTask
+from hybridlib.distill.corpus import Tokens, recall_tokens
+from hybridlib.distill.recall import ADDENDS, TRAINING_FAMILIES, RecallTask
 from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import Job, measure_set
 from hybridlib.selection.engine.inputs import LoadedInputs
@@ -24,16 +25,28 @@ from hybridlib.study.selector import SELECTORS, Selection, find_selector, run_se
 __all__ = ["MOST_SETS", "SELECTORS", "find_selector", "run_selector", "score_parameters"]
 
 MOST_SETS = 20_000  # that "exhaustive" agrees to measure
+PROMPTS = 1_000_000  # tokens of recall prompts that differ; longer training reads them again
 PAPER, ALONE = "the paper (arXiv 2512.20569)", "layers add up: each is judged alone"
 SILENCED = "what the teacher misses with a layer's attention silenced is what a mixer cannot give; " + ALONE
 SHORT = "sets rank after a short stage 2 as they do after a long one"
 SLOW = "training at a lower rate than the hybrid's ranks layers as that would"
+NEEDLES, SUMS = (("needle", 1, 3),), (("lookup_sum", 1, 1),)
 SLOPES = "passes of the gated model, forward and backward, over held-out rows"
 
 
 def _rows(study, seed):
     """Training rows for a candidate, and the held-out rows that layers are scored on."""
     return study.tokens(seed, study.settings.score_tokens, "score")
+
+
+def _data(data, num_tokens):
+    """What a record says of the option `data`: of text nothing, of recall prompts their families and number."""
+    check_choice("data", data, ("recall", "text"))
+    return {} if data == "text" else {"families": list(TRAINING_FAMILIES), "recall_tokens": num_tokens}
+
+
+def _prompts(study, seed, own):
+    return recall_tokens(study.teacher.tokenizer, study.settings.context, own["recall_tokens"], seed)
 
 
 def _stage_2_numbers(settings, rate, **changes):
@@ -70,11 +83,13 @@ def perplexity(study, mixer, seed, own):
 
 
 def _recall_records(families, settings, num_layers, seed, pairs, num_examples, selector="ar"):
-    """A record a task: with `pairs` pairs each of `families`, (name, hops), then with half as many, down to 2."""
-    pairs, records = settings.recall_pairs if pairs is None else pairs, []
-    while pairs > 1 or not records:
-        records += [{"selector": selector, "task": asdict(RecallTask(name, pairs=pairs, hops=hops)),
-                     "num_examples": num_examples} for name, hops in families]
+    """A record a task: with `pairs` pairs each of `families`, (name, hops, digits), then with half as many, down to 2
+    (in sums, 3)."""
+    least, records = ADDENDS if families == SUMS else 2, []
+    pairs = max(least, settings.recall_pairs) if pairs is None else pairs
+    while pairs >= least or not records:
+        records += [{"selector": selector, "task": asdict(RecallTask(name, pairs=pairs, hops=hops, digits=digits)),
+                     "num_examples": num_examples} for name, hops, digits in families]
         pairs //= 2
     return records
 
@@ -83,11 +98,15 @@ def _recall_records(families, settings, num_layers, seed, pairs, num_examples, s
         "are beyond the teacher, and by fewer of them where both are", "teacher",
         "the teacher recalls over two hops; " + SILENCED, "as AR, for the task that it settles on",
         options={"pairs": 8, "num_examples": 200}, note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, (("multi_hop", 2), ("variable_tracking", 2))))
+        record=partial(_recall_records, (("multi_hop", 2, 3), ("variable_tracking", 2, 3))))
+@scorer("ar-sum", "AR, sums", "as " + PAPER + " asks it: the sum of three looked-up numbers, here of a digit each",
+        "teacher", "the teacher recalls and adds; " + SILENCED, "as AR", options={"pairs": None, "num_examples": 200},
+        note="scores of the task {task[name]}, {task[pairs]} pairs",
+        record=partial(_recall_records, SUMS, selector="ar-sum"))
 @scorer("ar", "AR", "baseline of " + PAPER, "teacher", "the teacher recalls; " + SILENCED,
         "L + 1 passes of the teacher over 200 prompts", options={"pairs": None, "num_examples": 200},
         note="scores of the task {task[name]}, {task[pairs]} pairs",
-        record=partial(_recall_records, (("key_value", 1),)))
+        record=partial(_recall_records, NEEDLES))
 def recall(study, mixer, seed, own):
     """By the first task that is not beyond the teacher; tasks that were refused are not in the cost."""
     return score_associative_recall(study.teacher.model, study.teacher.tokenizer, RecallTask(**own["task"]),
@@ -136,18 +155,27 @@ _by_scores("ga-s1", "GA-S1", PAPER, "student", "the alignment error at a layer i
            "one pass of the teacher and of all mixers over held-out rows", options={"normalize": True})
 
 
-@scorer("halo", "HALO", "arXiv 2601.22156", "student", "a layer serves recall or common sense; " + ALONE,
-        "L + 1 passes over 200 prompts and L over held-out rows", options={"pairs": None, "num_examples": 200},
-        record=lambda *a, **options: _recall_records((("key_value", 1),), *a, selector="halo", **options)[:1])
+def _halo_records(settings, num_layers, seed, items, choices, length, **options):
+    sense = {"sense": asdict(ChoiceTask(items, choices, length))}
+    return [own | sense for own in _recall_records(NEEDLES, settings, num_layers, seed, selector="halo", **options)]
+
+
+@scorer("halo", "HALO", "arXiv 2601.22156; common sense by a multiple choice among continuations of held-out text",
+        "student", "a layer serves recall or common sense; " + ALONE,
+        "L + 1 passes over 200 prompts and L over 200 questions of 4 choices", record=_halo_records,
+        options={"pairs": None, "num_examples": 200, "items": 200, "choices": 4, "length": 8},
+        note="scores of the task {task[name]}, {task[pairs]} pairs")
 def recall_over_sense(study, mixer, seed, own):
     return score_halo(study.aligned(mixer, seed), study.teacher.model, _rows(study, seed), RecallTask(**own["task"]),
-                      num_examples=own["num_examples"])
+                      num_examples=own["num_examples"], sense=ChoiceTask(**own["sense"]))
 
 
-def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0):
-    """Parameters for `gate_slopes`, whose cost is at most `share` of GA-S2's FLOPs; `train` scales its stage 2."""
+def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=None, train=0, rate=1.0, data="text"):
+    """Parameters for `gate_slopes`, whose cost is at most `share` of GA-S2's FLOPs; `train` scales its stage 2, and
+    `data` is what the slope is measured on."""
     check_number("train", train, 0, 1)
     own = {"selector": "gate-gradient", "at": float(at), "order": order, "steps": steps}
+    own |= _data(data, settings.heldout_tokens)
     if share is not None:
         check_number("share", share, 0, 1, open_low=True)
         own |= {"share": share, "score_tokens": settings.score_tokens}
@@ -159,6 +187,8 @@ def _gate_record(settings, num_layers, seed, at=0.0, order=1, steps=1, share=Non
 
 def gate_slopes(study, mixer, seed, own):
     student, teacher, tokens = study.aligned(mixer, seed), study.teacher.model, _rows(study, seed)
+    if "families" in own:
+        tokens = Tokens(tokens.train, _prompts(study, seed, own).train, tokens.tokenizer, tokens.source, seed)
     num_tokens = heldout = heldout_size(tokens, None)
     train_tokens, how = own.get("train_tokens", 0), {"order": own["order"], "steps": own["steps"]}
     if "share" in own:
@@ -171,7 +201,7 @@ def gate_slopes(study, mixer, seed, own):
 
 
 def _gates(*texts, **options):
-    options = {"at": 0.0, "order": 1, "steps": 1, "share": None, "train": 0, **options}
+    options = {"at": 0.0, "order": 1, "steps": 1, "share": None, "train": 0, "data": "text", **options}
     scorer(*texts, options=options, record=_gate_record)(gate_slopes)
 
 
@@ -195,13 +225,18 @@ def _long_record(name, settings, num_layers, seed, num_tokens, stage_2, **option
             "settings": stage_2(settings), **options}
 
 
-@scorer("learned-gates", "learned gates", "FlashMorph (arXiv 2606.30562)", "student",
-        "gates between 0 and 1 order layers as whole ones would",
+def _learned_record(settings, num_layers, seed, data, **options):
+    own = _long_record("learned-gates", settings, num_layers, seed, stage_2=lambda settings: asdict(
+        GateSettings(batch_tokens=settings.batch_tokens)), **options)
+    return own | _data(data, max(settings.context, min(own["num_tokens"], PROMPTS)))
+
+
+@scorer("learned-gates", "learned gates", "FlashMorph (arXiv 2606.30562); `data` is \"recall\" as there, or \"text\"",
+        "student", "gates between 0 and 1 order layers as whole ones would",
         "training of L gates alone: L x T tokens forward and backward through both branches",
-        options={"num_tokens": None}, record=partial(_long_record, "learned-gates", stage_2=lambda settings: asdict(
-            GateSettings(batch_tokens=settings.batch_tokens))))
+        options={"num_tokens": None, "data": "recall"}, record=_learned_record)
 def trained_gates(study, mixer, seed, own):
-    tokens = study.tokens(seed, own["num_tokens"], "score")
+    tokens = _prompts(study, seed, own) if "families" in own else study.tokens(seed, own["num_tokens"], "score")
     return learned_gates(study.aligned(mixer, seed), study.teacher.model, tokens, own["budget"],
                          num_tokens=own["num_tokens"], settings=GateSettings(**own["settings"])).scores
 

@@ -35,7 +35,7 @@ from hybridlib.checks import check_int
 from hybridlib.distill.settings import GROUPINGS
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.study.catalogue import SELECTORS
-from hybridlib.study.queue import Piece, work
+from hybridlib.study.pieces import Piece, work
 from hybridlib.study.selector import full_parameters
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
@@ -261,7 +261,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--results", help="folder of records, in place of the file's")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("hybridlib.study.queue").setLevel(logging.INFO)
+    logging.getLogger("hybridlib.study.pieces").setLevel(logging.INFO)
     fields = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
     study = Study(StudySettings(**fields | ({"results": options.results} if options.results else {})),
                   memory=options.memory * 2**30, checkpoints=False)

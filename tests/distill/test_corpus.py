@@ -14,7 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridlib.distill.corpus import Tokens, is_heldout_text, load_tokens
+import hybridlib as hl
+from hybridlib.distill.corpus import Tokens, is_heldout_text, load_tokens, recall_tokens
+from hybridlib.distill.recall import TRAINING_FAMILIES, _is_heldout
 from hybridlib.records import folders
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -287,3 +289,30 @@ def test_the_shipped_corpus_is_made_again_from_its_seed_and_resumed(teacher, tmp
     refuses("lab.parquet with the sha256 of its manifest", "lab", TOKENIZER)
     (corpus / "manifest.json").unlink()
     refuses("manifest.json, which is missing", "lab", TOKENIZER)
+
+
+def test_recall_rows_hold_whole_prompts_of_the_train_split_of_families_that_do_not_judge():
+    tokenizer, kinds = hl.load_teacher("lab", device="cpu").tokenizer, set()
+    tokens = recall_tokens(tokenizer, 256, 20_000, seed=3)
+    assert tokens.train.shape == (78, 256) and tokens.heldout.shape == (0, 256) and "needle" in tokens.source
+    for row in tokens.train:
+        first, *rest = tokenizer.decode(row).removeprefix("<|endoftext|>").split("<|endoftext|>")
+        for document in [first, *rest[:-1]]:  # the last may be cut
+            prompt, answers = re.split(r"\n(?:Look up:|All names that equal)\n", document)
+            facts = dict(re.findall(r"(?m)^(?:The code of |set )?([a-z]+ [a-z]+) (?:is|has|=) (.+?)\.?$", prompt))
+            kinds.add("needle" if "The code" in prompt else "variable_tracking" if "Program" in prompt else "multi_hop")
+            for question in answers.split("\n"):
+                name, number = re.match(r"(?:The code of )?(.*?)(?: is|:| gets) (.*)", question).groups()
+                if name.isdigit():
+                    name, number = number[:number.index(" ", number.index(" ") + 1)], name
+                while not facts[name].isdigit():
+                    name = facts[name]
+                assert facts[name] == number
+            if "Program" in prompt:  # the last name of a chain and its number are what is split
+                facts = {name: facts[other] for name, other in facts.items() if not other.isdigit()}
+            assert not any(_is_heldout(*fact) for fact in facts.items() if fact[1].isdigit()) and len(facts) >= 2
+    assert kinds == set(TRAINING_FAMILIES)
+    same, other = (recall_tokens(tokenizer, 256, 2_560, seed=seed).fingerprint for seed in (3, 4))
+    assert same == recall_tokens(tokenizer, 256, 2_560, seed=3).fingerprint != other
+    with pytest.raises(ValueError, match="^context=16 is too short for a recall prompt"):
+        recall_tokens(tokenizer, 16, 64)

@@ -49,8 +49,8 @@ class Oracle(torch.nn.Module):
         return input_ids
 
 
-TASKS = [RecallTask(name, pairs=5, queries=3, hops=hops, filler=1)
-         for name, hops in (("key_value", 1), ("needle", 1), ("multi_hop", 2), ("variable_tracking", 2))]
+TASKS = [RecallTask(name, pairs=9, queries=3, hops=hops, filler=1) for name, hops in (
+    ("key_value", 1), ("needle", 1), ("multi_hop", 2), ("variable_tracking", 2), ("lookup_sum", 1))]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -65,6 +65,11 @@ def test_every_answer_follows_from_the_prompt(task):
             elif task.name == "multi_hop":
                 middle = re.search(rf"(?m)^{question.removesuffix(' gets').strip()} is (.*)\.$", text)[1]
                 assert f"\n{middle} has{answer}.\n" in "\n" + text
+            elif task.name == "lookup_sum":
+                facts = dict(re.findall(r"(?m)^(.*) has (\d+)\.$", text))
+                names = re.split(", | and ", question.removesuffix(" have").strip())
+                assert answer == f" {sum(int(facts[name]) for name in names)}." and len(facts) == 9
+                assert len(set(names)) == 3 and all(_is_heldout(*fact) for fact in facts.items())
             else:
                 first = re.search(rf"(?m)^set (.*) = {question.strip(' :' + chr(10))}$", text)[1]
                 second = re.search(rf"(?m)^set (.*) = {first}$", text)[1]
@@ -97,6 +102,13 @@ def test_a_perfect_model_scores_one_and_a_lost_digit_costs_the_answer(mode):
     assert score.stderr == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
 
 
+@pytest.mark.parametrize("digits", [1, 4])
+def test_a_sum_that_goes_on_after_the_answer_is_wrong(digits):
+    examples = generate_recall(RecallTask("lookup_sum", pairs=3, digits=digits), 4)
+    wrong = [e.text[:-1] for e in examples[:3]]  # all digits are right, then another follows
+    assert score_recall(Oracle([e.text for e in examples], wrong), Letters(), examples).exact_match == 1 / 4
+
+
 def test_spans_are_the_answers():
     example = generate_recall(TASKS[3], 1)[0]
     ids, spans = encode_recall(example, Letters())
@@ -121,7 +133,8 @@ def test_padding_changes_no_answer_of_a_model_of_transformers(tiny_teacher):
 @pytest.mark.parametrize(("task", "message"), [
     (dict(name="maze"), "name='maze' is unknown"), (dict(pairs=1), "pairs=1 .* 2 to 512"),
     (dict(queries=17), "queries=17 .* 1 to 16"), (dict(hops=2), "hops=2 .* 1 to 1"),
-    (dict(split="test"), "split='test'"), (dict(digits=0), "digits=0"),
+    (dict(name="lookup_sum", pairs=2), "pairs=2 .* 3 to 512"), (dict(split="test"), "split='test'"),
+    (dict(name="lookup_sum", queries=6), "queries=6 .* 1 to 5"), (dict(digits=0), "digits=0"),
     (dict(digits=1), "digits=1 is too few for pairs=16"), (dict(), "context is 8")])
 def test_bad_tasks_and_calls_are_refused(task, message):
     model = Oracle([])

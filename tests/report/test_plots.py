@@ -130,6 +130,9 @@ def test_as_table():
     assert list(tables.as_table(FRAME[FRAME["seed"] == 0], "selector", ["kl"])["runs"]) == [2, 2]
     one = tables.as_table(FRAME.head(1), "selector", {"kl": "loss"})
     assert one.loc["ga-s2"].tolist() == [1, "0.150"] and list(one.columns) == ["runs", "loss"]
+    regrets = pd.DataFrame({"name": "a", "kl_regret": [0.0, 0.1], "recall_exact_regret": [0.0, 0.1]})
+    both = tables.as_table(regrets, "name", {"kl_regret": "kl", "recall_exact_regret": "recall"}, digits=2)
+    assert both.loc["a"].tolist() == [2, "0.05 [0.00, 0.69]", "0.05 [\u22120.59, 0.69]"]  # 12.7 x 0.05
 
 
 @pytest.mark.parametrize("draw, error, words", [

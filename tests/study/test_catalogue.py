@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from itertools import combinations
 
 import pytest
+import torch
 from tests.conftest import CONTEST_SETTINGS
 
 import hybridlib as hl
+from hybridlib.distill.corpus import recall_tokens
+from hybridlib.distill.recall import JUDGING_FAMILIES, TRAINING_FAMILIES
 from hybridlib.selection.cost import Cost, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import distilled_kl
 from hybridlib.selection.rules import RULES
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import gate_gradient_flops
-from hybridlib.study import study as study_module
+from hybridlib.selection.scorers.postnas import search_once_for_all
+from hybridlib.study import catalogue, study as study_module
 from hybridlib.study.selector import scorer
 
 LAYERS, KEPT = 4, 2
 SMALL = CONTEST_SETTINGS | dict(score_tokens=128, seeds=1, match_learning_rate=1e-3, attention_learning_rate=1e-2)
-NEED_TEXT = ("ar", "ar-mh", "halo")  # prompts for a teacher that has a tokenizer and recalls
+TEXT = {"learned-gates": {"data": "text"}}  # options that ask for no prompts
+NEED_TEXT = ("ar", "ar-mh", "ar-sum", "halo")  # prompts for a teacher that has a tokenizer and recalls
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +72,17 @@ def check(study, found, kept):
 @pytest.mark.parametrize("name", [name for name in hl.SELECTORS if name not in NEED_TEXT])
 def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembered(make, name):
     study = make()
-    found = study.selection(name)
+    found = study.selection(name, **TEXT.get(name, {}))
     check(study, found, KEPT)
     before = {r.key: r.started for r in study.ledger}
     again = make()
-    assert again.selection(name) == found and again.select(name) == found.layers  # its seconds, too: it was read
+    assert again.selection(name, **TEXT.get(name, {})) == found  # its seconds, too: it was read
     assert {r.key: r.started for r in again.ledger} == before
     needs = hl.SELECTORS[name].needs
     assert needs == "nothing" or {r.kind for r in study.ledger} >= {"score"}
 
 
-@pytest.mark.parametrize("name", NEED_TEXT)
+@pytest.mark.parametrize("name", [name for name in NEED_TEXT if name != "ar-sum"])
 def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     study = lab_study()
     found = study.selection(name, num_examples=40)
@@ -85,7 +91,57 @@ def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     if name == "ar-mh":  # the lab teacher is at chance in multi_hop
         assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     else:
-        assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
+        assert found.note == f"scores of the task needle, {study.settings.recall_pairs} pairs"
+
+
+def test_no_selector_chooses_by_a_family_on_which_hybrids_are_judged(lab_study):
+    def texts(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return {value} if isinstance(value, str) else set().union(*map(texts, parts))
+
+    study = lab_study()
+    assert study.recall_task.name in JUDGING_FAMILIES and not set(JUDGING_FAMILIES) & set(TRAINING_FAMILIES)
+    used = {name: texts(one.records(study.settings, 8, 0)) for name, one in hl.SELECTORS.items()}
+    for name, own in used.items():
+        assert not own & set(JUDGING_FAMILIES), name
+    assert "needle" in used["ar"] & used["halo"] and "lookup_sum" in used["ar-sum"]
+
+
+def test_gates_learn_from_prompts_of_families_that_do_not_judge(lab_study, monkeypatch):
+    study, seen = lab_study(), {}
+    for name in ("learned_gates", "gate_gradient"):
+        real = getattr(catalogue, name)
+        monkeypatch.setattr(catalogue, name, lambda student, teacher, tokens, *a, name=name, real=real, **k:
+                            real(student, teacher, seen.setdefault(name, tokens), *a, **k))
+    found = {name: study.selection(name, data="recall", **options)
+             for name, options in (("learned-gates", {"num_tokens": 512}), ("gate-gradient", {"share": None}))}
+    rows = recall_tokens(study.teacher.tokenizer, 64, 512, seed=0)
+    assert seen["learned_gates"].fingerprint == rows.fingerprint
+    assert torch.equal(seen["gate_gradient"].heldout, recall_tokens(study.teacher.tokenizer, 64, 1024, seed=0).train)
+    for name in found:
+        own = study.ledger.find("score", selector=name)[0].parameters
+        assert own["families"] == list(TRAINING_FAMILIES) and own["recall_tokens"] in (512, 1024)
+        assert found[name].cost.training_tokens == own["recall_tokens"]
+        text, = hl.SELECTORS[name].records(study.settings, 8, 0, data="text")
+        assert not {"families", "recall_tokens", "data"} & set(text)  # as records have been
+    with pytest.raises(ValueError, match="^tokenizer=None is no tokenizer"):
+        recall_tokens(None, 64, 512)
+
+
+def test_the_record_of_postnas_names_what_its_search_is_given(make):
+    study, given = make(), inspect.signature(search_once_for_all).parameters.keys() - {"student", "teacher", "tokens"}
+    changed = [study.selection("postnas", **options) for options in ({}, {"width": 1}, {"num_tokens": 64})]
+    records = study.ledger.find("score", selector="postnas", seed=0)
+    assert len(records) >= len(changed) and all(given <= r.parameters.keys() for r in records)
+    before = hl.Ledger(hl.results_folder("h100")).find("score", selector="postnas")
+    assert {frozenset(r.parameters) for r in (*records, *before)} == {frozenset(records[0].parameters)} and before
+
+
+def test_sums_are_beyond_the_lab_teacher(lab_study):
+    with pytest.raises(ablation.TaskTooHard, match="'lookup_sum', pairs=4.* 0.3 or less tells nothing"):
+        lab_study().select("ar-sum", num_examples=8)
+    tasks = [own["task"] for own in hl.SELECTORS["ar-sum"].records(hl.StudySettings(recall_pairs=16), 8, 0)]
+    assert [(task["pairs"], task["digits"]) for task in tasks] == [(16, 1), (8, 1), (4, 1)]
 
 
 def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):
@@ -210,7 +266,7 @@ def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     assert study.selection("gate-gradient-path").cost.training_tokens == 8 * heldout
     assert study.selection("ppl").cost.forward_tokens == (LAYERS + 1) * heldout
     assert study.selection("ga-s1").cost.forward_tokens == heldout
-    assert study.selection("learned-gates").cost.training_tokens == trained
+    assert study.selection("learned-gates", data="text").cost.training_tokens == trained
     ga, gr, avg = (study.selection(name).cost for name in ("ga-s2", "gr-s2", "avg"))
     assert ga.training_tokens == gr.training_tokens == trained and avg == ga + gr and gr.flops != ga.flops
     every = study.selection("exhaustive")
@@ -229,8 +285,8 @@ def test_a_scores_record_is_keyed_by_what_it_depends_on(make):
     assert study.selection("gate-gradient", "gla").values != gate.values
     assert study.selection("gate-gradient", seed=1).values != gate.values
     assert study.selection("gate-gradient", at=1.0, order=2).values != gate.values
-    gates = study.selection("learned-gates").values
-    assert make(budget=1).selection("learned-gates").values != gates
+    gates = study.selection("learned-gates", data="text").values
+    assert make(budget=1).selection("learned-gates", data="text").values != gates
     assert make(budget=1).selection("gate-gradient").values == gate.values
     assert len(study.ledger.find("score", selector="ppl")) == 1
 
@@ -252,6 +308,7 @@ def test_rules_take_their_options(make):
     ("uniform", {"width": 2}, "^width=2 is no option of selector 'uniform'; its options: offset$"),
     ("first", {"width": 2}, "^width=2 is no option of selector 'first'; its options: none$"),
     ("gate-gradient", {"share": 0}, "^share=0"), ("gate-gradient", {"train": 2}, "^train=2"),
+    ("learned-gates", {"data": "prose"}, "^data='prose' is unknown"),
     ("gate-gradient-turns", {"rate": 0}, "^rate=0"), ("ga-s2-slow", {"rate": 0}, "^rate=0")])
 def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
     with pytest.raises(ValueError, match=message):

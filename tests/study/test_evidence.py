@@ -9,7 +9,7 @@ import pytest
 import hybridlib as hl
 from hybridlib.study import evidence
 from hybridlib.study.evidence import Evidence, balanced_sets
-from hybridlib.study.queue import work
+from hybridlib.study.pieces import work
 
 
 @pytest.fixture

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import comb
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from hybridlib.checks import check_int
-from hybridlib.distill.recall import RecallTask, encode_recall, forced_answers, generate_recall
+from hybridlib.distill.choice import ChoiceTask, choice_probabilities, generate_choices
+from hybridlib.distill.recall import ADDENDS, RecallTask, encode_recall, forced_answers, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
 from hybridlib.models.passes import evaluation_mode, last_hidden
 from hybridlib.models.teachers import check_family
 from hybridlib.selection.cost import Meter
 from hybridlib.selection.scores import LayerScores
 
-__all__ = ["HALO_CAP", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
+__all__ = ["HALO_CAP", "LEAST_RECALL", "TaskTooHard", "ablate", "halo_values", "score_associative_recall", "score_halo",
            "score_perplexity", "silence_each"]
 
 HALO_CAP = 50.0  # the highest score of HALO
+LEAST_RECALL = 0.3  # of the intact teacher, above which a task can tell layers apart
 _EXAMPLES_A_PASS = 32
 
 
@@ -82,12 +85,13 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
                              seed: int = 0) -> LayerScores:
     """AR, of one hop, and AR-MH, of more: how much recall the teacher loses with layer l silenced (arXiv 2512.20569).
 
-    `task` None is ``RecallTask("key_value")``. `measured` is the exact match (each answer token the arg max given the
-    true text before it) with the layer silenced, with its binomial standard error; `values` is the exact match lost,
-    where ties are ordered by log likelihood.
+    `task` None is ``RecallTask("needle")``; ``RecallTask("lookup_sum")`` asks as the authors do, but counts no answer
+    that merely holds the right one. `measured` is the exact match (each answer token the arg max given the true text
+    before it) with the layer silenced, with its binomial standard error; `values` is the exact match lost, where ties
+    are ordered by log likelihood.
 
     Raises ValueError if an example is longer than the teacher's context, and `TaskTooHard` if the teacher's exact match
-    is within two standard errors of guessing among the prompt's answers.
+    is within two standard errors of guessing among the prompt's answers, or no more than `LEAST_RECALL`.
     """
     check_family(teacher.config)
     meter, (task, encoded, right, likelihood) = Meter(teacher), _intact(teacher, tokenizer, task, num_examples, seed)
@@ -102,38 +106,46 @@ def score_associative_recall(teacher, tokenizer, task: RecallTask | None = None,
     passes, (size, context) = len(values) + 1, _prompts(encoded)
     meter.forward(teacher, passes * size, context, head=False, passes=passes)  # the head reads the answers alone
     cost = meter.cost()
-    return LayerScores("remove", "ar" if task.hops == 1 else "ar-mh", tuple(values), tuple(measured),
+    metric = "ar-sum" if task.name == "lookup_sum" else "ar" if task.hops == 1 else "ar-mh"
+    return LayerScores("remove", metric, tuple(values), tuple(measured),
                        _binomial_stderr(measured, answers), 0, cost.seconds, cost)
 
 
 def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_examples: int = 200, seed: int = 0,
-               batch_tokens: int = 8192) -> LayerScores:
+               sense: ChoiceTask | None = None, batch_tokens: int = 8192) -> LayerScores:
     """HALO: recall lost over common sense lost, where layer l of the teacher alone is replaced by its aligned mixer.
 
-    Recall, r(l), is the exact match of `score_associative_recall`, and raises as it does; common sense, c(l), is the
-    share of held-out tokens predicted first, where the authors take question sets (arXiv 2601.22156). `values` are
-    `halo_values`, and `measured` is r(l) with its binomial standard error. The student is all linear and aligned.
+    Recall, r(l), is the exact match of `score_associative_recall`, and raises as it does. Common sense, c(l), is the
+    mean probability of the true continuation among those of `sense` (None: `ChoiceTask` as it is), cut from held-out
+    rows, where the authors take the accuracy on question sets (arXiv 2601.22156): a probability has no ties. The
+    student is all linear and aligned. `values` are `halo_values`, and `measured` is r(l) with its binomial standard
+    error. Of `figures`, ``sense`` and ``sense_accuracy`` are c(l) and the share of items whose true continuation is
+    likeliest, of ``items``; ``at_cap`` layers have the highest score, ``cap``, and their order is that of their index.
     """
     check_family(teacher.config)
-    num_layers = student.config.num_hidden_layers
+    num_layers, sense = student.config.num_hidden_layers, sense or ChoiceTask()
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
-    meter, batches = Meter(teacher, student), heldout_batches(teacher, tokens, batch_tokens)
+    check_int("batch_tokens", batch_tokens, 1)
+    meter, items = Meter(teacher, student), generate_choices(tokens.heldout, sense, seed)
     _, encoded, answers, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
-    text, (prompts, prompt) = sum(ids.numel() for ids in batches), _prompts(encoded)
+    (prompts, prompt), read = _prompts(encoded), len(items) * (items.shape[2] + (sense.choices - 1) * sense.length)
     meter.forward(teacher, prompts, prompt, head=False)
-    recall, sense = [], []
+    recall, mean, accuracy = [], [], []
     for l in tqdm(range(num_layers), desc="score (halo)", unit="layer", leave=False):
         replaced = restore(student, teacher, [m for m in range(num_layers) if m != l])
         with measuring(replaced):
             recall.append(_answers(replaced, encoded)[0].mean().item())
-            right = [replaced.lm_head(last_hidden(replaced, ids))[:, :-1].argmax(-1) == ids[:, 1:] for ids in batches]
-            sense.append(torch.cat(right).double().mean().item())
+            probabilities = choice_probabilities(replaced, items, sense.length, batch_tokens)
+        mean.append(probabilities[:, 0].mean().item())
+        accuracy.append((probabilities.argmax(1) == 0).double().mean().item())
         meter.forward(replaced, prompts, prompt, head=False)
-        meter.forward(replaced, text, tokens.context)
-    cost = meter.cost()
-    return LayerScores("remove", "halo", halo_values(recall, sense), tuple(recall),
-                       _binomial_stderr(recall, len(answers)), 0, cost.seconds, cost)
+        meter.forward(replaced, read, items.shape[2], head=False)
+    cost, values = meter.cost(), halo_values(recall, mean)
+    return LayerScores("remove", "halo", values, tuple(recall), _binomial_stderr(recall, len(answers)), 0,
+                       cost.seconds, cost, figures={
+                           "sense": tuple(mean), "sense_accuracy": tuple(accuracy), "items": len(items),
+                           "at_cap": values.count(HALO_CAP), "cap": HALO_CAP})
 
 
 def halo_values(recall, sense) -> tuple[float, ...]:
@@ -169,7 +181,7 @@ def _row_nats(model, batches):
 
 def _intact(teacher, tokenizer, task, num_examples, seed):
     """The task, its encoded prompts and `_answers` of the intact teacher. Raises `TaskTooHard` if that is at chance."""
-    task = task or RecallTask("key_value")
+    task = task or RecallTask("needle")
     encoded = [encode_recall(example, tokenizer) for example in generate_recall(task, num_examples, seed)]
     longest, limit = max(len(ids) for ids, _ in encoded), teacher.config.max_position_embeddings
     if longest > limit:
@@ -194,12 +206,12 @@ def _answers(model, encoded):
 
 
 def _refuse_chance(task, accuracy, answers):
-    chance = 1 / task.pairs
-    threshold = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
-    if accuracy <= threshold:
+    chance = 1 / (comb(task.pairs, ADDENDS) if task.name == "lookup_sum" else task.pairs)
+    guessed = chance + 2 * (chance * (1 - chance) / answers) ** 0.5
+    if accuracy <= max(guessed, LEAST_RECALL):
         raise TaskTooHard(f"task={task} is beyond the teacher, which answers {accuracy:.3f} of {answers} exactly where "
-                         f"guessing gives up to {threshold:.3f}, so no layer has recall to lose; "
-                         "give an easier task or another teacher")
+                         f"guessing gives up to {guessed:.3f} and {LEAST_RECALL} or less tells nothing, so no layer "
+                         "has recall to lose; give an easier task or another teacher")
 
 
 def _binomial_stderr(shares, answers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from itertools import combinations
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import hybridlib as hl
+from hybridlib.distill.choice import ChoiceTask, generate_choices
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.recall import RecallTask, encode_recall, generate_recall, score_recall
+from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.ablation import (HALO_CAP, ablate, halo_values, score_associative_recall, score_halo,
                                                   score_perplexity)
 from hybridlib.selection.scorers.speculative import (acceptance, draft_cost, maximize_over_sets, score_acceptance,
@@ -155,21 +158,29 @@ def test_halo_values_by_hand_with_the_cap():
     assert halo_values(recall, sense) == pytest.approx([0, HALO_CAP, 0.1 / 0.02, 0.5 / 0.1])
 
 
-def test_halo_measures_each_replaced_layer(lab, lab_tokens):
-    student, task = hl.linearize(lab.model).train(), RecallTask(pairs=4)
+def test_halo_measures_each_replaced_layer(lab, lab_tokens, monkeypatch):
+    student, task, sense = hl.linearize(lab.model).train(), RecallTask("needle", pairs=4), ChoiceTask(6, 3, 4, 20)
     before = {n: p.clone() for n, p in [*student.named_parameters(), *lab.model.named_parameters()]}
     examples, rows = generate_recall(task, 12), lab_tokens.heldout[:2].long()
-    scores = score_halo(student, lab.model, Tokens(lab_tokens.train, rows, lab.tokenizer), task, num_examples=12)
-    recall, sense = [], []
+    monkeypatch.setattr(ablation, "HALO_CAP", 2.0)
+    scores = score_halo(student, lab.model, Tokens(lab_tokens.train, rows, lab.tokenizer), task, num_examples=12,
+                        sense=sense, batch_tokens=100)
+    recall, chance, right = [], [], []
     for l in range(8):
         replaced = hl.restore(student, lab.model, [m for m in range(8) if m != l]).eval()
         recall.append(score_recall(replaced, lab.tokenizer, examples).exact_match)
-        with torch.no_grad():
-            predicted = replaced(input_ids=rows).logits[:, :-1].argmax(-1)
-        sense.append((predicted == rows[:, 1:]).double().mean().item())
-    assert scores.measured == pytest.approx(recall) and scores.values == pytest.approx(halo_values(recall, sense))
+        nats = [[sum(log_probs(replaced, option[None])[0, t - 1, option[t]].item() for t in range(20, 24))
+                 for option in options] for options in generate_choices(rows, sense)]
+        chance.append(sum(torch.tensor(n, dtype=torch.float64).softmax(0)[0].item() for n in nats) / 6)
+        right.append(sum(n[0] == max(n) for n in nats) / 6)
+    assert scores.measured == pytest.approx(recall) and len(set(chance)) == 8
+    figures = scores.figures
+    assert figures["sense"] == pytest.approx(chance, abs=1e-6) and figures["sense_accuracy"] == pytest.approx(right)
+    assert scores.values == halo_values(recall, figures["sense"])
+    assert 0 < figures["at_cap"] == sum(v == 2.0 for v in scores.values) and figures["items"] == 6
+    assert hl.LayerScores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores
     prompts = sum(len(encode_recall(e, lab.tokenizer)[0]) for e in examples)
-    assert scores.metric == "halo" and scores.cost.forward_tokens == 9 * prompts + 8 * 256
+    assert scores.metric == "halo" and scores.cost.forward_tokens == 9 * prompts + 8 * 6 * (20 + 3 * 4)
     after = dict([*student.named_parameters(), *lab.model.named_parameters()])
     assert all(torch.equal(after[n], p) for n, p in before.items())
     assert student.training and not lab.model.training
@@ -221,6 +232,7 @@ def test_bad_calls_are_refused_and_so_is_a_teacher_at_chance(tiny_teacher, tiny_
     student, recall = hl.linearize(teacher), partial(score_associative_recall, lab.model, lab.tokenizer)
     for call, message in (
             (lambda: recall(hard, num_examples=24), r"name='multi_hop', pairs=8.* is beyond the teacher.*easier task"),
+            (lambda: recall(RecallTask("multi_hop", pairs=4, hops=2)), r"answers 0.245 of 200 .* 0.3 or less tells"),
             (lambda: score_halo(hl.linearize(lab.model), lab.model, lab_tokens, hard, num_examples=24), "is beyond"),
             (lambda: recall(num_examples=0), "num_examples=0"),
             (lambda: recall(RecallTask(pairs=512), num_examples=1), "teacher's context is 1024; use fewer pairs"),

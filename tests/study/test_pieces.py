@@ -6,7 +6,7 @@ import math
 import threading
 from functools import partial
 
-from hybridlib.study.queue import Piece, work
+from hybridlib.study.pieces import Piece, work
 
 
 def piece(folder, ran, name, group="", seconds=0.0, after=None):
