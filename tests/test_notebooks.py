@@ -25,7 +25,8 @@ SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, Se
             | {"cost_of_selection": CostSettings, ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
                SPEED: SpeedSettings})
 PROFILED = (*CONTESTS, ORACLE, SPEED)  # those with profiles of their own
-NAMES = {name: [field.name for field in fields(kind)] for name, kind in SETTINGS.items()}
+AT_SCALE = ("corpus_tokens", "test_tokens", "recall_prompts", "written", "reading", "reading_items")  # no notebook's
+NAMES = {name: [field.name for field in fields(kind) if field.name not in AT_SCALE] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
 RESULTS = (": lower", ": higher", "not told apart", "equal on every seed")
 

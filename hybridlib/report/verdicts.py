@@ -36,7 +36,7 @@ def outcome(frame: pd.DataFrame, value: str, a: str, b: str, *, digits: int = 4)
     for selector in (a, b):
         check_choice("selector", selector, tuple(frame["selector"].unique()))
     rows = frame[frame["selector"].isin([a, b])].dropna(subset=[value])
-    pairs = rows.pivot(index="seed", columns="selector", values=value).reindex(columns=[a, b])
+    pairs = rows.pivot(index="seed", columns="selector", values=value).reindex(columns=list(dict.fromkeys((a, b))))
     seeds, pairs = len(pairs), pairs.dropna()
     if pairs.empty:
         return "no seed in common"
