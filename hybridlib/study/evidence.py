@@ -2,7 +2,8 @@
 
 ``python -m hybridlib.study.evidence SETTINGS --minutes M`` works on it for M minutes, SETTINGS being a YAML file of
 `StudySettings`; call it again, anywhere that the records are, until nothing is left. With ``--worker I``, several
-processes, one a GPU, share the work.
+processes, one a GPU, share the work. What the settings say of writing and reading is measured in all parts from main on
+but the random one.
 
 =========== ========================================================================================================
 part        what is run
@@ -10,10 +11,12 @@ part        what is run
 regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
 scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
 stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
-random      balanced random sets of layers, measured early and at their end
 main        the hybrids of eight selectors and of three random sets, three seeds, and five for three selectors
-causes      layers 17 and 18 in and out of GA-S2's set
-budgets     half and twice the softmax layers, five selectors, three seeds
+causes      layers 17 and 18 in and out of GA-S2's set, three seeds
+random      balanced random sets of layers, measured early and at their end
+budgets     half and nearly twice the softmax layers, five selectors, three seeds
+transfer    GLA's GA-S2; GLA students on GDN's, GLA's and uniform sets, GDN students on GDN's and GLA's, three seeds
+greedy      forward and backward, adding or removing one layer at a time, and hybrids of what they choose
 =========== ========================================================================================================
 """
 
@@ -46,8 +49,9 @@ RATES = (1e-4, 3e-4, 1e-3)
 SCORE_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the tokens of a candidate, at which it is measured on the way
 STABILITY_SHARE = 0.25  # of the tokens of a candidate, at the other rates
 SEEDS, MORE_SEEDS = 3, 5
-SCORERS = ("ga-s1", "gate-gradient", "gate-gradient-2", "gate-gradient-path", "gate-gradient-turns", "learned-gates",
-           "smart", "ppl", "ar", "halo")
+SCORERS = ("ga-s1", "gate-gradient", "learned-gates", "smart", "ppl", "ar", "ar-sum", "halo", "gate-gradient-turns",
+           "gate-gradient-path", "gate-gradient-2")
+ONCE = ("gate-gradient-path", "gate-gradient-2")  # that take minutes: of the first seed alone
 MAIN = ("ga-s2", "gr-s2", "avg", "ga-s1", "ar", "gate-gradient", "learned-gates", "uniform", "random")
 REPEATED = ("ga-s2", "gr-s2", "gate-gradient")  # with more seeds, for the hypotheses
 RANDOM_SETS = 32
@@ -71,12 +75,13 @@ class Evidence:
         """All pieces that records allow to name, in the order of their parts."""
         yield from self.regime()
         if (study := self.chosen()) is not None:
-            for part in (self.scores, self.stability, self.main, self.causes, self.random, self.budgets):
+            for part in (self.scores, self.stability, self.main, self.causes, self.random, self.budgets, self.transfer,
+                         self.greedy):
                 yield from part(study)
 
     def regime(self) -> Iterator[Piece]:
         """Every rate and grouping for 3/20 of the tokens, the two best for half of them."""
-        yield self._align(0)
+        yield self._align(0, self.study.settings.mixer)
         for study in self._regimes():
             for layers in self._yardsticks():
                 yield self._hybrid("regime", study, layers)
@@ -86,8 +91,9 @@ class Evidence:
 
     def chosen(self) -> Study | None:
         """The study under the best regime, once it is known."""
-        finalists = self._best(self._regimes(), 2)
-        return next(iter(self._best(finalists, 1, self.study.settings.match_tokens)), None)
+        s, finalists = self.study.settings, self._best(self._regimes(), 2)
+        return next((best.under(written=s.written, reading=s.reading)
+                     for best in self._best(finalists, 1, s.match_tokens)), None)
 
     def stability(self, study: Study) -> Iterator[Piece]:
         tokens = self._tokens(study.settings.score_tokens, STABILITY_SHARE)
@@ -103,11 +109,12 @@ class Evidence:
             for direction in ("add", "remove"):
                 yield from self._candidates("scores", study, seed, direction, points)
             for name in SCORERS:
-                yield self._scorer(study, name, seed)
+                if seed == 0 or name not in ONCE:
+                    yield self._scorer(study, name, seed)
             yield self._scorer(study, "ga-s1", seed, normalize=False)
 
     def random(self, study: Study) -> Iterator[Piece]:
-        half = study.under(match_tokens=study.settings.match_tokens // 2)
+        half = self._half(study).under(written=False, reading=())
         early = [self._tokens(study.settings.score_tokens, share) for share in (0.0, 0.25, 0.5, 1.0)]
         count = min(RANDOM_SETS, comb(study.num_layers, self.budget))
         for layers in balanced_sets(study.num_layers, self.budget, count):
@@ -115,6 +122,8 @@ class Evidence:
 
     def main(self, study: Study) -> Iterator[Piece]:
         points = [self._tokens(study.settings.match_tokens, share) for share in (0.1, 0.3)]
+        yield Piece("main: teacher", "main: teacher", 60, self.study.ledger.path("teacher", study.evaluated_parameters()
+                    ).exists, study.teacher_record)
         for seed in range(MORE_SEEDS):
             if seed >= SEEDS:
                 for direction in ("add", "remove"):
@@ -129,18 +138,41 @@ class Evidence:
         if study.num_layers <= max(PAIR) or not self._scored(study, "ga-s2", 0):
             return
         ranking = [l for l in study.scores(study.settings.mixer, 0).ranking if l not in PAIR]
-        half = study.under(match_tokens=study.settings.match_tokens // 2)
+        half = self._half(study)
         for kept, seed in product(((), PAIR[:1], PAIR[1:], PAIR), range(SEEDS)):
             yield self._hybrid("causes", half, (*kept, *ranking[:self.budget - len(kept)]), seed)
 
     def budgets(self, study: Study) -> Iterator[Piece]:
         for count, seed in product((self.budget // 2, min(2 * self.budget, study.num_layers) - 1), range(SEEDS)):
-            half = study.under(match_tokens=study.settings.match_tokens // 2, budget=count)
+            half = self._half(study).under(budget=count)
             for name in (*REPEATED, "avg", "uniform"):
                 if (layers := self._layers(half, name, seed)) is not None:
                     yield self._hybrid("budgets", half, layers, seed)
 
+    def transfer(self, study: Study) -> Iterator[Piece]:
+        half = self._half(study)
+        other = half.under(mixer="gla" if half.settings.mixer == "gdn" else "gdn")
+        for seed in range(SEEDS):
+            yield from self._candidates("transfer", other, seed, "add", ())
+            pairs = [(student, probe, "ga-s2") for student, probe in product((half, other), repeat=2)]
+            for student, probe, name in (*pairs, (other, other, "uniform")):
+                if (layers := self._layers(probe, name, seed)) is not None:
+                    yield self._hybrid("transfer", student, layers, seed)
+
+    def greedy(self, study: Study) -> Iterator[Piece]:
+        """Candidates of a quarter of the tokens, as many as the search asks for."""
+        half = self._half(study).under(score_tokens=self._tokens(study.settings.score_tokens, STABILITY_SHARE))
+        sets = {"greedy-forward": self.budget * (2 * study.num_layers - self.budget + 1) // 2,
+                "greedy-backward": (study.num_layers - self.budget) * (study.num_layers + self.budget + 1) // 2}
+        for name, count in sets.items():
+            yield self._scorer(half, name, 0, seconds=3 * count)
+            if (layers := self._layers(half, name, 0)) is not None:
+                yield self._hybrid("greedy", half, layers)
+
     # What parts are made of.
+
+    def _half(self, study):
+        return study.under(match_tokens=self._tokens(study.settings.match_tokens, 0.5))
 
     def _tokens(self, tokens, share):
         """A share of tokens, in whole rows."""
@@ -148,7 +180,8 @@ class Evidence:
 
     def _regimes(self):
         tokens = self._tokens(self.study.settings.match_tokens, 0.15)
-        return [self.study.under(attention_learning_rate=rate, grouping=grouping, match_tokens=tokens)
+        return [self.study.under(attention_learning_rate=rate, grouping=grouping, match_tokens=tokens, written=False,
+                                 reading=())
                 for rate, grouping in product(RATES, GROUPINGS)]
 
     def _yardsticks(self):
@@ -170,8 +203,8 @@ class Evidence:
     def _seconds(self, tokens):
         return 15 + tokens / self.speed
 
-    def _align(self, seed, mixer=None):
-        study, mixer = self.study, mixer or self.study.settings.mixer
+    def _align(self, seed, mixer):
+        study = self.study
         return Piece(f"align {mixer}, seed {seed}", f"align {seed}", 60 + study.settings.align_tokens / 2 / self.speed,
                      partial(study.is_aligned, mixer, seed), partial(study.aligned, mixer, seed))
 
@@ -179,25 +212,25 @@ class Evidence:
         s = study.settings
         layers = tuple(sorted(layers))
         path = study.ledger.path("hybrid", study.hybrid_parameters(layers, None, seed, measure_at))
-        regime = f"{s.grouping} at {s.attention_learning_rate:g}"
+        regime = f"{s.mixer}, {s.grouping} at {s.attention_learning_rate:g}"
         group = f"{regime}, seed {seed}, {part}"
         return Piece(f"{group}: {layers}, {s.match_tokens} tokens", group,
                      self._seconds(s.match_tokens), path.exists,
                      partial(study.hybrid, layers, None, seed, measure_at), partial(study.is_aligned, s.mixer, seed))
 
     def _candidates(self, part, study, seed, direction, points):
-        yield self._align(seed)
         s, records = study.settings, study.candidates(direction, seed=seed)
-        group = f"{s.grouping} at {s.attention_learning_rate:g}, seed {seed}, {part}"
+        yield self._align(seed, s.mixer)
+        group = f"{s.mixer}, {s.grouping} at {s.attention_learning_rate:g}, seed {seed}, {part}"
         for layer in range(study.num_layers):
             yield Piece(f"{group}: {direction} layer {layer}, {s.score_tokens} tokens", group,
                         self._seconds(s.score_tokens) - 10, records.path(layer, s.score_tokens).exists,
                         partial(study.candidate, layer, direction, None, seed, points),
                         partial(study.is_aligned, s.mixer, seed))
 
-    def _scorer(self, study, name, seed, **options):
+    def _scorer(self, study, name, seed, seconds=30, **options):
         paths = self._score_paths(study, name, seed, **options)
-        return Piece(f"scores: {name}, seed {seed} {options or ''}", f"scores {seed}", 30,
+        return Piece(f"scores: {name}, seed {seed} {options or ''}", f"scores {seed}", seconds,
                      lambda: any(path.exists() for path in paths),
                      partial(study.selection, name, seed=seed, **options),
                      partial(study.is_aligned, study.settings.mixer, seed))

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -40,6 +40,7 @@ from hybridlib.study.settings import StudySettings
 __all__ = ["Study", "StudyRecords"]
 
 logger = logging.getLogger(__name__)
+_sum_of = cache(sha256_of)
 
 
 class Study:
@@ -272,8 +273,6 @@ class Study:
     def teacher_record(self) -> Record:
         """The teacher's own perplexity and recall, and what it writes and reads. Record kind ``"teacher"``."""
         s = self.settings
-        parameters = {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
-                      "context": s.context, "heldout_tokens": self.test_tokens, **self._judging()}
 
         def compute():
             teacher, reading = self.teacher.model, self._reading()
@@ -281,14 +280,20 @@ class Study:
                                recall_examples=s.recall_prompts, written=s.written).metrics()
             return metrics | ({"reading": reading_figures(teacher, self.teacher.tokenizer, reading)} if reading else {})
 
-        return self.record("teacher", parameters, compute)
+        return self.record("teacher", self.evaluated_parameters(), compute)
+
+    def evaluated_parameters(self) -> dict:
+        """The parameters of `teacher_record`."""
+        s = self.settings
+        return {"teacher": self.teacher.name, "revision": self.teacher.revision, "corpus": s.corpus,
+                "context": s.context, "heldout_tokens": self.test_tokens, **self._judging()}
 
     def _judging(self):
         """Parameters of what hybrids and the teacher are judged by; those that came later, only where they are set."""
         s, files = self.settings, reading_files(self.settings.reading)
         prompts = {} if s.recall_prompts == StudySettings.recall_prompts else {"recall_prompts": s.recall_prompts}
         written = {"written": True} if s.written else {}
-        reading = {"reading": {stem: sha256_of(file) for stem, file in files.items()},
+        reading = {"reading": {stem: _sum_of(file) for stem, file in files.items()},
                    "reading_items": s.reading_items} if files else {}
         return {"recall": asdict(self.recall_task)} | prompts | written | reading
 

@@ -25,8 +25,8 @@ def write(study, layers, kl, seed=0, measure_at=()):
 def test_the_regime_is_the_best_of_the_two_best(study):
     plan = Evidence(study)
     uniform = hl.select("uniform", 2, num_layers=8)
-    assert plan.chosen() is None and {piece.name.split(",")[0] for piece in plan.pieces()} == {"align gdn", *(
-        f"{grouping} at {rate:g}" for grouping in ("attention", "mixers") for rate in evidence.RATES)}
+    assert plan.chosen() is None and {piece.name.split(", seed")[0] for piece in plan.pieces()} == {"align gdn", *(
+        f"gdn, {grouping} at {rate:g}" for grouping in ("attention", "mixers") for rate in evidence.RATES)}
     for i, regime in enumerate(plan._regimes()):  # the third and the last are the best of the first round
         for layers in (uniform, ()):
             write(regime, layers, {2: 0.1, 5: 0.2}.get(i, 0.3 + i))
