@@ -36,9 +36,9 @@ def make(tiny_teacher, tiny_tokens, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lab_study(smoke_profile, tmp_path_factory):
+def lab_study(smoke_profile, smoke_teacher, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("lab"))
-    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder}))
+    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"teacher": smoke_teacher, "results": folder}))
 
 
 @pytest.fixture(scope="module")
