@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -36,9 +37,9 @@ def make(tiny_teacher, tiny_tokens, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lab_study(smoke_profile, smoke_teacher, tmp_path_factory):
+def lab_study(smoke_profile, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("lab"))
-    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"teacher": smoke_teacher, "results": folder}))
+    return lambda **changes: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +80,17 @@ def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembe
 @pytest.mark.parametrize("name", NEED_TEXT)
 def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     study = lab_study()
-    found = study.selection(name, num_examples=40)
+    found = study.selection(name, num_examples=24)
     check(study, found, 2)
-    assert lab_study().selection(name, num_examples=40) == found
+    assert lab_study().selection(name, num_examples=24) == found
     if name == "ar-mh":  # the lab teacher is at chance in multi_hop
         assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     else:
         assert study.ledger.find("score", selector=name)[0].parameters["task"]["pairs"] == study.settings.recall_pairs
 
 
-def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):
-    tasks, easy = [], set()
+def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, smoke_teacher, monkeypatch):
+    tasks, easy, short_study = [], set(), partial(lab_study, teacher=smoke_teacher)
 
     def refuse(task, *rest):
         tasks.append((task.name, task.pairs))
@@ -97,12 +98,12 @@ def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, mo
             raise ablation.TaskTooHard(f"{task.name} is beyond it")
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
-        lab_study().select("ar-mh", num_examples=8)
+        short_study().select("ar-mh", num_examples=8)
     assert tasks == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
     for count, name, pairs in ((9, "multi_hop", 2), (10, "variable_tracking", 4), (11, "multi_hop", 8)):
         easy.add((name, pairs))
-        assert lab_study().selection("ar-mh", num_examples=count).note == f"scores of the task {name}, {pairs} pairs"
-        task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
+        assert short_study().selection("ar-mh", num_examples=count).note == f"scores of the task {name}, {pairs} pairs"
+        task, = [r.parameters["task"] for r in short_study().ledger.find("score", selector="ar", num_examples=count)]
         assert (task["name"], task["pairs"]) == (name, pairs)
 
 
