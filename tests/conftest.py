@@ -7,6 +7,9 @@ import pandas as pd
 import papermill
 import pytest
 import yaml
+from jupyter_client import KernelManager
+from jupyter_client.session import Session
+from tests.processes import fork_context, run_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -23,10 +26,10 @@ CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_toke
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Tests that need the executed notebooks go to one worker, so that they are executed once."""
+    """Tests that share what takes long to make go to one worker, so that it is made once."""
     for item in items:
-        if "executed_notebooks" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("notebooks"))
+        for name in {"executed_notebooks", "interpreted", "processes"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def profile_path(name: str, profile: str) -> Path:
@@ -48,17 +51,62 @@ def smoke_results(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def executed_notebooks(tmp_path_factory, smoke_results) -> dict[str, Path]:
-    """Each notebook run by papermill under the smoke profile: its name and where the executed copy is."""
-    folder = tmp_path_factory.mktemp("executed")
-    executed = {}
-    for name in (*NOTEBOOKS, *OTHERS):
-        executed[name] = folder / f"{name}.ipynb"
-        profile = yaml.safe_load(profile_path(name, "smoke").read_text(encoding="utf-8"))
-        papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed[name],
-                                   parameters={**profile, "results": str(smoke_results)},
-                                   kernel_name="python3", cwd=ROOT, progress_bar=False, start_timeout=180)
+def smoke_teacher(tmp_path_factory) -> str:
+    """A folder of the lab teacher's first four layers: notebooks do the same with it as with all eight."""
+    from hybridlib import load_teacher
+
+    teacher, folder = load_teacher("lab", device="cpu"), tmp_path_factory.mktemp("teacher")
+    teacher.model.model.layers = teacher.model.model.layers[:4]
+    teacher.model.config.num_hidden_layers = 4
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class SharedKernel(KernelManager):
+    """A kernel whose clients follow one another: each has a session of its own, or it would get another's replies."""
+
+    def client(self, **options):
+        return super().client(session=Session(key=self.session.key), **options)
+
+    def forget(self):
+        """Take all names away from the kernel."""
+        client = self.client()
+        client.start_channels()
+        client.execute_interactive("%reset -f", timeout=180)
+        client.stop_channels()
+
+
+@pytest.fixture(scope="session")
+def executed_notebooks(tmp_path_factory, smoke_results, smoke_teacher) -> dict[str, Path]:
+    """Each notebook run by papermill under the smoke profile but for its teacher: its name and the executed copy.
+
+    One kernel, which imports torch once, runs them one after another and forgets all names in between.
+    """
+    folder, changes = tmp_path_factory.mktemp("executed"), {"results": str(smoke_results), "teacher": smoke_teacher}
+    executed, kernel = {name: folder / f"{name}.ipynb" for name in (*NOTEBOOKS, *OTHERS)}, SharedKernel()
+    kernel.start_kernel(cwd=ROOT)
+    try:
+        for name, path in executed.items():
+            kernel.forget()
+            profile = yaml.safe_load(profile_path(name, "smoke").read_text(encoding="utf-8"))
+            papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", path, parameters=profile | changes,
+                                       kernel_name="python3", progress_bar=False, km=kernel)
+    finally:
+        kernel.shutdown_kernel(now=True)
     return executed
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> dict[str, tuple[int, str]]:
+    """The checks of kernels in Triton's interpreter: name -> exit status and what was printed."""
+    return run_interpreted()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A multiprocessing context for tests whose processes need hybridlib: they are forks of one that imported it."""
+    return fork_context()
 
 
 FAMILIES = ("llama", "llama_tied_bias", "qwen2", "qwen2_tied", "qwen3", "mistral")

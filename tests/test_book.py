@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def build(tmp_path_factory, executed_notebooks) -> subprocess.CompletedProcess:
     for path in executed_notebooks.values():
         shutil.copy(path, book / "notebooks")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, ROOT / "book" / "generate.py", book / "_generated"], env=env, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["generate.py", str(book / "_generated")])
+        runpy.run_path(str(ROOT / "book" / "generate.py"), run_name="__main__")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", book, "-W", "-n", "--keep-going"]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done.html = book / "_build" / "html"

@@ -26,12 +26,12 @@ def script():
 
 def test_the_lab_teacher_recalls_and_needs_long_attention_for_it(script):
     teacher = hl.load_teacher("lab", device="cpu")
-    examples = generate_recall(RecallTask("key_value", pairs=16, filler=2), 40, seed=7)
+    examples = generate_recall(RecallTask("key_value", pairs=16, filler=2), 20, seed=7)
     lengths = [len(encode_recall(e, teacher.tokenizer)[0]) for e in examples]
     assert 384 < min(lengths) and max(lengths) <= 512
     assert score_recall(teacher.model, teacher.tokenizer, examples).exact_match >= 0.9
     cut = score_recall(script.windowed(teacher.model, 16), teacher.tokenizer, examples).exact_match
-    assert cut <= 1 / 16 + 3 * (1 / 16 * 15 / 16 / 40) ** 0.5  # guessing among the 16 numbers, and three deviations
+    assert cut <= 1 / 16 + 3 * (1 / 16 * 15 / 16 / 20) ** 0.5  # guessing among the 16 numbers, and three deviations
 
 
 def test_cutting_attention_to_the_whole_text_changes_nothing(script):

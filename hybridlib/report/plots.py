@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -142,13 +143,16 @@ def layer_map(selections: Mapping[str, Iterable[Iterable[int]]], num_layers: int
     softmax = {"facecolor": COLOURS[0], "linewidth": 0}
     with house_style():
         figure, axes = new_figure(min(7, 2.7 + 0.3 * num_layers), 0.85 + 0.28 * len(sets))
+        cells = {"all": [], "filled": []}  # collections, for hundreds of patches take seconds
         for row, by_seed in enumerate(sets.values()):
             for layer in range(num_layers):
                 share = sum(layer in layers for layers in by_seed) / len(by_seed)
-                axes.add_patch(Rectangle((layer - 0.41, row + 0.37), 0.82, -0.74, **linear))  # the axis points down
-                axes.add_patch(Rectangle((layer - 0.41, row + 0.37), 0.82, -0.74 * share, **softmax))
+                for part, height in (("all", 0.74), ("filled", 0.74 * share)):
+                    cells[part].append(Rectangle((layer - 0.41, row + 0.37), 0.82, -height))  # the axis points down
             axes.annotate(f"{len(by_seed[0])} of {num_layers}", (1.01, row), va="center", fontsize=8, color=MUTED,
                           xycoords=("axes fraction", "data"), annotation_clip=False)
+        for part, style in (("all", linear), ("filled", softmax)):
+            axes.add_collection(PatchCollection(cells[part], **style), autolim=False)
         axes.set_xlim(-0.7, num_layers - 0.3)
         axes.set_ylim(len(sets) - 0.45, -0.55)
         layer_ticks(axes, num_layers)

@@ -1,11 +1,13 @@
 """The comparison of scoring loops: what is timed gives the same scores."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 import hybridlib as hl
 from hybridlib.bench import scoring
+from hybridlib.selection.engine import workers
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,13 @@ def test_the_engine_is_timed_with_its_records_on_disk(study, compared, monkeypat
     assert rows["history"][0][-1] == [-r.metrics["kl"] for r in candidates[3:]]
 
 
-def test_two_workers_give_the_scores_of_one_process(study, compared):
+@pytest.fixture
+def quick_workers(processes, monkeypatch):
+    """Workers are forks of a process that has imported hybridlib, where they would import it themselves."""
+    monkeypatch.setattr(workers, "multiprocessing", SimpleNamespace(get_context=lambda method: processes))
+
+
+def test_two_workers_give_the_scores_of_one_process(study, compared, quick_workers):
     rows = compare(study, "plain", "shared", "engine", "workers", workers=2).set_index("loop")
     assert list(rows.index) == ["plain", "engine", "shared", "workers"] and rows["reason"].isna().all()
     assert rows.loc["workers", "values"] == pytest.approx(rows.loc["shared", "values"], abs=1e-6)
@@ -76,7 +84,7 @@ def test_two_workers_give_the_scores_of_one_process(study, compared):
     assert compare(study).empty  # of no loops
 
 
-def test_workers_that_cannot_start_are_named(study, compared, monkeypatch):
+def test_workers_that_cannot_start_are_named(study, compared, monkeypatch, quick_workers):
     with pytest.raises(ValueError, match="workers=0 is one process a GPU"):
         compare(study, "workers")
     inputs = study.scoring_inputs("gdn", 0, study.tokens(0, 256, "score"))

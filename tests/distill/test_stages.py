@@ -33,10 +33,10 @@ def test_alignment_lowers_every_layers_error_and_trains_mixers_only(teacher, tin
     student = hl.linearize(teacher, mixer)
     before = hl.score_layers(student, teacher, tiny_tokens, metric="mse")
     weights = {n: p.clone() for n, p in student.named_parameters()}
-    history = hl.align(student, teacher, tiny_tokens, 8192, settings=ALIGN)
+    history = hl.align(student, teacher, tiny_tokens, 4096, settings=ALIGN)
     after = hl.score_layers(student, teacher, tiny_tokens, metric="mse")
     assert all(b < a for a, b in zip(before.values, after.values, strict=True))
-    assert history.tokens[-1] == 8192 and set(history.layer_losses) == {0, 1, 2}
+    assert history.tokens[-1] == 4096 and set(history.layer_losses) == {0, 1, 2}
     changed = {n for n, p in student.named_parameters() if not torch.equal(p, weights[n])}
     assert changed and all(".self_attn." in n for n in changed)
     assert all(p.requires_grad for p in student.parameters())
@@ -54,7 +54,7 @@ def test_matching_lowers_its_divergence_and_leaves_the_teacher(teacher, hybrid, 
         return divergence(*logits, kind=settings.divergence, alpha=settings.alpha, beta=settings.beta).mean().item()
 
     before = held_out()
-    history = hl.match(hybrid, teacher, tiny_tokens, 8192, settings=settings)
+    history = hl.match(hybrid, teacher, tiny_tokens, 4096, settings=settings)
     assert held_out() < 0.8 * before
     assert history.losses[0] == pytest.approx(before, rel=0.2)  # of this kind, not of another
     assert all(torch.equal(p, weights[n]) for n, p in teacher.named_parameters())

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -420,9 +416,9 @@ def interpreted_checks():
 def interpreted_checks_of_inputs():
     """What the gated delta rule is given."""
     interpret_as_gpus_compute()
-    for key_dim, value_dim, by_batch in ((32, 32, False), (64, 128, True)):
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-            check_delta_rule_inputs(key_dim, value_dim, dtype, bound, by_batch, backend="aot_eager")
+    for *arguments, by_batch in ((32, 32, torch.float32, 1e-5, False), (32, 32, torch.bfloat16, 1e-2, True),
+                                 (64, 128, torch.float32, 1e-5, True)):
+        check_delta_rule_inputs(*arguments, by_batch, backend="aot_eager")
 
 
 def interpreted_checks_of_steps():
@@ -455,15 +451,14 @@ def interpreted_checks_of_segments():
                 launch.override_segments = number
                 inputs, state = make_inputs(operator, 150, 32, 32, dtype, decay, batch=2 if number == 2 else 1, heads=1)
                 check(operator, inputs, None if number == 2 else state, bound)
-            inputs, state = make_inputs(operator, 140, 32, 64, dtype, batch=1, heads=1, sequences=3)
-            launch.override_segments = 3
-            check(operator, inputs, state, bound, cu_seqlens=torch.tensor([0, 5, 5, 140]))
+        inputs, state = make_inputs(operator, 140, 32, 64, torch.float32, batch=1, heads=1, sequences=3)
+        launch.override_segments = 3
+        check(operator, inputs, state, 1e-4, cu_seqlens=torch.tensor([0, 5, 5, 140]))
     launch.override_segments = 2
-    for key_dim, value_dim in ((64, 32), (128, 64)):
-        inputs, state = make_inputs("gdn", 70, key_dim, value_dim, torch.float32, batch=1, heads=1, repeat_keys=True)
-        check("gdn", inputs, state, 1e-4)
-        inputs, state = make_inputs("gla", 70, key_dim, value_dim, torch.float32, batch=1, heads=1)
-        check("gla", inputs, state, 1e-4)
+    for operator in OPERATORS:
+        inputs, state = make_inputs(operator, 70, 128, 64, torch.float32, batch=1, heads=1,
+                                    repeat_keys=operator == "gdn")
+        check(operator, inputs, state, 1e-4)
     for operator in OPERATORS:
         inputs, state = make_inputs(operator, 70, 32, 32, torch.float32, batch=1, heads=1)
         gradients_agree_when_compiled(operator, inputs, state, backend="aot_eager")
@@ -473,11 +468,6 @@ def interpreted_checks_of_segments():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("what", ["", "_of_segments", "_of_inputs", "_of_steps"])
-def test_in_the_interpreter(what):
-    root = Path(__file__).resolve().parents[2]
-    code = ("import torch; torch.set_num_threads(1); from tests.kernels import test_fused; "
-            f"test_fused.interpreted_checks{what}()")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-                               "PYTHONPATH": str(root)}, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_in_the_interpreter(what, interpreted):
+    status, printed = interpreted[f"interpreted_checks{what}"]
+    assert status == 0, printed[-2000:]

@@ -61,17 +61,15 @@ def test_logits_a_token_at_a_time_are_those_of_the_whole_text(hybrid, family, mi
 
 @pytest.mark.parametrize("mixer", ["gdn", "gla"])
 @pytest.mark.parametrize("layers", [[], [0], [2], [0, 1, 2]])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_every_layout_decodes(hybrid, family, layers, mixer):
-    model, prompt = hybrid(family, mixer, layers), ids()
+def test_every_layout_decodes(hybrid, layers, mixer):
+    model, prompt = hybrid("qwen3", mixer, layers), ids()
     assert torch.equal(*both(model, prompt))
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
     assert torch.equal(*both(model, prompt, mask))
 
 
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mixer"), [*zip(FAMILIES, ["gdn", "gla"] * 3)])
 def test_a_left_padded_batch_writes_what_each_prompt_alone_does(hybrid, family, mixer):
     model, prompts = hybrid(family, mixer), [ids(t, 1, seed=t) for t in (5, 37, 12)]
     width = max(p.shape[1] for p in prompts)
@@ -83,8 +81,7 @@ def test_a_left_padded_batch_writes_what_each_prompt_alone_does(hybrid, family, 
         assert torch.equal(row[width:], generate(model, prompt)[0, prompt.shape[1]:])
 
 
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "mixer"), [("llama", "gdn"), ("qwen2", "gla")])
 def test_sampled_and_beam_searched_tokens_are_those_of_recomputing(hybrid, family, mixer):
     model, prompt = hybrid(family, mixer), ids()
     written = []

@@ -70,10 +70,12 @@ def test_comparison_shows_seeds_mean_interval_and_numbers():
 
 def test_layer_map_fills_each_cell_to_its_share_of_seeds():
     figure = drawn(plots.layer_map({"a": [(0, 1), (0, 2)], "b": [(3, 2)]}, 4))
-    filled = [p for p in figure.axes[0].patches if p.get_linewidth() == 0]
-    assert [round(-p.get_height() / 0.74, 6) for p in filled] == [1, 0.5, 0.5, 0, 0, 0, 1, 1]
-    assert [(round(p.get_y() - 0.37), round(p.get_x() + 0.41)) for p in filled] == [(row, layer) for row in (0, 1)
-                                                                                for layer in range(4)]
+    cells, filled = ([path.get_extents() for path in c.get_paths()] for c in figure.axes[0].collections)
+    assert [round(box.height / 0.74, 6) for box in filled] == [1, 0.5, 0.5, 0, 0, 0, 1, 1]
+    assert all(round(box.height, 6) == 0.74 for box in cells)
+    for boxes in (cells, filled):
+        assert [(round(box.y1 - 0.37), round(box.x0 + 0.41)) for box in boxes] == [(row, layer) for row in (0, 1)
+                                                                                  for layer in range(4)]
     assert texts(figure) == ["2 of 4", "2 of 4"]
 
 

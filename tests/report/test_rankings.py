@@ -30,7 +30,7 @@ def test_agreement_of_scores_is_the_mean_over_seeds_of_those_that_have_numbers(k
 
 
 def test_recorded_scores_are_those_of_the_selectors(tiny_teacher, tiny_tokens, tmp_path, monkeypatch):
-    teacher, real = tiny_teacher(layers=4), hl.evaluate
+    teacher, real = tiny_teacher(layers=3), hl.evaluate
     for module in (study_module, candidates):  # no tokenizer here
         monkeypatch.setattr(module, "evaluate", lambda *a, recall=None, **k: real(*a, **k))
     monkeypatch.setattr(study_module, "load_teacher", lambda *a, **k: hl.Teacher(teacher, None, "tiny", "r1"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -44,7 +45,7 @@ def make(tiny_teacher, tiny_tokens, tmp_path_factory):
 @pytest.fixture(scope="module")
 def lab_study(smoke_profile, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("lab"))
-    return lambda: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder}))
+    return lambda **changes: hl.Study(hl.StudySettings(**smoke_profile | {"results": folder} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +86,9 @@ def test_a_selector_gives_a_set_of_the_budgets_size_with_its_cost_and_is_remembe
 @pytest.mark.parametrize("name", [name for name in NEED_TEXT if name != "ar-sum"])
 def test_a_selector_by_recall_takes_the_prompts_of_a_study(lab_study, name):
     study = lab_study()
-    found = study.selection(name, num_examples=40)
+    found = study.selection(name, num_examples=24)
     check(study, found, 2)
-    assert lab_study().selection(name, num_examples=40) == found
+    assert lab_study().selection(name, num_examples=24) == found
     if name == "ar-mh":  # the lab teacher is at chance in multi_hop
         assert found.cost.passes == 9 and found.note == "scores of the task variable_tracking, 8 pairs"
     else:
@@ -144,8 +145,8 @@ def test_sums_are_beyond_the_lab_teacher(lab_study):
     assert [(task["pairs"], task["digits"]) for task in tasks] == [(16, 1), (8, 1), (4, 1)]
 
 
-def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, monkeypatch):
-    tasks, easy = [], set()
+def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, smoke_teacher, monkeypatch):
+    tasks, easy, short_study = [], set(), partial(lab_study, teacher=smoke_teacher)
 
     def refuse(task, *rest):
         tasks.append((task.name, task.pairs))
@@ -153,12 +154,12 @@ def test_recall_over_two_hops_takes_fewer_pairs_before_it_gives_up(lab_study, mo
             raise ablation.TaskTooHard(f"{task.name} is beyond it")
     monkeypatch.setattr(ablation, "_refuse_chance", refuse)
     with pytest.raises(ablation.TaskTooHard, match="^variable_tracking is beyond it"):
-        lab_study().select("ar-mh", num_examples=8)
+        short_study().select("ar-mh", num_examples=8)
     assert tasks == [(name, pairs) for pairs in (8, 4, 2) for name in ("multi_hop", "variable_tracking")]
     for count, name, pairs in ((9, "multi_hop", 2), (10, "variable_tracking", 4), (11, "multi_hop", 8)):
         easy.add((name, pairs))
-        assert lab_study().selection("ar-mh", num_examples=count).note == f"scores of the task {name}, {pairs} pairs"
-        task, = [r.parameters["task"] for r in lab_study().ledger.find("score", selector="ar", num_examples=count)]
+        assert short_study().selection("ar-mh", num_examples=count).note == f"scores of the task {name}, {pairs} pairs"
+        task, = [r.parameters["task"] for r in short_study().ledger.find("score", selector="ar", num_examples=count)]
         assert (task["name"], task["pairs"]) == (name, pairs)
 
 

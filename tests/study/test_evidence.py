@@ -14,7 +14,8 @@ from hybridlib.study.pieces import work
 
 @pytest.fixture
 def study(smoke_profile, tmp_path):
-    changes = {"results": str(tmp_path), "corpus_tokens": 2048, "test_tokens": 512, "recall_prompts": 10, "budget": 2}
+    changes = {"results": str(tmp_path), "context": 64, "match_tokens": 1024, "corpus_tokens": 2048, "test_tokens": 512,
+               "recall_prompts": 10, "budget": 2}
     return hl.Study(hl.StudySettings(**smoke_profile | changes))
 
 

@@ -9,9 +9,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -231,9 +228,12 @@ def test_states_travel_without_what_they_remember(aligned, tiny_tokens):
     assert torch.equal(other(tiny_tokens.heldout), expected)
 
 
-def test_two_dask_workers_give_the_same_scores(settings, whole, tmp_path):
+def test_two_dask_workers_give_the_same_scores(settings, whole, tmp_path, processes):
     distributed = pytest.importorskip("distributed", reason="needs distributed, of the extra cluster")
-    with (distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
+    from dask import config
+
+    with (config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+          distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
                                    local_directory=str(tmp_path)) as cluster, distributed.Client(cluster) as client):
         study = hl.Study(fresh(settings, tmp_path), executor=client.get_executor())
         assert study.scores("gdn", 0).values == pytest.approx(whole.values, rel=1e-5)
@@ -316,42 +316,38 @@ def test_workers_refuse_other_inputs_than_those_to_be_scored(settings, whole, tm
         assert message in candidates.measure_sets(job, [(2,)])[2,]["error"]
 
 
-KILLED = """
-import sys, time
-import hybridlib as hl
-from hybridlib.selection.engine import candidates
+def score_and_wait(settings, stop, left, group, waiting):
+    """Score, but train only `left` times; say so through `waiting` when about to do so again."""
+    def counted(train):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                waiting.send("waiting")
+                time.sleep(600)
+            return train(*args, **kwargs)
+        return call
 
-settings, stop, left = eval(sys.argv[1], vars(hl)), eval(sys.argv[2], vars(hl)), int(sys.argv[3])
-
-def counted(train):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left < 0:
-            print("waiting", flush=True)
-            time.sleep(600)
-        return train(*args, **kwargs)
-    return call
-
-candidates.match, candidates.Cohort.train = counted(candidates.match), counted(candidates.Cohort.train)
-hl.Study(settings, group=int(sys.argv[4])).scores("gdn", 0, early_stop=stop)
-"""
+    candidates.match, candidates.Cohort.train = counted(candidates.match), counted(candidates.Cohort.train)
+    hl.Study(settings, group=group).scores("gdn", 0, early_stop=stop)
 
 
-def kill(settings, stop, before, group=1):
+def kill(processes, settings, stop, before, group=1):
     """Score in another process and kill it when it has trained so many times and is about to do so again."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, repr(settings), repr(stop), str(before), str(group)],
-                               stdout=subprocess.PIPE, cwd=Path(hl.__file__).parent.parent)
+    told, waiting = processes.Pipe(duplex=False)
+    process = processes.Process(target=score_and_wait, args=(settings, stop, before, group, waiting))
+    process.start()
+    waiting.close()
     try:
-        assert process.stdout.readline() == b"waiting\n"
+        assert told.recv() == "waiting"
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
 
 
-def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, whole, tmp_path):
+def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, whole, tmp_path, processes):
     mine, stop = fresh(settings, tmp_path), hl.EarlyStop(1, 128, window=4)
-    kill(mine, stop, 3, group=2)  # in the second round, once layers 0 and 1 are through
+    kill(processes, mine, stop, 3, group=2)  # in the second round, once layers 0 and 1 are through
     study = hl.Study(mine)
     found = {r.key: (r.started, r.parameters["layer"]) for r in study.ledger.find("candidate")}
     assert sorted(layer for _, layer in found.values()) == [0, 0, 1, 1, 2]
@@ -365,9 +361,9 @@ def test_a_scoring_in_groups_that_was_killed_goes_on_in_other_groups(settings, w
         r.key for r in study.ledger.find("candidate")}  # no record depends on how layers are grouped
 
 
-def test_states_that_stay_in_memory_are_not_written_and_no_measurement_is_lost(settings, whole, tmp_path):
+def test_states_that_stay_in_memory_are_not_written_and_no_measurement_is_lost(settings, whole, tmp_path, processes):
     mine, stop = fresh(settings, tmp_path), hl.EarlyStop(1, 128, window=4)
-    kill(mine, stop, 2, group=3)
+    kill(processes, mine, stop, 2, group=3)
     study = hl.Study(mine, group=3)
     found = {r.key: r.started for r in study.ledger.find("candidate")}
     assert len(found) == 2 * 3 and not list((study.ledger.folder / "models").rglob("candidate-*.safetensors"))
@@ -377,9 +373,10 @@ def test_states_that_stay_in_memory_are_not_written_and_no_measurement_is_lost(s
 
 
 @pytest.mark.parametrize(("stop", "before"), [(None, 1), (hl.EarlyStop(1, 128, window=4), 4)])
-def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch):
+def test_a_scoring_killed_at_once_goes_on_to_the_same_scores(settings, whole, tmp_path, stop, before, monkeypatch,
+                                                                  processes):
     mine = fresh(settings, tmp_path)
-    kill(mine, stop, before)
+    kill(processes, mine, stop, before)
     found = {r.key: r.started for r in hl.Study(mine).ledger.find("candidate")}
     assert len(found) == before
     calls, train = [], candidates.match

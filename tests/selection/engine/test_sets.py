@@ -62,8 +62,8 @@ def one_by_one(student, teacher, tokens, sets, num_tokens, settings, **measured)
 FIGURES = ("kl", "kl_stderr", "perplexity", "top1_agreement", "recall_exact", "recall_stderr")
 
 
-@pytest.mark.parametrize(("family", "mixer"), [("llama", "gdn"), ("llama_tied_bias", "gla"), ("qwen2", "gdn"),
-                                               ("qwen3", "gdn"), ("qwen3", "gla"), ("mistral", "gla")])
+@pytest.mark.parametrize(("family", "mixer"), [("llama", "gdn"), ("llama_tied_bias", "gla"), ("qwen3", "gdn"),
+                                               ("mistral", "gla")])
 def test_sets_at_once_are_sets_one_by_one(tiny_teacher, tokens, family, mixer):
     teacher = in_double(tiny_teacher(family))
     student = student_of(teacher, mixer)
@@ -178,14 +178,14 @@ def test_a_candidate_that_breaks_on_the_way_stops_alone(tiny_teacher, tokens):
     student = student_of(teacher)
     settings = hl.MatchSettings(batch_tokens=128, learning_rate=0.0, attention_learning_rate=1e3, clip=1e6, warmup=0.5,
                                 grouping="mixers")
-    bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 4096, settings=settings,
-                              measure_at=(128, 4096))
+    bad, good = match_sets(student, teacher, tokens, [(), (0, 1, 2)], 2048, settings=settings,
+                           measure_at=(128, 2048))
     with pytest.raises(DistillationDiverged, match="match met a number that is not finite at step [1-9]"):
-        hl.match(hl.restore(student, teacher, ()), teacher, tokens, 4096, settings=settings)
+        hl.match(hl.restore(student, teacher, ()), teacher, tokens, 2048, settings=settings)
     assert re.match(r"layers \(\): match met a number that is not finite at step [1-9]", bad["error"])
-    assert 128 < bad["tokens"] == 128 * len(bad["losses"]) < 4096
+    assert 128 < bad["tokens"] == 128 * len(bad["losses"]) < 2048
     assert [point["tokens"] for point in bad["curve"]] == [128] and bad["kl"] is None
-    (history, measured), = one_by_one(student, teacher, tokens, [(0, 1, 2)], 4096, settings)
+    (history, measured), = one_by_one(student, teacher, tokens, [(0, 1, 2)], 2048, settings)
     assert good["losses"] == pytest.approx(history.losses, rel=1e-7) and "error" not in good
     assert good["curve"][1]["kl"] == good["kl"] == pytest.approx(measured.kl, rel=1e-5)
 

@@ -64,8 +64,7 @@ def differences(student, teacher, at, skip=0, step=1e-4):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied_bias", "qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("mixer", "attention"), [("gdn", "sdpa"), ("gla", "eager")])
 def test_corners_are_the_student_and_the_restored_hybrids(tiny_teacher, family, mixer, attention):
     student, teacher = pair(tiny_teacher, family, mixer, other_weights=True)
     student.config._attn_implementation = teacher.config._attn_implementation = attention
@@ -118,8 +117,7 @@ def test_weights_are_shared_and_frozen_and_those_of_both_branches_are_copies(tin
     assert all(p.grad is not None for n, p in copy_of.named_parameters() if "self_attn" in n)
 
 
-@pytest.mark.parametrize("skip", [0, 5])
-@pytest.mark.parametrize("mixer", ["gdn", "gla"])
+@pytest.mark.parametrize(("mixer", "skip"), [("gdn", 5), ("gla", 0)])
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
 def test_slopes_and_curvatures_are_those_of_the_plain_kl(tiny_teacher, all_in_float64, mixer, at, skip):
     student, teacher = pair(tiny_teacher, mixer=mixer, other_weights=True)
@@ -203,8 +201,9 @@ def test_gates_rank_a_destroyed_mixer_above_an_exact_one(tiny_teacher, tiny_toke
     assert found.scores.metric == "learned_gate" and found.scores.tokens == found.history_tokens[-1] == 128 * 80
     assert found.kl[-1] < 0.5 * found.kl[0] and found.total[0] == pytest.approx(1)
     assert abs(found.total[-1] - 1) < 0.5 and all(math.isnan(x) for x in found.scores.stderr)
-    again = learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 80, settings=settings)
-    assert again.scores.values == gates and again.kl == found.kl
+    few, again = (learned_gates(student, teacher, tiny_tokens, 1, num_tokens=128 * 5, settings=settings)
+                  for _ in range(2))
+    assert again.scores.values == few.scores.values and again.kl == few.kl
 
 
 def test_nothing_changes_in_student_or_teacher(tiny_teacher):
