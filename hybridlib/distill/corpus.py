@@ -49,7 +49,9 @@ _LOCAL = "a folder or file of .parquet or .jsonl text"
 
 
 class Tokens:
-    """Packed token ids of a corpus: documents, each with an end-of-text token behind it, cut into rows.
+    """Packed token ids of a corpus: documents, each with a token behind it that begins the next, cut into rows.
+
+    That is the tokenizer's beginning-of-text token, or its end-of-text token where it has no other.
 
     `train` and `heldout` are int32 token ids (rows, context), in the order of the source; the rest as in `load_tokens`.
     """
@@ -164,7 +166,8 @@ def _checked(tokenizer):
 
 
 def _end(tokenizer):
-    return tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    """The token between documents: it begins the next one or, for a tokenizer without such a token, ends the last."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _tokenize(documents, tokenizer, most, apart):

@@ -240,6 +240,10 @@ def _convert(gguf, folder):
     # The file names its splitting rule ("smollm": each digit alone, then GPT-2's), which transformers does not read.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ids = loaded.config  # which end-of-text token a tokenizer reads from the file depends on transformers' version
+    for name in ("bos_token", "eos_token"):
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(ids, f"{name}_id")))
+    tokenizer.pad_token = tokenizer.eos_token
     quantized = ("quantization_config", "_name_or_path", "_model_name_or_path")
     config = type(loaded.config).from_dict({k: v for k, v in loaded.config.to_dict().items() if k not in quantized})
     with torch.device("meta"):  # a model of its own, which was never quantized and so can be saved

@@ -127,6 +127,14 @@ def test_the_fingerprint_tells_what_a_run_would_read(folder):
     assert one.fingerprint != other.fingerprint
 
 
+def test_the_token_between_documents_begins_the_next_or_ends_the_last(folder):
+    both, one = character_tokenizer(), character_tokenizer()
+    both.eos_token, one.bos_token = "a", None
+    for tokenizer in (both, one):
+        rows = load_tokens(folder, tokenizer, context=16, max_tokens=640)
+        assert torch.equal(rows.train, load_tokens(folder, TOKENIZER, context=16, max_tokens=640).train)
+
+
 def test_bad_arguments_are_refused(folder):
     for context in (1, 16.0, True, None):
         refuses("context=.*whole number of at least 2", folder, TOKENIZER, context=context)

