@@ -16,20 +16,25 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from hybridlib.distill.loop import rate_at
 from hybridlib.distill.settings import AlignSettings, MatchSettings
 from hybridlib.records.ledger import Ledger
+from hybridlib.report import hypotheses as tests
+from hybridlib.report.style import format_interval, format_number, label_of
 from hybridlib.selection.scorers import ablation
 from hybridlib.selection.scorers.gates import GateSettings
 from hybridlib.study.catalogue import SELECTORS
+from hybridlib.study.recorded import RecordedStudy, recall_tasks, recorded_arms
 from hybridlib.study.settings import StudySettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 RECORD = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.json")  # students are saved below results too, with JSON of their own
-PACKAGES = ("torch", "transformers", "numpy", "pandas", "datasets", "papermill", "jupyter-book")
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "statsmodels", "datasets", "papermill",
+            "jupyter-book")
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -96,6 +101,54 @@ def records() -> str:
     return "\n\n".join(parts) or "There are no records in this checkout yet."
 
 
+def hypotheses(settings: Path = ROOT / "data" / "results" / "h200.yaml") -> str:
+    """Verdicts on the hypotheses, and the tables beside them, from the records of the study with these `settings`."""
+    where = settings.relative_to(ROOT) if settings.is_relative_to(ROOT) else settings
+    try:
+        fields = yaml.safe_load(settings.read_text(encoding="utf-8")) | {"device": "auto"}
+        study = RecordedStudy(StudySettings(**fields), Ledger(ROOT / fields["results"]))
+    except (FileNotFoundError, ValueError) as error:
+        return f"There are no records of `{where}` in this checkout: {error}."
+    frame, effect = recorded_arms(study), {"effect": "First less second [95%]"}
+    pair = {"measure": "Measure", "a": "First", "b": "Second"}
+    end = {"p": "p", "p_holm": "p, corrected", "seeds": "Seeds", "tokens": "Tokens", "method": "Test",
+           "outcome": "Verdict"}
+    tables = {
+        "The hypotheses": (tests.hypotheses_table(frame), {"hypothesis": "", **pair, **effect, **end}),
+        "Tasks of the recall composite": (recall_tasks(study), {"task": "Task", "teacher": "Teacher's share right",
+                                                                "outcome": "In the composite"}),
+        "Noise of training and of selection": (tests.variance_table(frame).rename(columns={"sd": "deviation"}), {
+            "mixer": "Mixer", "budget": "Softmax layers", "tokens": "Tokens", "measure": "Measure",
+            "component": "Noise of", "arm": "Arm", "sets": "Sets", "runs": "Runs", "df": "Degrees of freedom",
+            "deviation": "Standard deviation", "p": "p", "outcome": "Verdict"}),
+        "Equality with GA-S2": (tests.equivalence_table(frame), {
+            **pair, "effect": "First less second [90%]", "margin": "Margin", "p": "p", "seeds": "Seeds",
+            "outcome": "Verdict"}),
+        "Other arms against GA-S2": (tests.dunnett_table(frame), {**pair, **effect, "p": "p, corrected",
+                                                                  "seeds": "Seeds of the first", "outcome": "Verdict"}),
+    }
+    return "\n\n".join(f"### {title}\n\n{shown(*parts)}" for title, parts in tables.items())
+
+
+def shown(frame: pd.DataFrame, headings: dict[str, str]) -> str:
+    """The columns of a frame that `headings` names, as Markdown; an effect with its interval, a dash for no value."""
+    def cell(name, row):
+        value = row[name]
+        if name == "measure":
+            return label_of(value)
+        if pd.isna(value):
+            return "\u2013"
+        if name == "effect":
+            return format_interval(value, row["low"], row["high"], 4)
+        if name == "deviation":
+            return format_number(value, 5)
+        if name in ("p", "p_holm"):
+            return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+        return f"{int(value):,}" if name in ("seeds", "tokens", "sets", "runs", "df", "budget") else _cell(value)
+
+    return table(list(headings.values()), [[cell(name, row) for name in headings] for _, row in frame.iterrows()])
+
+
 def software() -> str:
     """Versions of what built this book."""
     rows = [["python", sys.version.split()[0]], *([name, metadata.version(name)] for name in PACKAGES)]
@@ -148,3 +201,4 @@ if __name__ == "__main__":
     write(out / "values.json", json.dumps(values(), indent=1))
     write(out / "profiles.md", profiles())
     write(out / "provenance.md", provenance())
+    write(out / "hypotheses.md", hypotheses())

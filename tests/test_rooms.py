@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hybridlib"
 ROOMS = ("checks", "records", "kernels", "models", "distill", "selection", "study", "bench", "report")
 PARTS = ("", "engine", "scorers")  # of selection: its own files come first
 PACKAGES = {"accelerate", "datasets", "fla", "flash_qla", "gguf", "huggingface_hub", "kernels", "liger_kernel",
-            "matplotlib", "numpy", "pandas", "pyarrow", "safetensors", "scipy", "tilelang", "tokenizers", "torch",
-            "tqdm", "transformers", "triton"}
+            "matplotlib", "numpy", "pandas", "pyarrow", "safetensors", "scipy", "statsmodels", "tilelang", "tokenizers",
+            "torch", "tqdm", "transformers", "triton"}
 
 
 def imports_of(folder: Path) -> dict[str, set[str]]:

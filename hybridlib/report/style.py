@@ -47,7 +47,8 @@ class Measure(NamedTuple):
 
 MEASURES = {"kl": Measure("held-out KL", "nats a token", "lower"), "perplexity": Measure("perplexity", "", "lower"),
             "top1_agreement": Measure("top-1 agreement", "share of tokens", "higher"),
-            "recall_exact": Measure("recall", "share exact", "higher")}
+            "recall_exact": Measure("recall", "share exact", "higher"),
+            "recall_composite": Measure("recall composite", "share right", "higher")}
 
 
 def label_of(column: str) -> str:

@@ -17,7 +17,7 @@ __all__ = ["RANGES", "bootstrap_interval", "chance_jaccard", "contiguity", "cont
 CONFIDENCE = 0.95  # of every interval
 #: what values of a metric or of an agreement can be: (least, largest)
 RANGES = {"kl": (0.0, np.inf), "perplexity": (1.0, np.inf), "top1_agreement": (0.0, 1.0), "recall_exact": (0.0, 1.0),
-          "jaccard": (0.0, 1.0), "spearman": (-1.0, 1.0), "kendall": (-1.0, 1.0)}
+          "recall_composite": (0.0, 1.0), "jaccard": (0.0, 1.0), "spearman": (-1.0, 1.0), "kendall": (-1.0, 1.0)}
 
 
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
