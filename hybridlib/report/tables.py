@@ -73,9 +73,8 @@ def as_table(frame: pd.DataFrame, by: str | Sequence[str], values: Sequence[str]
 def attention_rate(settings: Mapping) -> dict:
     """Return the higher rate of stage 2 in `settings` of a study or of stage 2, and the ``grouping`` of the weights
     that have it; before there was a choice these were the linear mixers, and the rate was called theirs."""
-    if "mixer_learning_rate" in settings:
-        return {"attention_learning_rate": settings["mixer_learning_rate"], "grouping": "mixers"}
-    return {name: settings.get(name) for name in ("attention_learning_rate", "grouping")}
+    rate = settings.get("attention_learning_rate", settings.get("mixer_learning_rate"))
+    return {"attention_learning_rate": rate, "grouping": settings.get("grouping", "mixers")}
 
 
 def neighbour_counts(frame: pd.DataFrame) -> pd.DataFrame:
