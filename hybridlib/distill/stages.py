@@ -80,11 +80,14 @@ def match(hybrid: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, num
 @contextlib.contextmanager
 def repeatable_if_fused(student: PreTrainedModel) -> Iterator[None]:
     """`passes.repeatable` for training `student`, where no operator is refused by it: its mixers run fused kernels."""
-    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
-    ordered = next(student.parameters()).is_cuda and fused.why_not() is None and all(
-        mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS for mixer in mixers)
-    with repeatable() if ordered else contextlib.nullcontext():
+    with repeatable() if next(student.parameters()).is_cuda and _sums_in_order(student) else contextlib.nullcontext():
         yield
+
+
+def _sums_in_order(student):
+    mixers = [student.model.layers[l].self_attn for l in linear_layers(student.config)]
+    return fused.why_not() is None and all(mixer.backend in ("auto", "fused") and mixer.head_dim in fused.DIMS
+                                           for mixer in mixers)
 
 
 def weight_groups(named, is_mixer: Callable[[str], bool], settings: MatchSettings) -> list:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import hybridlib as hl
+from hybridlib.distill import stages
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.models import passes
 from hybridlib.models.passes import TeacherStates
@@ -294,9 +295,9 @@ def test_steps_are_bound_to_one_order_of_sums_where_all_mixers_run_the_fused_ker
     student = hl.linearize(tiny_teacher("llama"))
     mixers = [layer.self_attn for layer in student.model.layers]
     mixers[-1].backend = last
-    monkeypatch.setattr(candidates.fused, "why_not", lambda: why_not)
-    monkeypatch.setattr(candidates.fused, "DIMS", (mixers[0].head_dim + other_dim,))
-    assert candidates._sums_in_order(student) == expected
+    monkeypatch.setattr(stages.fused, "why_not", lambda: why_not)
+    monkeypatch.setattr(stages.fused, "DIMS", (mixers[0].head_dim + other_dim,))
+    assert stages._sums_in_order(student) == expected
 
 
 def test_submitit_gives_the_same_scores(settings, whole, tmp_path):

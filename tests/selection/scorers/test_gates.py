@@ -138,7 +138,7 @@ def test_training_in_turn_is_stage_2_of_the_restored_hybrid_and_the_slope_is_tak
                                                                                         mixer):
     student, teacher = pair(tiny_teacher, mixer=mixer)
     tokens = hl.Tokens(ROWS[:1], ROWS)
-    settings = hl.MatchSettings(batch_tokens=12, learning_rate=1e-3, attention_learning_rate=1e-2)
+    settings = hl.MatchSettings(batch_tokens=12, learning_rate=1e-3, attention_learning_rate=1e-2, weight_decay=0.0)
     found = gate_gradient(student, teacher, tokens, train_tokens=12, settings=settings)  # a step, with layer 0 open
     hybrid = hl.restore(student, teacher, [0])
     hl.match(hybrid, teacher, tokens, 12, settings=settings)

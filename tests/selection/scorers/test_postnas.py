@@ -24,8 +24,8 @@ def aligned(tiny_teacher, tiny_tokens):
     return student, teacher
 
 
-def settings(rate=1e-3, mixer_rate=1e-2):
-    return hl.MatchSettings(batch_tokens=64, learning_rate=rate, attention_learning_rate=mixer_rate)
+def settings(rate=1e-3, attention_rate=3e-3):
+    return hl.MatchSettings(batch_tokens=64, learning_rate=rate, attention_learning_rate=attention_rate)
 
 
 def test_without_learning_every_placement_is_its_hybrid_and_the_search_finds_the_best(aligned, tiny_tokens):
