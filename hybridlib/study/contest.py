@@ -14,7 +14,7 @@ from hybridlib.study.catalogue import SELECTORS, find_selector
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["Contest", "FLOOR", "SelectorSettings", "recorded_contests", "run_contest"]
+__all__ = ["Contest", "FLOOR", "SelectorSettings", "contest_parameters", "recorded_contests", "run_contest"]
 
 FLOOR = "none (all linear)"  #: what notebooks call the hybrid that keeps no layer
 _METRICS = ("kl", "perplexity", "top1_agreement", "recall_exact")
@@ -87,8 +87,6 @@ def run_contest(study: Study) -> Contest:
     Record kind ``"contest"``. A selector by a recall task that is beyond the teacher is named in `Contest.refused`.
     """
     s = study.settings
-    names = asdict(SelectorSettings()).keys() - {"device", "results", "recompute"}
-    parameters = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k in names}
 
     def compute():
         rows, refused = [], {}
@@ -105,7 +103,13 @@ def run_contest(study: Study) -> Contest:
         return {"rows": rows, "refused": refused, "teacher": study.teacher_record().metrics,
                 "num_layers": study.num_layers}
 
-    return _contest(study.remember(parameters, compute, s.mixer, kind="contest"))
+    return _contest(study.remember(contest_parameters(s), compute, s.mixer, kind="contest"))
+
+
+def contest_parameters(settings: SelectorSettings) -> dict:
+    """The own parameters of the record of `run_contest`."""
+    names = asdict(SelectorSettings()).keys() - {"device", "results", "recompute"}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k in names}
 
 
 def recorded_contests(ledger: Ledger) -> list[Contest]:

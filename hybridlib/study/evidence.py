@@ -17,6 +17,7 @@ random      balanced random sets of layers, measured early and at their end
 budgets     half and nearly twice the softmax layers, five selectors, three seeds
 transfer    GLA's GA-S2; GLA students on GDN's, GLA's and uniform sets, GDN students on GDN's and GLA's, three seeds
 greedy      forward and backward, adding or removing one layer at a time, and hybrids of what they choose
+lab         of a teacher with few layers, where SETTINGS are those of `OracleSettings`: every set, and the contest
 =========== ========================================================================================================
 """
 
@@ -26,6 +27,7 @@ import argparse
 import logging
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from functools import cache, partial
 from itertools import product
 from math import comb
@@ -38,12 +40,14 @@ from hybridlib.checks import check_int
 from hybridlib.distill.settings import GROUPINGS
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.study.catalogue import SELECTORS
+from hybridlib.study.contest import SelectorSettings, contest_parameters, run_contest
+from hybridlib.study.oracle import OracleSettings, oracle_parameters, oracle_record
 from hybridlib.study.pieces import Piece, work
 from hybridlib.study.selector import full_parameters
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["Evidence", "balanced_sets"]
+__all__ = ["Evidence", "balanced_sets", "lab"]
 
 RATES = (1e-4, 3e-4, 1e-3)
 SCORE_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the tokens of a candidate, at which it is measured on the way
@@ -284,10 +288,22 @@ def balanced_sets(num_layers: int, size: int, count: int, seed: int = 0) -> tupl
     return tuple(sets)
 
 
+def lab(oracle: Study, contest: Study) -> Iterator[Piece]:
+    """The pieces for a teacher of few layers: every set of layers distilled and, of each seed, the selectors' sets."""
+    for seed in oracle.seeds:
+        path = oracle.ledger.path("oracle", oracle_parameters(oracle, seed))
+        yield Piece(f"lab: oracle, seed {seed}", f"oracle {seed}", 240, path.exists,
+                    partial(oracle_record, oracle, seed))
+    s = contest.settings
+    parameters = full_parameters(contest_parameters(s), s, contest.aligned_parameters(s.mixer, 0))
+    yield Piece("lab: contest", "contest", 400, contest.ledger.path("contest", parameters).exists,
+                partial(run_contest, contest))
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line, see the module."""
     parser = argparse.ArgumentParser(prog="python -m hybridlib.study.evidence", description=__doc__.splitlines()[0])
-    parser.add_argument("settings", type=Path, help="a YAML file of StudySettings")
+    parser.add_argument("settings", type=Path, help="a YAML file of StudySettings, or of OracleSettings")
     parser.add_argument("--minutes", type=float, required=True, help="how long to work")
     parser.add_argument("--worker", type=int, default=0, help="number of this process, 0 for the first")
     parser.add_argument("--memory", type=int, default=32, help="GiB for the teacher's hidden states")
@@ -295,10 +311,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("hybridlib.study.pieces").setLevel(logging.INFO)
-    fields = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
-    study = Study(StudySettings(**fields | ({"results": options.results} if options.results else {})),
-                  memory=options.memory * 2**30, checkpoints=False)
-    work(Evidence(study).pieces, options.minutes, study.ledger.folder / "models" / "locks", worker=options.worker)
+    named = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    named |= {"results": options.results} if options.results else {}
+    how = {"memory": options.memory * 2**30, "checkpoints": False}
+    if "sizes" in named:
+        names = {field.name for field in fields(SelectorSettings)} - {"selectors"}
+        study = Study(OracleSettings(**named), **how)
+        pieces = partial(lab, study, Study(SelectorSettings(
+            **{name: value for name, value in named.items() if name in names}, selectors=list(SELECTORS)), **how))
+    else:
+        study = Study(StudySettings(**named), **how)
+        pieces = Evidence(study).pieces
+    work(pieces, options.minutes, study.ledger.folder / "models" / "locks", worker=options.worker)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
 __all__ = ["METRICS", "OTHER_SEEDS", "OracleSettings", "SEARCHES", "additivity", "choices", "interaction_maps", "judge",
-           "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling", "values"]
+           "oracle_parameters", "oracle_record", "oracle_table", "recorded_oracle", "sets_of_sizes", "settling",
+           "values"]
 
 METRICS = ("kl", "recall_exact")
 OTHER_SEEDS = "best KL of other seeds"  # the set that the other seeds' records call best
@@ -96,12 +97,9 @@ def oracle_record(study: Study, seed: int) -> Record:
     are measured in pieces, each a record, so that a killed run goes on.
     """
     s, settings, task = study.settings, replace(study.match_settings, compile=False), study.recall_task
-    tokens, sets = s.oracle_tokens, sets_of_sizes(study.num_layers, s.sizes)
-    check_int("seed", seed, 0)
-    common = {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
-              "num_tokens": tokens, "measure_at": list(s.measure_at), "settings": settings.numbers(),
-              "heldout_tokens": s.heldout_tokens, "measured_tokens": s.oracle_heldout_tokens, "recall": asdict(task),
-              "recall_examples": s.recall_examples}
+    parameters = oracle_parameters(study, seed)
+    tokens, sets = s.oracle_tokens, [tuple(layers) for layers in parameters["sets"]]
+    common = {name: value for name, value in parameters.items() if name != "sets"}
 
     def compute_piece(part):
         whole = study.tokens(seed, tokens)
@@ -122,7 +120,18 @@ def oracle_record(study: Study, seed: int) -> Record:
             measured |= {tuple(row["layers"]): row for row in record.metrics["sets"]}
         return {"sets": [measured[layers] for layers in sets], "tokens": tokens * len(sets)}
 
-    return study.record("oracle", common | {"sets": [list(layers) for layers in sets]}, compute)
+    return study.record("oracle", parameters, compute)
+
+
+def oracle_parameters(study: Study, seed: int) -> dict:
+    """The parameters of `oracle_record`."""
+    check_int("seed", seed, 0)
+    s = study.settings
+    return {"aligned": study.aligned_parameters(s.mixer, seed), "mixer": s.mixer, "seed": seed,
+            "num_tokens": s.oracle_tokens, "measure_at": list(s.measure_at), "settings": study.match_settings.numbers(),
+            "heldout_tokens": s.heldout_tokens, "measured_tokens": s.oracle_heldout_tokens,
+            "recall": asdict(study.recall_task), "recall_examples": s.recall_examples,
+            "sets": [list(layers) for layers in sets_of_sizes(study.num_layers, s.sizes)]}
 
 
 def oracle_table(records: Sequence[Record]) -> pd.DataFrame:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
+import yaml
+from tests.conftest import profile_path
 
 import hybridlib as hl
 from hybridlib.study import evidence
@@ -57,6 +59,19 @@ def test_every_piece_of_scores_leaves_the_records_that_say_it_is_done(studies, m
     assert study.scores("gdn", 0).measured[2] == candidate["kl"]
     assert {len(layers) for name in ("ga-s2", "ppl") for layers in (plan._layers(study, name, 0),)} == {1}
     assert plan._layers(study, "learned-gates", 0) is None and plan._layers(study, "ga-s2", 1) is None
+
+
+@pytest.mark.parametrize(("notebook", "changes"), [("importance_scoring", {}), ("oracle", {"seeds": 1})])
+def test_the_command_line_reads_either_settings_and_does_what_time_allows(tmp_path, monkeypatch, notebook, changes):
+    named = yaml.safe_load(profile_path(notebook, "smoke").read_text(encoding="utf-8"))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(named | changes), encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(evidence, "work", lambda pieces, minutes, *a, **k: seen.append((list(pieces()), minutes)))
+    evidence.main([str(tmp_path / "settings.yaml"), "--minutes", "3", "--results", str(tmp_path / "records")])
+    (pieces, minutes), = seen
+    names = {piece.name for piece in pieces}
+    assert minutes == 3 and not any(piece.done() for piece in pieces)
+    assert names == {"lab: oracle, seed 0", "lab: contest"} if "sizes" in named else "align gdn, seed 0" in names
 
 
 def test_balanced_sets_hold_each_layer_alike_and_pairs_nearly():
