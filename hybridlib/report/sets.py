@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import numpy as np
 import pandas as pd
 
-from hybridlib.checks import check_int, check_number
 from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.agreement import bootstrap_interval, spearman
 from hybridlib.selection.cost import Cost
@@ -21,9 +19,8 @@ from hybridlib.selection.scores import LayerScores
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.evidence import RANDOM_SETS, balanced_sets
 from hybridlib.study.selector import Selection
-from hybridlib.study.settings import StudySettings
 
-__all__ = ["SetSettings", "arms", "leave_one_out", "on_record", "predictions", "race_table", "recorded_choices",
+__all__ = ["arms", "leave_one_out", "on_record", "predictions", "race_table", "recorded_choices",
            "recorded_random", "recorded_values", "ridge_prediction", "set_table"]
 
 PENALTIES = tuple(10.0 ** np.arange(-3, 5))  # that a ridge regression chooses from
@@ -31,41 +28,6 @@ END = "end"  # the column with what is to be predicted
 _KINDS = {"ga-s2": {"direction": "add", "metric": "kl"}, "gr-s2": {"direction": "remove", "metric": "kl"},
           "gate-gradient": {"selector": "gate-gradient", "at": 0.0, "order": 1, "steps": 1}}
 _VARIANTS = ("train_tokens", "families", "early_stop")  # of which a selector's own record has none
-
-
-@dataclass(frozen=True)
-class SetSettings(StudySettings):
-    """The parameters of a study, and of its random sets and races.
-
-    Parameters
-    ----------
-    random_sets : balanced random sets of the budget's size to distil, 3 at least; all there are, where they are fewer.
-    set_points : shares of `match_tokens`, 0 to 1, after which each is measured on the way.
-    race_sets : sets that a race begins with, at most.
-    """
-
-    random_sets: int = 24
-    set_points: Sequence[float] = (0.0, 0.25, 0.5)
-    race_sets: int = 16
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_int("random_sets", self.random_sets, 3)
-        check_int("race_sets", self.race_sets, 2)
-        if not isinstance(self.set_points, (list, tuple)) or not self.set_points:
-            raise ValueError(f"set_points={self.set_points!r} is not a list of shares; give at least one")
-        for share in self.set_points:
-            check_number("set_points", share, 0, 1)
-        object.__setattr__(self, "set_points", tuple(self.set_points))
-
-    @property
-    def measure_at(self) -> list[int]:
-        """Tokens after which random sets are measured."""
-        return [round(share * self.match_tokens) for share in self.set_points]
-
-    def sets(self, num_layers: int, size: int) -> tuple[tuple[int, ...], ...]:
-        """The random sets of `size` of `num_layers` layers."""
-        return balanced_sets(num_layers, size, min(self.random_sets, comb(num_layers, size)))
 
 
 def set_table(records: Iterable[Record], values: Mapping[str, Sequence[float]]) -> pd.DataFrame:
@@ -120,7 +82,7 @@ def ridge_prediction(features: np.ndarray, y: np.ndarray, penalties: Sequence[fl
     return predicted
 
 
-def predictions(table: pd.DataFrame, num_layers: int, labels: Sequence[str] = ()) -> pd.DataFrame:
+def predictions(table: pd.DataFrame, labels: Sequence[str] = ()) -> pd.DataFrame:
     """Measure how well each column of a `set_table`, and regressions on the sets' layers, predict the end.
 
     Returns
@@ -135,6 +97,7 @@ def predictions(table: pd.DataFrame, num_layers: int, labels: Sequence[str] = ()
         return pd.DataFrame(columns=["sets", *(f"{name}{end}" for name in ("spearman", "r2")
                                                for end in ("", "_low", "_high"))])
     y = table[END].to_numpy(dtype=float)
+    num_layers = 1 + max(max(layers) for layers in table.index)
     member = np.array([np.isin(range(num_layers), layers) for layers in table.index], dtype=float)
     pairs = np.array([member[:, i] * member[:, j] for i, j in combinations(range(num_layers), 2)]).T
     base = leave_one_out(np.empty((len(y), 0)), y, 1.0)
@@ -156,9 +119,9 @@ def _r2(y, predicted, base):
 
 
 def arms(choices: Mapping[str, Mapping[int, Selection]], hybrids: pd.DataFrame) -> pd.DataFrame:
-    """Join what each selection cost to its hybrid: ``tokens`` trained on and ``flops``, and as a share of GA-S2's of
-    the same seed (nan where one is not known). `choices` is label -> seed -> selection, `hybrids` as `Study.compare`
-    gives them."""
+    """Join to what each selection cost its hybrid, if there is one: ``tokens`` trained on and ``flops``, and as a share
+    of GA-S2's of the same seed (nan where one is not known). `choices` is label -> seed -> selection, `hybrids` as
+    `Study.compare` gives them."""
     spent = pd.DataFrame([{"selector": label, "seed": seed, "tokens": one.cost and one.cost.training_tokens,
                            "flops": one.cost and one.cost.flops} for label, by_seed in choices.items()
                           for seed, one in by_seed.items()], columns=["selector", "seed", "tokens", "flops"])
@@ -166,8 +129,7 @@ def arms(choices: Mapping[str, Mapping[int, Selection]], hybrids: pd.DataFrame) 
     reference = spent[spent["selector"] == SELECTORS["ga-s2"].title].set_index("seed")
     for name in ("tokens", "flops"):
         spent[f"{name}_share"] = spent[name] / spent["seed"].map(reference[name]).astype(float)
-    rows = hybrids.drop(columns=["tokens", "flops"], errors="ignore")
-    return rows.merge(spent, "left", ["selector", "seed"])
+    return spent.merge(hybrids.drop(columns=["tokens", "flops"], errors="ignore"), "left", ["selector", "seed"])
 
 
 def race_table(record: Record) -> pd.DataFrame:
