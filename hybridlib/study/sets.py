@@ -34,28 +34,38 @@ class SetSettings(StudySettings):
     set_points : shares of `match_tokens`, 0 to 1, after which each is measured on the way.
     set_heldout_tokens : test tokens to measure sets on.
     race_sets : sets that a race begins with, at most.
+    race_shares : of GA-S2's tokens, above 0, a race each.
     """
 
     random_sets: int = 16
     set_points: Sequence[float] = (0.0, 0.25, 0.5)
     set_heldout_tokens: int = 2_048
     race_sets: int = 16
+    race_shares: Sequence[float] = (0.1, 1.0)
 
     def __post_init__(self):
         super().__post_init__()
         check_int("random_sets", self.random_sets, 3)
         check_int("race_sets", self.race_sets, 2)
         check_int("set_heldout_tokens", self.set_heldout_tokens, self.context, self.test_tokens or self.heldout_tokens)
-        if not isinstance(self.set_points, (list, tuple)) or not self.set_points:
-            raise ValueError(f"set_points={self.set_points!r} is not a list of shares; give at least one")
-        for share in self.set_points:
-            check_number("set_points", share, 0, 1)
-        object.__setattr__(self, "set_points", tuple(self.set_points))
+        for name, most in (("set_points", 1), ("race_shares", None)):
+            shares = getattr(self, name)
+            if not isinstance(shares, (list, tuple)) or not shares:
+                raise ValueError(f"{name}={shares!r} is not a list of shares; give at least one")
+            for share in shares:
+                check_number(name, share, 0, most, open_low=name == "race_shares")
+            object.__setattr__(self, name, tuple(shares))
 
     @property
     def measure_at(self) -> list[int]:
         """Tokens after which random sets are measured."""
         return [round(share * self.match_tokens) for share in self.set_points]
+
+    def races(self, num_layers: int) -> dict[str, tuple[str, dict]]:
+        """The races, label -> (name, options) for `Study.selection`."""
+        return {f"race, {share:g} of the tokens": ("race", {
+            "sets": self.race_sets, "num_tokens": int(share * num_layers * self.score_tokens)})
+            for share in self.race_shares}
 
     def sets(self, num_layers: int, size: int) -> tuple[tuple[int, ...], ...]:
         """The random sets of `size` of `num_layers` layers."""
