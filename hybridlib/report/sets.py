@@ -192,7 +192,8 @@ def recorded_choices(ledger: Ledger) -> tuple[dict[str, dict[int, Selection]], p
 def on_record(ledger: Ledger) -> pd.DataFrame:
     """Count what there is in `ledger` for this chapter, and what was planned."""
     random = recorded_random(ledger)
-    scores = recorded_values(ledger, random[0]) if random else {}
+    students = random or [r for r in ledger.find("score", metric="kl") if "settings" in r.parameters]
+    scores = _scores(ledger, students[-1].parameters) if students else {}
     return pd.DataFrame({"on record": {"random sets": len(random), "scores of layers": len(scores),
                                        "races": len(ledger.find("score", selector="race"))},
                          "planned": {"random sets": RANDOM_SETS, "scores of layers": len(_KINDS), "races": 1}})

@@ -17,8 +17,8 @@ def test_settings_refuse_what_cannot_be():
     races = settings.races(10).items()
     assert [(label, options["num_tokens"]) for label, (_, options) in races] == [
         ("race, 0.1 of the tokens", settings.score_tokens), ("race, 1 of the tokens", 10 * settings.score_tokens)]
-    for name, value in (("random_sets", 2), ("race_sets", 1), ("set_points", []), ("set_points", [2]), ("race_shares", [0]),
-                        ("set_heldout_tokens", 10**6)):
+    for name, value in (("random_sets", 2), ("race_sets", 1), ("set_points", []), ("set_points", [2]),
+                        ("race_shares", [0]), ("set_heldout_tokens", 10**6)):
         with pytest.raises(ValueError, match=f"^{name}="):
             SetSettings(**{name: value})
 
