@@ -31,6 +31,7 @@ endif
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla selectors cost_of_selection oracle published_sets \
+             sets_not_layers \
              mixers_and_speed
 EXECUTED  := $(NAMES:%=book/notebooks/%.ipynb)
 # What a notebook's results depend on, besides its source.

@@ -18,7 +18,9 @@ CONTESTS = ("selectors", "cost_of_selection")  # notebooks with one parameter mo
 SPEED = "mixers_and_speed"  # notebooks with parameters of their own, and maybe profiles
 ORACLE = "oracle"
 PUBLISHED = "published_sets"
-OTHERS = (*CONTESTS, PUBLISHED, ORACLE, SPEED)
+RANDOM = "sets_not_layers"
+OTHERS = (*CONTESTS, PUBLISHED, ORACLE, SPEED,
+          RANDOM)
 CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64,
                         match_tokens=128, batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2,
                         device="cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from tests.conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, ROOT, SPEED, profile_path
+from tests.conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, RANDOM, ROOT, SPEED, profile_path
 
 from hybridlib import Ledger, StudySettings, budget_layers
 from hybridlib.bench.scoring import CostSettings
@@ -18,13 +18,16 @@ from hybridlib.bench.speed import SpeedSettings
 from hybridlib.report.published import PublishedSettings
 from hybridlib.study.contest import SelectorSettings
 from hybridlib.study.oracle import OracleSettings
+from hybridlib.study.sets import SetSettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)
 SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, SelectorSettings)
             | {"cost_of_selection": CostSettings, ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
-               SPEED: SpeedSettings})
-PROFILED = (*CONTESTS, ORACLE, SPEED)  # those with profiles of their own
+               SPEED: SpeedSettings}
+            | {RANDOM: SetSettings})
+PROFILED = (*CONTESTS, ORACLE, SPEED,
+            RANDOM)  # those with profiles of their own
 AT_SCALE = ("corpus_tokens", "test_tokens", "recall_prompts", "written", "reading", "reading_items")  # no notebook's
 NAMES = {name: [field.name for field in fields(kind) if field.name not in AT_SCALE] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
@@ -97,6 +100,12 @@ def test_profiles_of_selectors_are_the_shared_one_and_a_list_alike_in_both(name)
     values = profile(name, CONTESTS[0])
     assert values == {k: v for k, v in profile(name, CONTESTS[1]).items() if not k.startswith("engine_")}
     assert {k: v for k, v in values.items() if k != "selectors"} == profile(name)
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_the_notebook_of_sets_shares_students_and_scores_with_the_others(name):
+    common, own = profile(name), profile(name, RANDOM)
+    assert {key for key in common if own[key] != common[key]} <= {"seeds", "budget", "match_tokens"}
 
 
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
@@ -208,6 +217,17 @@ def test_a_run_of_the_oracle_measures_draws_and_judges(executed_notebooks, smoke
     records = [r for r in Ledger(smoke_results) if r.kind == "oracle"]
     assert [r.seed for r in records] == list(range(seeds))
     assert {len(r.metrics["sets"]) for r in records} == {1 + 4 + 6}
+
+
+def test_a_run_of_the_notebook_of_sets_predicts_races_and_says_what_is_missing(executed_notebooks, smoke_results):
+    cells = outputs_of(executed_notebooks[RANDOM])
+    drawn = [count_shown(cells, "image/svg+xml", name) for name in ("predict", "race", "arms")]
+    assert drawn == [2, 2, 1] and "ridge on scores and pairs" in tables_of(cells, "predict")
+    assert "race, 0.3 of the tokens against GA-S2" in tables_of(cells, "verdict")
+    assert "random sets" in tables_of(cells, "gpu")
+    kinds = [r.kind for r in Ledger(smoke_results)]
+    values = profile("smoke", RANDOM)
+    assert kinds.count("set") >= values["random_sets"] + 2
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):

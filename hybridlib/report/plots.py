@@ -21,8 +21,8 @@ from hybridlib.report.style import (COLOURS, INK, MEASURES, MUTED, PALE, Plot, a
                                     look, new_figure, plain_axes)
 from hybridlib.selection.agreement import RANGES, bootstrap_interval, interval, spearman
 
-__all__ = ["agreement_matrix", "breakdown", "comparison", "heat_map", "layer_map", "layer_scores", "loss_curves",
-           "rank_scatter", "scaling_curves"]
+__all__ = ["agreement_matrix", "breakdown", "comparison", "dot_intervals", "heat_map", "layer_map", "layer_scores",
+           "loss_curves", "race_rounds", "rank_scatter", "scaling_curves", "scatter_panels"]
 
 _OUTLINE = "#bdbdbd"
 _DASHED = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (5, 2)), "zorder": 1}
@@ -281,6 +281,68 @@ def breakdown(frame: pd.DataFrame, parts: Mapping[str, str], label: str, *, xlab
         axes.margins(x=0.08)
         axes.set_xlabel(xlabel)
         return finish(figure, [Rectangle((0, 0), 1, 1, **style, label=parts[n]) for style, n in zip(styles, names)])
+
+
+def dot_intervals(frame: pd.DataFrame, values: Mapping[str, str], *, limits: tuple[float, float] = (-1, 1)) -> Figure:
+    """Draw numbers with their intervals: a panel for each of `values`, column -> heading, a line a row of `frame`. The
+    interval is that of the columns ``{value}_low`` and ``{value}_high``; all is cut to `limits`."""
+    with house_style():
+        figure = Plot(figsize=(7, 0.9 + 0.26 * len(frame)), layout="constrained")
+        panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+        for i, (axes, (value, heading)) in enumerate(zip(panels, values.items())):
+            ends = frame[[value, f"{value}_low", f"{value}_high"]].clip(*limits).to_numpy(dtype=float).T
+            rows = np.arange(len(frame))
+            axes.hlines(rows, ends[1], ends[2], color=COLOURS[i % 7], linewidth=2, zorder=3)
+            axes.plot(ends[0], rows, **look(i, line=False) | {"markersize": 6}, zorder=4)
+            axes.set_xlim(*axis_limits([0, *ends[0][np.isfinite(ends[0])]], ends[1:]))
+            axes.axvline(0, **_DASHED)
+            _bars(axes, frame.index)
+            axes.set_xlabel(heading)
+        return finish(figure)
+
+
+def scatter_panels(frame: pd.DataFrame, y: str, columns: Sequence[str], *, ylabel: str) -> Figure:
+    """Draw column `y` of `frame` against each of `columns`, a panel each, with Spearman's correlation."""
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    with house_style():
+        figure = Plot(figsize=(7, 0.5 + 2.1 * down), layout="constrained")
+        grid = figure.subplots(down, across, sharey=True, squeeze=False)
+        for axes in grid.flat[len(columns):]:
+            axes.remove()
+        for axes, name in zip(grid.flat, columns):
+            axes.plot(frame[name], frame[y], "o", color=COLOURS[0], markersize=4.5, markeredgecolor="white",
+                      markeredgewidth=0.5)
+            axes.set_xlabel(name)
+            axes.grid()
+            axes.set_title(f"Spearman {format_number(float(spearman(frame[name], frame[y])), 2)}", fontsize=8.5,
+                           loc="right")
+        figure.supylabel(ylabel, fontsize=9)
+        return finish(figure)
+
+
+def race_rounds(table: pd.DataFrame) -> Figure:
+    """Draw every set of a `sets.race_table`: its KL at the end of each round that it was in, until it was out; the set
+    that won is dark."""
+    winner = table.sort_values(["round", "rank"]).drop_duplicates("round", keep="first")["layers"].iloc[-1]
+    own = {"markeredgecolor": "white", "markeredgewidth": 0.5}
+    with house_style():
+        figure, axes = new_figure(7, 3)
+        for layers, line in table.groupby("layers"):
+            style = {"color": PALE, "zorder": 2}
+            if layers == winner:
+                style = {"color": COLOURS[1], "linewidth": 2, "zorder": 4}
+            axes.plot(line["tokens"], line["kl"], marker="o", markersize=5, **style, **own)
+        out = table[table["last"] & (table["layers"] != winner)]
+        axes.plot(out["tokens"], out["kl"], "o", color=MUTED, markersize=5, zorder=3, **own)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(table["tokens"].unique()), [f"{n:,}" for n in sorted(table["tokens"].unique())])
+        axes.minorticks_off()
+        axes.grid()
+        axes.set_xlabel("tokens of stage 2 a set, at the end of each round")
+        axes.set_ylabel(label_of("kl"))
+        return finish(figure, [Line2D([], [], color=COLOURS[1], linewidth=2, marker="o", label="the set that is left"),
+                               Line2D([], [], color=MUTED, linestyle="", marker="o", label="out after this round")])
 
 
 def _bars(axes, names):

@@ -25,7 +25,8 @@ from hybridlib.study.selector import scorer
 
 LAYERS, KEPT = 4, 2
 SMALL = CONTEST_SETTINGS | dict(score_tokens=128, seeds=1, match_learning_rate=1e-3, attention_learning_rate=1e-2)
-TEXT = {"learned-gates": {"data": "text"}}  # options that ask for no prompts
+TEXT = {"learned-gates": {"data": "text"},  # options that ask for no prompts
+        "race": {"proposers": ("gate-gradient", "uniform")}}
 NEED_TEXT = ("ar", "ar-mh", "ar-sum", "halo")  # prompts for a teacher that has a tokenizer and recalls
 
 
@@ -261,6 +262,23 @@ def test_searches_find_what_plain_loops_find(make, measured):
     assert study.select("ga-s2") == tuple(sorted(sorted(range(LAYERS), key=lambda l: measured[l,])[:KEPT]))
 
 
+def test_a_race_is_among_what_is_proposed_and_near_it_and_its_tokens_are_all_that_it_costs(make):
+    study, names = make(), ["gate-gradient", "uniform", "ga-s1"]
+    found = study.selection("race", proposers=names, num_tokens=1500)
+    record, = study.ledger.find("score", selector="race", num_tokens=1500)
+    proposed = [study.selection(name) for name in names]
+    assert [p["layers"] for p in record.metrics["proposals"]] == [list(p.layers) for p in proposed]
+    rounds, spent = record.metrics["rounds"], [0]
+    spent += [r["tokens"] for r in rounds]
+    assert [len(r["sets"]) for r in rounds] == [6, 3, 2]  # there are 6 sets of 2 of 4 layers
+    trained = sum(len(r["sets"]) * (until - since) for r, since, until in zip(rounds, spent, spent[1:]))
+    asked = sum(p.cost.training_tokens for p in proposed)
+    assert found.cost.training_tokens == record.tokens == trained + asked <= 1500
+    assert found.layers == tuple(min(rounds[-1]["sets"], key=lambda row: row["kl"])["layers"])
+    short = study.selection("race", proposers=["uniform"], sets=2)  # one proposal and no scores: nothing to race
+    assert short.layers == study.select("uniform") and short.cost == Cost()
+
+
 def test_costs_are_those_of_a_selector_alone_though_records_are_shared(make):
     study, heldout = make(), 64
     gradient, trained = study.selection("gate-gradient", share=None).cost, LAYERS * 128
@@ -312,7 +330,10 @@ def test_rules_take_their_options(make):
     ("first", {"width": 2}, "^width=2 is no option of selector 'first'; its options: none$"),
     ("gate-gradient", {"share": 0}, "^share=0"), ("gate-gradient", {"train": 2}, "^train=2"),
     ("learned-gates", {"data": "prose"}, "^data='prose' is unknown"),
-    ("gate-gradient-turns", {"rate": 0}, "^rate=0"), ("ga-s2-slow", {"rate": 0}, "^rate=0")])
+    ("gate-gradient-turns", {"rate": 0}, "^rate=0"), ("ga-s2-slow", {"rate": 0}, "^rate=0"),
+    ("race", {"sets": 1}, "^sets=1"), ("race", {"num_tokens": -1}, "^num_tokens=-1"),
+    ("race", {"proposers": "uniform"}, "^proposers='uniform' is not a list of names"),
+    ("race", {"proposers": ["race"]}, "^proposers='race' is unknown")])
 def test_bad_input_is_refused_in_a_sentence(make, name, options, message):
     with pytest.raises(ValueError, match=message):
         make().select(name, **options)
