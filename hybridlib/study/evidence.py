@@ -11,7 +11,7 @@ part        what is run
 regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
 scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
 stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
-main        the hybrids of eight selectors and of three random sets, three seeds, and five for three selectors
+main        the hybrids of nine selectors and of three random sets, three seeds, and five for three selectors
 causes      layers 17 and 18 in and out of GA-S2's set, three seeds
 random      balanced random sets of layers, measured early and at their end
 budgets     half and nearly twice the softmax layers, five selectors, three seeds
@@ -56,7 +56,7 @@ SEEDS, MORE_SEEDS = 3, 5
 SCORERS = ("ga-s1", "gate-gradient", "learned-gates", "smart", "ppl", "ar", "ar-sum", "halo", "gate-gradient-turns",
            "gate-gradient-path", "gate-gradient-2")
 ONCE = ("gate-gradient-path", "gate-gradient-2")  # that take minutes: of the first seed alone
-MAIN = ("ga-s2", "gr-s2", "avg", "ga-s1", "ar", "gate-gradient", "learned-gates", "uniform", "random")
+MAIN = ("ga-s2", "gr-s2", "avg", "ga-s1", "ar", "gate-gradient", "learned-gates", "uniform", "random", "race")
 REPEATED = ("ga-s2", "gr-s2", "gate-gradient")  # with more seeds, for the hypotheses
 RANDOM_SETS = 32
 PAIR = (17, 18)  # of SmolLM2-135M: what recall hangs on
@@ -133,6 +133,8 @@ class Evidence:
                 for direction in ("add", "remove"):
                     yield from self._candidates("main", study, seed, direction, ())
                 yield self._scorer(study, "gate-gradient", seed)
+            else:
+                yield self._scorer(study, "race", seed, seconds=90)
             for name in MAIN if seed < SEEDS else REPEATED:
                 if (layers := self._layers(study, name, seed)) is not None:
                     yield self._hybrid("main", study, layers, seed, points)
