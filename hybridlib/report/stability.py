@@ -54,12 +54,12 @@ def candidate_points(records: Iterable[Record]) -> pd.DataFrame:
         in `History`, None in older records; ``rows`` the KL of each held-out row, or None. The gate gradient has no
         rate, no grouping and 0 tokens.
     """
-    records, rows = list(records), []
+    records, rows = sorted(records, key=lambda r: "measured_tokens" in r.parameters), []  # on all rows come first
     depths = {_text(r.parameters): len(r.metrics["heldout_error"]) for r in records if r.kind == "align"}
     default = SELECTORS[_GRADIENT].options
     for record in records:
         p, m = record.parameters, record.metrics
-        if record.kind == "candidate" and not {"until", "measured_tokens"} & set(p):
+        if record.kind == "candidate" and "until" not in p:
             trained = {k: v for k, v in p["settings"].items() if not k.endswith(("attention_learning_rate", "grouping",
                                                                                  "mixer_learning_rate"))}
             regime, sign = attention_rate(p["settings"]), -1 if p["direction"] == "add" else 1
@@ -79,7 +79,7 @@ def candidate_points(records: Iterable[Record]) -> pd.DataFrame:
                       "rose": None, "rows": None} for layer, value in enumerate(m["values"])]
     if not rows:
         return pd.DataFrame(columns=_COLUMNS)
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).drop_duplicates(["common", "trained", *_RUN[1:], "seed", "layer", "tokens"])
     deepest = frame.groupby("common")["layer"].transform("max") + 1
     frame["num_layers"] = frame["num_layers"].astype(float).fillna(deepest).astype(int)
     frame["setting"] = _numbered([json.loads(text)["name"] for text in frame["common"]], frame["common"])
@@ -161,8 +161,10 @@ def risen(points: pd.DataFrame) -> pd.DataFrame:
     """
     trained = points[points["selector"].isin(_SELECTORS.values())]
     same = ["setting", "selector", "seed", "layer"]
-    start = trained[trained["tokens"] == 0].drop_duplicates(same)[[*same, "kl"]].rename(columns={"kl": "start"})
-    trained = trained[trained["tokens"] > 0].merge(start, "left", on=same)
+    start = trained[trained["tokens"] == 0].drop_duplicates(same)[[*same, "kl", "rows"]]
+    trained = trained[trained["tokens"] > 0].merge(start, "left", on=same, suffixes=("", "_start"))
+    pairs = [_on_shared_rows(*row) for row in trained[["kl", "rows", "kl_start", "rows_start"]].itertuples(index=False)]
+    trained[["kl", "start"]] = np.array(pairs, dtype=float).reshape(-1, 2)
     rows = []
     for key, part in trained.groupby([*_RUN, "tokens"], sort=False, dropna=False):
         rose, known = part["rose"].dropna(), part.dropna(subset=["start"])
@@ -253,9 +255,17 @@ def _held_out(points, key, tokens, seeds):
     run = points[(points["tokens"] == tokens) & points["seed"].isin(seeds)]
     for name, value in zip(_RUN, key):
         run = run[run[name].isna() if value is None else run[name] == value]
-    if run["rows"].isna().any():
+    if run["rows"].isna().any() or run["rows"].map(len).nunique() > 1:
         return []
     return [np.array(part.sort_values("layer")["rows"].tolist()).T for _, part in run.groupby("seed")]
+
+
+def _on_shared_rows(kl, rows, start, start_rows):
+    """Two figures of a candidate on the held-out rows that both were measured on, which are the first ones."""
+    if not isinstance(rows, list) or not isinstance(start_rows, list) or len(rows) == len(start_rows):
+        return kl, start
+    count = min(len(rows), len(start_rows))
+    return np.mean(rows[:count]), np.mean(start_rows[:count])
 
 
 def _between_seeds(agreement):

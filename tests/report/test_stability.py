@@ -92,6 +92,15 @@ def test_candidates_above_their_start_are_counted_where_records_allow(ledger):
     assert missing["layers"] == 3 and missing["tokens"] == (64,)
 
 
+def test_early_figures_on_fewer_rows_are_compared_on_these(ledger):
+    rows = np.array([UP, 3 * UP])
+    ledger.add_run(rows.mean(0), rows=rows, curve={0: UP * 1.5})
+    for record in ledger:  # on the first row, where it is above
+        record.metrics["curve"][0]["kl_rows"] = [record.metrics["curve"][0]["kl"]]
+    table = stability.risen(stability.candidate_points(ledger))
+    assert of(table, tokens=64)["above"] == 0 and of(table, tokens=64)["change"] == pytest.approx(1 / 1.5 - 1)
+
+
 def test_noise_and_spread_are_recovered_and_foretell_the_agreement(ledger):
     draw, layers = np.random.default_rng(0), 400
     truth = draw.normal(0, 0.2, layers)
