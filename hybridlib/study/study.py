@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -353,10 +353,9 @@ class Study:
         return self.ledger.run(kind, parameters, compute, recompute=again)
 
 
-def with_curve(end: Mapping, curve: Iterable[Mapping]) -> dict:
+def with_curve(end: Mapping, curve: Sequence[Mapping]) -> dict:
     """The figures of `measure_along` as one record: those at the end, whose ``curve`` gets those on the way, with the
     time and the cost of all."""
-    curve = list(curve)
     if not curve:
         return dict(end)
     total = {"seconds": sum(figures["seconds"] for figures in (*curve, end)),
