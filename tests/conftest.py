@@ -17,10 +17,10 @@ NOTEBOOKS = ("importance_scoring", "add_or_remove", "kl_or_mse", "gdn_to_gla")
 CONTESTS = ("selectors", "cost_of_selection")  # notebooks with one parameter more, and profiles of their own
 SPEED = "mixers_and_speed"  # notebooks with parameters of their own, and maybe profiles
 ORACLE = "oracle"
+STABILITY = "stability"
 PUBLISHED = "published_sets"
 RANDOM = "sets_not_layers"
-OTHERS = (*CONTESTS, PUBLISHED, ORACLE, SPEED,
-          RANDOM)
+OTHERS = (*CONTESTS, PUBLISHED, ORACLE, STABILITY, RANDOM, SPEED)
 CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64,
                         match_tokens=128, batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2,
                         device="cpu")

@@ -10,7 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from tests.conftest import CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, RANDOM, ROOT, SPEED, profile_path
+from tests.conftest import (CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, RANDOM, ROOT, SPEED, STABILITY,
+                            profile_path)
 
 from hybridlib import Ledger, StudySettings, budget_layers
 from hybridlib.bench.scoring import CostSettings
@@ -19,15 +20,14 @@ from hybridlib.report.published import PublishedSettings
 from hybridlib.study.contest import SelectorSettings
 from hybridlib.study.oracle import OracleSettings
 from hybridlib.study.sets import SetSettings
+from hybridlib.study.stability import StabilitySettings
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)
 SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, SelectorSettings)
             | {"cost_of_selection": CostSettings, ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
-               SPEED: SpeedSettings}
-            | {RANDOM: SetSettings})
-PROFILED = (*CONTESTS, ORACLE, SPEED,
-            RANDOM)  # those with profiles of their own
+               SPEED: SpeedSettings, STABILITY: StabilitySettings, RANDOM: SetSettings})
+PROFILED = (*CONTESTS, ORACLE, STABILITY, RANDOM, SPEED)  # those with profiles of their own
 AT_SCALE = ("corpus_tokens", "test_tokens", "recall_prompts", "written", "reading", "reading_items")  # no notebook's
 NAMES = {name: [field.name for field in fields(kind) if field.name not in AT_SCALE] for name, kind in SETTINGS.items()}
 SOURCES = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ALL}
@@ -102,17 +102,18 @@ def test_profiles_of_selectors_are_the_shared_one_and_a_list_alike_in_both(name)
     assert {k: v for k, v in values.items() if k != "selectors"} == profile(name)
 
 
+@pytest.mark.parametrize("notebook", [ORACLE, STABILITY])
+@pytest.mark.parametrize("name", ["smoke", "cpu"])
+def test_some_notebooks_share_students_and_scores_with_the_others(name, notebook):
+    common, own = profile(name), profile(name, notebook)
+    assert {key: own[key] for key in common if key != "seeds"} == {key: common[key] for key in common if key != "seeds"}
+    assert own["seeds"] <= common["seeds"]
+
+
 @pytest.mark.parametrize("name", ["smoke", "cpu"])
 def test_the_notebook_of_sets_shares_students_and_scores_with_the_others(name):
     common, own = profile(name), profile(name, RANDOM)
     assert {key for key in common if own[key] != common[key]} <= {"seeds", "budget", "match_tokens"}
-
-
-@pytest.mark.parametrize("name", ["smoke", "cpu"])
-def test_the_oracle_shares_students_and_scores_with_the_other_notebooks(name):
-    common, own = profile(name), profile(name, ORACLE)
-    assert {key: own[key] for key in common if key != "seeds"} == {key: common[key] for key in common if key != "seeds"}
-    assert own["seeds"] <= common["seeds"]
 
 
 def test_there_are_four_profiles_and_all_notebooks_are_tested():
@@ -122,10 +123,12 @@ def test_there_are_four_profiles_and_all_notebooks_are_tested():
 
 
 @pytest.mark.parametrize("name, parameter, value, message", [
-    *((name, *bad) for name in (*NOTEBOOKS, ORACLE) for bad in (
+    *((name, *bad) for name in (*NOTEBOOKS, ORACLE, STABILITY) for bad in (
         ("bugdet", 0.5, r"bugdet=0.5 is no parameter of this notebook; did you mean 'budget'\?$"),
         ("budget", 0, "budget=0 is not a count"), ("budget", 1.5, "budget=1.5 is not a share"),
         ("mixer", "mamba", "mixer='mamba'"))),
+    (STABILITY, "rates", [], r"rates=\[\] is not a list of different numbers, at least 1$"),
+    (STABILITY, "shares", [2.0], "shares=2.0 is not a number of at least 0 and at most 1$"),
     (SPEED, "shape", 0.5, r"shape=0.5 is no parameter of this notebook; did you mean 'shapes'\?$"),
     (SPEED, "shapes", [[1, 2, 3]], r"shape=\[1, 2, 3\] is not \(batch, time, heads, dim\)"),
     (PUBLISHED, "shares", 0.5, r"shares=0.5 is no parameter of this notebook; did you mean 'share'\?$")])
@@ -228,6 +231,15 @@ def test_a_run_of_the_notebook_of_sets_predicts_races_and_says_what_is_missing(e
     kinds = [r.kind for r in Ledger(smoke_results)]
     values = profile("smoke", RANDOM)
     assert kinds.count("set") >= values["random_sets"] + 2
+
+
+def test_a_run_of_the_notebook_of_stability_shows_its_own_records_and_those_of_gpus(executed_notebooks, smoke_results):
+    cells = outputs_of(executed_notebooks[STABILITY])
+    assert [count_shown(cells, "image/svg+xml", name) for name in ("repetition", "noise")] == [2, 1]
+    assert "GR-S2" in tables_of(cells, "verdict") and "gate gradient" in tables_of(cells, "verdict")
+    assert count_shown(cells, "text/html", "gpu") >= 6 and count_shown(cells, "image/svg+xml", "gpu") >= 3
+    assert count_shown(cells, "image/svg+xml", "older") >= 2 and count_shown(cells, "text/html", "older") >= 8
+    assert not [r for r in Ledger(smoke_results).find("candidate") if "curve" in r.metrics]  # none was trained again
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):

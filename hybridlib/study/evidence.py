@@ -100,7 +100,8 @@ class Evidence:
                      for best in self._best(finalists, 1, s.match_tokens)), None)
 
     def stability(self, study: Study) -> Iterator[Piece]:
-        tokens = self._tokens(study.settings.score_tokens, STABILITY_SHARE)
+        step = study.match_settings.step_rows(study.settings.context) * study.settings.context
+        tokens = -(-round(STABILITY_SHARE * study.settings.score_tokens) // step) * step  # where scores were measured
         points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES if share < STABILITY_SHARE]
         for rate in sorted(set(RATES) - {study.settings.attention_learning_rate}, reverse=True):
             other = study.under(attention_learning_rate=rate, score_tokens=tokens)

@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -37,7 +37,7 @@ from hybridlib.study.catalogue import run_selector, score_parameters
 from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
 
-__all__ = ["Study", "StudyRecords"]
+__all__ = ["Study", "StudyRecords", "with_curve"]
 
 logger = logging.getLogger(__name__)
 _sum_of = cache(sha256_of)
@@ -193,7 +193,7 @@ class Study:
         with tempfile.TemporaryDirectory() as checkpoints:
             *curve, end = measure_along(job if shares_step(job) else replace(job, checkpoints=checkpoints),
                                         one_layer_sets(direction, self.num_layers)[layer], measure_at)
-        records.keep(layer, s.score_tokens, _with_curve(end, curve))
+        records.keep(layer, s.score_tokens, with_curve(end, curve))
 
     def candidates(self, direction: str = "add", mixer: str | None = None, seed: int = 0) -> StudyRecords:
         """The records of the candidates of `scores`."""
@@ -253,7 +253,7 @@ class Study:
             with self._checkpoint("hybrid", parameters, s.match_tokens, settings, points and not shares_step(job)
                                   ) as checkpoint:
                 *curve, end = measure_along(replace(job, checkpoints=checkpoint), layers, points, s.heldout_tokens)
-            figures = _with_curve(end, curve)
+            figures = with_curve(end, curve)
             return {name: value for name, value in figures.items() if name not in ("seconds", "device")}
 
         return self.record("hybrid", parameters, compute)
@@ -358,15 +358,17 @@ class Study:
         return self.ledger.run(kind, parameters, compute, recompute=again)
 
 
-def _with_curve(end, curve):
-    """The figures of `measure_along` as one record: those at the end, with the time and the cost of all."""
+def with_curve(end: Mapping, curve: Sequence[Mapping]) -> dict:
+    """The figures of `measure_along` as one record: those at the end, whose ``curve`` gets those on the way, with the
+    time and the cost of all."""
     if not curve:
-        return end
+        return dict(end)
     total = {"seconds": sum(figures["seconds"] for figures in (*curve, end)),
              "cost": Cost.total(Cost.from_dict(figures["cost"]) for figures in (*curve, end)).to_dict()}
     shown = ("tokens", "kl", "kl_stderr", "kl_rows", "perplexity", "top1_agreement", "recall_exact", "recall_stderr",
              "recall_hits")
-    return end | total | {"curve": [{name: figures[name] for name in shown if name in figures} for figures in curve]}
+    new = [{name: figures[name] for name in shown if name in figures} for figures in curve]
+    return {**end, **total, "curve": sorted([*end.get("curve", ()), *new], key=lambda point: point["tokens"])}
 
 
 def _absolute(name):

@@ -131,9 +131,9 @@ def measure_set(job: Job, layers: Layers, until: int | None = None, since: int =
     return _measure_alone(job, layers, until, since)
 
 
-def measure_along(job: Job, layers: Layers, points: Iterable[int] = (), heldout_tokens: int | None = None
-                  ) -> list[dict]:
-    """The figures of one candidate after each of `points` tokens and at its end; raises what went wrong.
+def measure_along(job: Job, layers: Layers, points: Iterable[int] = (), heldout_tokens: int | None = None,
+                  end: bool = True) -> list[dict]:
+    """The figures of one candidate after each of `points` tokens and, with `end`, at its end; raises what went wrong.
 
     Points are rounded up to whole steps, and several may be one; `heldout_tokens` are read there, None for those of
     `job`. Where no recorded step serves (see `shares_step`), `job` needs `checkpoints`.
@@ -141,7 +141,7 @@ def measure_along(job: Job, layers: Layers, points: Iterable[int] = (), heldout_
     on_the_way = job if heldout_tokens is None else replace(job, heldout_tokens=heldout_tokens)
     step = job.settings.step_rows(job.inputs.context) * job.inputs.context
     figures, since = [], 0
-    for point in (*points, job.num_tokens):
+    for point in (*points, *([job.num_tokens] if end else ())):
         until = job.num_tokens if point >= job.num_tokens else -(-point // step) * step
         figures.append(measure_set(job if until == job.num_tokens else on_the_way, layers, until, since))
         since = figures[-1]["tokens"]
