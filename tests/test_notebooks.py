@@ -246,7 +246,8 @@ def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_
     kinds = [(r.kind, r.parameters.get("mixer")) for r in Ledger(smoke_results)]
     seeds = smoke_profile["seeds"]
     assert kinds.count(("align", "gdn")) == kinds.count(("align", "gla")) == seeds
-    assert kinds.count(("score", "gdn")) == 5 * seeds  # added, removed, two stage-1 errors, the gates' gradient
+    # added, removed, two stage-1 errors, the gates' gradient; and a race with the learned gates that propose to it
+    assert kinds.count(("score", "gdn")) == 5 * seeds + 2
     assert kinds.count(("score", "gla")) == seeds
 
 
