@@ -47,7 +47,7 @@ from hybridlib.study.selector import full_parameters
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
-__all__ = ["Evidence", "balanced_sets", "lab"]
+__all__ = ["Evidence", "arm_options", "balanced_sets", "lab"]
 
 RATES = (1e-4, 3e-4, 1e-3)
 SCORE_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the tokens of a candidate, at which it is measured on the way
@@ -56,6 +56,7 @@ SEEDS, MORE_SEEDS = 3, 5
 SCORERS = ("ga-s1", "gate-gradient", "learned-gates", "smart", "ppl", "ar", "ar-sum", "halo", "gate-gradient-turns",
            "gate-gradient-path", "gate-gradient-2")
 ONCE = ("gate-gradient-path", "gate-gradient-2")  # that take minutes: of the first seed alone
+SECONDS = {"learned-gates": 120, "halo": 120, "gate-gradient-path": 120, "gate-gradient-2": 240, "race": 120}  # else 30
 MAIN = ("ga-s2", "gr-s2", "avg", "ga-s1", "ar", "gate-gradient", "learned-gates", "uniform", "random", "race")
 REPEATED = ("ga-s2", "gr-s2", "gate-gradient")  # with more seeds, for the hypotheses
 RANDOM_SETS = 32
@@ -116,7 +117,7 @@ class Evidence:
             for name in SCORERS:
                 if seed == 0 or name not in ONCE:
                     yield self._scorer(study, name, seed)
-            yield self._scorer(study, "ga-s1", seed, normalize=False)
+            yield self._scorer(study, "ga-s1", seed, normalize=True)
 
     def random(self, study: Study) -> Iterator[Piece]:
         half = self._half(study).under(written=False, reading=())
@@ -135,7 +136,7 @@ class Evidence:
                     yield from self._candidates("main", study, seed, direction, ())
                 yield self._scorer(study, "gate-gradient", seed)
             else:
-                yield self._scorer(study, "race", seed, seconds=90)
+                yield self._scorer(study, "race", seed)
             for name in MAIN if seed < SEEDS else REPEATED:
                 if (layers := self._layers(study, name, seed)) is not None:
                     yield self._hybrid("main", study, layers, seed, points)
@@ -172,7 +173,7 @@ class Evidence:
         sets = {"greedy-forward": self.budget * (2 * study.num_layers - self.budget + 1) // 2,
                 "greedy-backward": (study.num_layers - self.budget) * (study.num_layers + self.budget + 1) // 2}
         for name, count in sets.items():
-            yield self._scorer(half, name, 0, seconds=3 * count)
+            yield self._scorer(half, name, 0, 3 * count)
             if (layers := self._layers(half, name, 0)) is not None:
                 yield self._hybrid("greedy", half, layers)
 
@@ -235,9 +236,10 @@ class Evidence:
                         partial(study.candidate, layer, direction, None, seed, points),
                         partial(study.is_aligned, s.mixer, seed))
 
-    def _scorer(self, study, name, seed, seconds=30, **options):
+    def _scorer(self, study, name, seed, seconds=None, **options):
+        options = arm_options(study, name) | options
         paths = self._score_paths(study, name, seed, **options)
-        return Piece(f"scores: {name}, seed {seed} {options or ''}", f"scores {seed}", seconds,
+        return Piece(f"scores: {name}, seed {seed} {options or ''}", f"scores {seed}", seconds or SECONDS.get(name, 30),
                      lambda: any(path.exists() for path in paths),
                      partial(study.selection, name, seed=seed, **options),
                      partial(study.is_aligned, study.settings.mixer, seed))
@@ -258,12 +260,19 @@ class Evidence:
             return all(study.candidates(direction, seed=seed).path(layer, study.settings.score_tokens).exists()
                        for direction in {"ga-s2": ("add",), "gr-s2": ("remove",)}.get(name, ("add", "remove"))
                        for layer in range(study.num_layers))
-        return any(path.exists() for path in self._score_paths(study, name, seed))
+        return any(path.exists() for path in self._score_paths(study, name, seed, **arm_options(study, name)))
 
     def _layers(self, study, name, seed):
-        """The selector's layers, None until its scores are on record; GA-S1's by the paper's raw error."""
-        options = {"normalize": False} if name == "ga-s1" else {}
-        return study.select(name, seed=seed, **options) if self._scored(study, name, seed) else None
+        """The selector's layers, None until its scores are on record."""
+        return study.select(name, seed=seed, **arm_options(study, name)) if self._scored(study, name, seed) else None
+
+
+def arm_options(study: Study, name: str) -> dict:
+    """The options of a selector in the study: GA-S1 by the paper's raw error, learned gates on a tenth of GA-S2's
+    tokens."""
+    tokens = study.num_layers * study.settings.score_tokens // 10
+    return {"ga-s1": {"normalize": False},
+            "learned-gates": {"num_tokens": max(study.settings.context, tokens)}}.get(name, {})
 
 
 @cache

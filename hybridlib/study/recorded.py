@@ -19,7 +19,7 @@ from hybridlib.records.ledger import Ledger, Record
 from hybridlib.selection.rules import budget_layers
 from hybridlib.selection.scorers.ablation import TaskTooHard
 from hybridlib.study.catalogue import SELECTORS
-from hybridlib.study.evidence import MAIN, Evidence
+from hybridlib.study.evidence import MAIN, Evidence, arm_options
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
 
@@ -170,11 +170,11 @@ def _choices(study, mixer, seed, count, arms) -> Mapping[str, tuple[int, ...]]:
         return chosen
     mixers = dict.fromkeys([mixer, *(r.parameters["mixer"] for r in study.entries if r.kind == "align")])
     for name in arms:
-        options = {"normalize": False} if name == "ga-s1" else {}
         for probe in mixers if SELECTORS[name].needs in ("student", "stage 2") else (mixer,):
             arm = name if probe == mixer else f"{name} by {probe}"
             try:
-                chosen[arm] = study.under(budget=count, mixer=probe).select(name, probe, seed, **options)
+                chosen[arm] = study.under(budget=count, mixer=probe).select(name, probe, seed,
+                                                                             **arm_options(study, name))
             except NotRecorded:
                 continue
     return chosen
