@@ -110,9 +110,9 @@ class Run:
                     save_checkpoint(checkpoints[c], self._identity(named), named, state, self.histories[c], self.step)
 
         for c in self._alive() if self.step == self.steps else ():
-            if (losses := self.histories[c]).rose:
+            if (history := self.histories[c]).rose:
                 logger.warning("%s ended with a higher loss than it started with, %.4g after %.4g; %s", self.stage,
-                               losses.losses[-1], losses.losses[0], ADVICE)
+                               history.end_loss, history.losses[0], ADVICE)
 
     def resume(self, checkpoints: Mapping[int, Path]) -> None:
         """Take up all members where their `checkpoints`, of one step, left them; ValueError for a foreign one."""

@@ -140,7 +140,12 @@ class History:
     seconds: float = 0.0
 
     @property
-    def rose(self) -> bool:
-        """Whether the mean loss of the last tenth of the steps, at least one, is above that of the first step."""
+    def end_loss(self) -> float:
+        """The mean loss of the last tenth of the steps, at least one."""
         last = self.losses[-max(1, len(self.losses) // 10):]
-        return bool(last) and sum(last) / len(last) > self.losses[0]
+        return sum(last) / len(last)
+
+    @property
+    def rose(self) -> bool:
+        """Whether `end_loss` is above the loss of the first step; of a run without steps it is not."""
+        return bool(self.losses) and self.end_loss > self.losses[0]

@@ -37,6 +37,7 @@ import numpy as np
 import yaml
 
 from hybridlib.checks import check_int
+from hybridlib.distill.reading import reading_files
 from hybridlib.distill.settings import GROUPINGS
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.study.catalogue import SELECTORS
@@ -73,6 +74,7 @@ class Evidence:
     """
 
     def __init__(self, study: Study, speed: float = 170_000):
+        reading_files(study.settings.reading)  # what is not there is refused before hours of work
         self.study, self.speed = study, speed
         self.budget = budget_layers(study.settings.budget, study.num_layers)
 

@@ -74,6 +74,11 @@ def test_the_command_line_reads_either_settings_and_does_what_time_allows(tmp_pa
     assert names == {"lab: oracle, seed 0", "lab: contest"} if "sizes" in named else "align gdn, seed 0" in names
 
 
+def test_a_file_to_read_that_is_not_there_is_refused_at_once(study):
+    with pytest.raises(ValueError, match="reading names 'nowhere.parquet'"):
+        Evidence(study.under(reading=("nowhere.parquet",)))
+
+
 def test_balanced_sets_hold_each_layer_alike_and_pairs_nearly():
     sets = balanced_sets(30, 8, 32)
     uses = [sum(l in s for s in sets) for l in range(30)]
