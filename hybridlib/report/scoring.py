@@ -33,7 +33,7 @@ def engine_table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
                 "tokens of training": f"{row['tokens']:,.0f}", "last measured after": f"{row['history_tokens'][-1]:,}",
                 "layers a task": f"{row['group']}", "peak memory (MiB)": mebibytes(row.get("peak_bytes")),
                 "commit": row["commit"][:7] if isinstance(row.get("commit"), str) else _NONE})
-    index = ["teacher", "tokens a candidate", "rate of mixers", "loop"]
+    index = ["teacher", "tokens a candidate", "higher rate", "loop"]
     return pd.DataFrame(rows).fillna(_NONE).set_index(index) if rows else pd.DataFrame()
 
 
@@ -81,7 +81,7 @@ def early_stop_table(frames: Sequence[pd.DataFrame], path: str | Path | None = N
 def _question(frame):
     first = frame.iloc[0]
     return {"teacher": first["aligned"]["teacher"], "tokens a candidate": f"{first['num_tokens']:,}",
-            "rate of mixers": f"{MatchSettings.from_numbers(first['settings']).attention_learning_rate:g}"}
+            "higher rate": f"{MatchSettings.from_numbers(first['settings']).attention_learning_rate:g}"}
 
 
 def _loops(frame):
