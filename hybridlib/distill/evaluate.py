@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
-from hybridlib.distill.objectives import divergence, divergence_from_hidden
+from hybridlib.distill.objectives import divergence_from_hidden
 from hybridlib.distill.recall import RecallTask, generate_recall, marks, score_recall, share_of
-from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
+from hybridlib.models.passes import TeacherStates, compiled_if, evaluation_mode, last_hidden
 
 __all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl",
            "written_recall"]
@@ -83,30 +83,38 @@ def written_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
 @torch.no_grad()
 def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], teacher: PreTrainedModel, tokens: Tokens,
                      recall: Sequence[Sequence[bool] | None], *, heldout_tokens: int | None = None,
-                     batch_tokens: int = 8192, states: TeacherStates | None = None) -> list[Evaluation]:
+                     batch_tokens: int = 8192, states: TeacherStates | None = None, compiled: bool = False
+                     ) -> list[Evaluation]:
     """Measure several models, in evaluation mode, as `evaluate` does one.
 
     `logits` takes ids (rows, time) and gives each model's logits (rows, time, vocab); `recall` says which of each one's
-    answers are right. `states`, of this teacher, spare its pass.
+    answers are right. `states`, of this teacher, spare its pass. The figures of a batch can be `compiled`.
     """
-    kl: list[list[float]] = [[] for _ in recall]
-    sums = torch.zeros(len(recall), 3, dtype=torch.float64)
+    measure = compiled_if(compiled, _row_figures)
+    measured: list[list[torch.Tensor]] = [[] for _ in recall]
     for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
         with _autocast(ids.device):
-            expected = teacher.lm_head(hidden).float()
-            teacher_nats = _nats(expected, ids)
-            for c, own in enumerate(logits(ids)):
-                own = own.float()
-                kl[c] += divergence(expected, own).mean(-1).tolist()
-                agreement = (expected.argmax(-1) == own.argmax(-1)).float().mean(-1).sum().item()
-                sums[c] += torch.tensor([_nats(own, ids), teacher_nats, agreement], dtype=torch.float64)
+            expected = teacher.lm_head(hidden)
+            for rows, own in zip(measured, logits(ids), strict=True):
+                rows.append(measure(expected, own, ids))
     figures = []
-    for rows, total, hits in zip(kl, sums, recall, strict=True):
-        nats, teacher_nats, agreement = (total / len(rows)).tolist()
+    for rows, hits in zip(measured, recall, strict=True):
+        kl, *others = torch.cat(rows).double().cpu().unbind(1)
+        nats, teacher_nats, agreement = (other.mean().item() for other in others)
         share, stderr, right = (None, None, None) if hits is None else (*share_of(hits), marks(hits))
-        figures.append(Evaluation(*mean_stderr(rows), math.exp(nats), math.exp(teacher_nats), agreement,
-                                  len(rows) * tokens.context, share, stderr, tuple(rows), right))
+        figures.append(Evaluation(*mean_stderr(kl.tolist()), math.exp(nats), math.exp(teacher_nats), agreement,
+                                  len(kl) * tokens.context, share, stderr, tuple(kl.tolist()), right))
     return figures
+
+
+def _row_figures(expected, own, ids):
+    """Of each row, (rows, 4): KL(teacher || model), both models' nats for a next token, how often they agree on it."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    log_p, log_q = (logits.log_softmax(-1, dtype=wide) for logits in (expected, own))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nats = [-log[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(-1) for log in (log_q, log_p)]
+    agreement = (expected.argmax(-1) == own.argmax(-1)).to(wide)
+    return torch.stack([kl.mean(-1), *nats, agreement.mean(-1)], -1)
 
 
 def heldout_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *, heldout_tokens: int | None = None,
@@ -156,12 +164,6 @@ def _batches(teacher, tokens, heldout_tokens, batch_tokens, states) -> Iterator[
 
 def _autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _nats(logits, ids):
-    """Return the sum over rows of the mean cross-entropy of a row's next tokens."""
-    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return nats.view(len(ids), -1).mean(-1).sum().item()
 
 
 def mean_stderr(values: Sequence[float]) -> tuple[float, float]:

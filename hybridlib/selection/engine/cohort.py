@@ -49,7 +49,7 @@ class Cohort(Run):
                       if examples else [None] * count)
             return [member.metrics() for member in evaluate_members(
                 lambda ids: (F.linear(*output) for output in self.outputs(ids)), self.teacher, tokens, recall,
-                heldout_tokens=heldout_tokens, states=self.states)]
+                heldout_tokens=heldout_tokens, states=self.states, compiled=self.compiled)]
 
     @torch.no_grad()
     def hybrid(self, c: int = 0) -> PreTrainedModel:
