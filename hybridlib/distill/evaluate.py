@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import divergence_from_hidden
-from hybridlib.distill.recall import RecallTask, generate_recall, marks, score_recall, share_of
-from hybridlib.models.passes import TeacherStates, compiled_if, evaluation_mode, last_hidden
+from hybridlib.distill.recall import RecallTask, generate_recall, marks, rows_to_write, score_recall, share_of
+from hybridlib.models.passes import TeacherStates, compiled_if, half_on_gpu, last_hidden, measuring
 
 __all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl",
            "written_recall"]
@@ -61,7 +61,7 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
     if written and recall is None:
         raise ValueError("written=True needs a recall task to write the answers of; give recall")
     answers, own = None, {}
-    with evaluation_mode(model):
+    with measuring(model):
         if recall is not None:
             if tokens.tokenizer is None:
                 raise ValueError("tokens.tokenizer=None cannot encode recall; load tokens with the teacher's tokenizer")
@@ -75,7 +75,9 @@ def evaluate(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, *
 def written_recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recall: RecallTask, examples: int
                    ) -> dict:
     """Return the figures ``recall_written*`` of `Evaluation`: as its recall, but of what the model writes itself."""
-    score = score_recall(model, tokenizer, generate_recall(recall, examples, seed=1), mode="greedy", batch_size=64)
+    prompts = generate_recall(recall, examples, seed=1)
+    with measuring(model):
+        score = score_recall(model, tokenizer, prompts, mode="greedy", batch_size=rows_to_write(model))
     return {"recall_written": score.exact_match, "recall_written_stderr": score.stderr,
             "recall_written_hits": marks(score.hits)}
 
@@ -93,7 +95,7 @@ def evaluate_members(logits: Callable[[torch.Tensor], Iterable[torch.Tensor]], t
     measure = compiled_if(compiled, _row_figures)
     measured: list[list[torch.Tensor]] = [[] for _ in recall]
     for ids, hidden in _batches(teacher, tokens, heldout_tokens, batch_tokens, states):
-        with _autocast(ids.device):
+        with half_on_gpu(ids.device):
             expected = teacher.lm_head(hidden)
             for rows, own in zip(measured, logits(ids), strict=True):
                 rows.append(measure(expected, own, ids))
@@ -132,7 +134,7 @@ def heldout_row_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
                    measure: Callable | None = None) -> list[float]:
     """Return the KL of `heldout_kl` row by row; `measure` is a faster `row_kl`, called with ids and teacher states."""
     values = []
-    with evaluation_mode(model):
+    with measuring(model):
         for ids, hidden in _batches(teacher, tokens, heldout_tokens, 8192, states):
             kl = measure(ids, hidden) if measure else row_kl(model, teacher, ids, hidden)
             values.append(kl.clone())  # the next call may write to the same place
@@ -142,7 +144,7 @@ def heldout_row_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
 def row_kl(model: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, teacher_states: torch.Tensor, *,
            compiled: bool = False) -> torch.Tensor:
     """Return KL(teacher || model) in nats a token, (rows,), of ids (rows, time), teacher_states (rows, time, width)."""
-    with _autocast(ids.device):
+    with half_on_gpu(ids.device):
         states = last_hidden(model, ids, compiled=compiled)
         return torch.stack([divergence_from_hidden(t, teacher.lm_head.weight, s, model.lm_head.weight)
                             for t, s in zip(teacher_states, states, strict=True)])
@@ -157,13 +159,9 @@ def _batches(teacher, tokens, heldout_tokens, batch_tokens, states) -> Iterator[
     device = next(teacher.parameters()).device
     for ids in tokens.heldout[:count].split(max(1, batch_tokens // tokens.context)):
         ids = ids.to(device).long()
-        with _autocast(device):
+        with half_on_gpu(device):
             hidden = last_hidden(teacher, ids) if states is None else states(ids)
         yield ids, hidden
-
-
-def _autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def mean_stderr(values: Sequence[float]) -> tuple[float, float]:

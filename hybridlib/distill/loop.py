@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hybridlib.checks import check_int
 from hybridlib.distill.graphs import Graphed, Update
 from hybridlib.distill.settings import DistillationDiverged, History, _Settings
+from hybridlib.models.passes import half_on_gpu
 
 __all__ = ["Run", "load_checkpoint", "save_checkpoint", "steps_done", "train_steps"]
 
@@ -173,7 +174,7 @@ class Run:
         losses: dict = {}
         for part in zip(*(tensor.split(self.micro) for tensor in batch), strict=True):
             share = len(part[0]) / self.rows
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with half_on_gpu(self.device):
                 for layer, loss in self.step_loss(share, *part).items():
                     losses[layer] = losses.get(layer, 0) + loss * share
         return list(losses), torch.stack([x.reshape(len(self.histories)) for x in (*losses.values(), self.clip())])

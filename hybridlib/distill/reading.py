@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as parquet
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridlib.checks import check_choice, check_int
-from hybridlib.distill.recall import RecallExample, encode_recall, forced_answers, marks, share_of, write
-from hybridlib.models.passes import evaluation_mode
+from hybridlib.distill.recall import RecallExample, encode_recall, forced_answers, marks, rows_to_write, share_of, write
+from hybridlib.models.passes import evaluation_mode, measuring
 
 __all__ = ["READING_MODES", "ReadingItem", "ReadingScore", "encode_reading", "load_reading", "reading_figures",
            "reading_files", "score_reading"]
@@ -138,8 +139,8 @@ def reading_figures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                     reading: Mapping[str, Sequence[ReadingItem]]) -> dict[str, dict]:
     """Return, for each of the files, the shares of both modes with their ``_stderr`` and ``_hits`` (ones and zeros)."""
     figures: dict[str, dict] = {stem: {} for stem in reading}
-    for stem, items in reading.items():
-        for mode in READING_MODES:
-            score = score_reading(model, tokenizer, items, mode=mode)
+    with measuring(model):
+        for (stem, items), mode in product(reading.items(), READING_MODES):
+            score = score_reading(model, tokenizer, items, mode=mode, batch_size=rows_to_write(model))
             figures[stem] |= {mode: score.share, f"{mode}_stderr": score.stderr, f"{mode}_hits": marks(score.hits)}
     return figures

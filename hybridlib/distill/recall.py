@@ -33,8 +33,8 @@ from hybridlib.checks import check_choice, check_int
 from hybridlib.models.passes import evaluation_mode, last_hidden
 
 __all__ = ["JUDGING_FAMILIES", "RecallExample", "RecallScore", "RecallTask", "TRAINING_FAMILIES", "encode_all",
-           "encode_recall", "forced_answers", "generate_recall", "marks", "recall_of_members", "score_recall",
-           "share_of", "write"]
+           "encode_recall", "forced_answers", "generate_recall", "marks", "recall_of_members", "rows_to_write",
+           "score_recall", "share_of", "write"]
 
 JUDGING_FAMILIES = ("key_value",)  #: on which hybrids are judged, so that no selector may choose by them
 TRAINING_FAMILIES = ("needle", "multi_hop", "variable_tracking")  #: on which selectors may train
@@ -206,6 +206,11 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: S
         texts += generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
                           pad_token_id=_pad_id(tokenizer))[:, ids.shape[1]:].tolist()
     return texts
+
+
+def rows_to_write(model: torch.nn.Module) -> int:
+    """Return how many prompts a model reads at once to write behind them: the more, the less a step waits on a GPU."""
+    return 512 if next(model.parameters()).is_cuda else 64
 
 
 @torch.no_grad()

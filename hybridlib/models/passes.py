@@ -13,7 +13,8 @@ from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_int
 
-__all__ = ["TeacherStates", "attention_io", "compiled_if", "evaluation_mode", "last_hidden", "repeatable"]
+__all__ = ["TeacherStates", "attention_io", "compiled_if", "evaluation_mode", "half_on_gpu", "last_hidden", "measuring",
+           "repeatable"]
 
 RECOMPILE_LIMIT = 64  # variants of a compiled function
 _MASKLESS = ("sdpa", "flash_attention_2", "flash_attention_3")  # causal without a mask
@@ -63,7 +64,7 @@ class TeacherStates:
         if all(key in self._rows for key in keys):
             return torch.stack([self._rows[key] for key in keys])
         device = next(self.teacher.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with half_on_gpu(device):
             states = last_hidden(self.teacher, ids.to(device).long(), compiled=compiled)
         states = states.to(torch.bfloat16) if device.type == "cuda" else states
         self.computed += ids.numel()
@@ -83,6 +84,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def half_on_gpu(device: torch.device) -> torch.autocast:
+    """Return a context in which products are in bfloat16 on a GPU, and as they are elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Within the context, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
+    with evaluation_mode(model), torch.no_grad(), half_on_gpu(next(model.parameters()).device):
+        yield
 
 
 @contextlib.contextmanager

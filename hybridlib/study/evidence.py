@@ -10,8 +10,8 @@ part        what is run
 =========== ========================================================================================================
 regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
 scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
-stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
 main        the hybrids of nine selectors and of three random sets, three seeds, and five for three selectors
+stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
 causes      layers 17 and 18 in and out of GA-S2's set, three seeds
 random      balanced random sets of layers, measured early and at their end
 budgets     half and nearly twice the softmax layers, five selectors, three seeds
@@ -54,7 +54,7 @@ RATES = (1e-4, 3e-4, 1e-3)
 SCORE_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the tokens of a candidate, at which it is measured on the way
 STABILITY_SHARE = 0.25  # of the tokens of a candidate, at the other rates
 SEEDS, MORE_SEEDS = 3, 5
-SCORERS = ("ga-s1", "gate-gradient", "learned-gates", "smart", "ppl", "ar", "ar-sum", "halo", "gate-gradient-turns",
+SCORERS = ("ga-s1", "gate-gradient", "learned-gates", "smart", "ppl", "ar", "halo", "gate-gradient-turns",
            "gate-gradient-path", "gate-gradient-2")
 ONCE = ("gate-gradient-path", "gate-gradient-2")  # that take minutes: of the first seed alone
 SECONDS = {"learned-gates": 120, "halo": 120, "gate-gradient-path": 120, "gate-gradient-2": 240, "race": 120}  # else 30
@@ -82,7 +82,7 @@ class Evidence:
         """All pieces that records allow to name, in the order of their parts."""
         yield from self.regime()
         if (study := self.chosen()) is not None:
-            for part in (self.scores, self.stability, self.main, self.causes, self.random, self.budgets, self.transfer,
+            for part in (self.scores, self.main, self.stability, self.causes, self.random, self.budgets, self.transfer,
                          self.greedy):
                 yield from part(study)
 
@@ -101,15 +101,6 @@ class Evidence:
         s, finalists = self.study.settings, self._best(self._regimes(), 2)
         return next((best.under(written=s.written, reading=s.reading)
                      for best in self._best(finalists, 1, s.match_tokens)), None)
-
-    def stability(self, study: Study) -> Iterator[Piece]:
-        step = study.match_settings.step_rows(study.settings.context) * study.settings.context
-        tokens = -(-round(STABILITY_SHARE * study.settings.score_tokens) // step) * step  # where scores were measured
-        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES if share < STABILITY_SHARE]
-        for rate in sorted(set(RATES) - {study.settings.attention_learning_rate}, reverse=True):
-            other = study.under(attention_learning_rate=rate, score_tokens=tokens)
-            for direction, seed in product(("add", "remove"), range(2)):
-                yield from self._candidates("stability", other, seed, direction, points)
 
     def scores(self, study: Study) -> Iterator[Piece]:
         points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES]
@@ -142,6 +133,15 @@ class Evidence:
             for name in MAIN if seed < SEEDS else REPEATED:
                 if (layers := self._layers(study, name, seed)) is not None:
                     yield self._hybrid("main", study, layers, seed, points)
+
+    def stability(self, study: Study) -> Iterator[Piece]:
+        step = study.match_settings.step_rows(study.settings.context) * study.settings.context
+        tokens = -(-round(STABILITY_SHARE * study.settings.score_tokens) // step) * step  # where scores were measured
+        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES if share < STABILITY_SHARE]
+        for rate in sorted(set(RATES) - {study.settings.attention_learning_rate}, reverse=True):
+            other = study.under(attention_learning_rate=rate, score_tokens=tokens)
+            for direction, seed in product(("add", "remove"), range(2)):
+                yield from self._candidates("stability", other, seed, direction, points)
 
     def causes(self, study: Study) -> Iterator[Piece]:
         """GA-S2's set of seed 0 with both, one or none of `PAIR`, the places filled by the next best."""

@@ -15,7 +15,7 @@ from hybridlib.distill.recall import recall_of_members
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import matching_loss, weight_groups
 from hybridlib.models.hybrid import restore
-from hybridlib.models.passes import TeacherStates, evaluation_mode, last_hidden
+from hybridlib.models.passes import TeacherStates, last_hidden, measuring
 from hybridlib.selection.engine.stacked import own_weights, stacked, stacked_weights
 
 __all__ = ["Cohort"]
@@ -44,7 +44,7 @@ class Cohort(Run):
     def figures(self, tokens, heldout_tokens: int | None = None, examples=None) -> list[dict]:
         """Each candidate's figures of `evaluate`, with recall if there are `examples`; void for one in `errors`."""
         count = len(self.sets)
-        with evaluation_mode(self.stack):
+        with measuring(self.stack):
             recall = (recall_of_members(self.stack, tokens.tokenizer, examples, max(1, 128 // count), count)
                       if examples else [None] * count)
             return [member.metrics() for member in evaluate_members(

@@ -14,7 +14,7 @@ from hybridlib.checks import check_int
 from hybridlib.distill.choice import ChoiceTask, choice_probabilities, generate_choices
 from hybridlib.distill.recall import ADDENDS, RecallTask, encode_recall, forced_answers, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
-from hybridlib.models.passes import evaluation_mode, last_hidden
+from hybridlib.models.passes import last_hidden, measuring
 from hybridlib.models.teachers import check_family
 from hybridlib.selection.cost import Meter
 from hybridlib.selection.scores import LayerScores
@@ -152,14 +152,6 @@ def halo_values(recall, sense) -> tuple[float, ...]:
     """(max r - r(l)) / (max c - c(l) + 1e-10), at most `HALO_CAP`, from each layer's recall r and common sense c."""
     return tuple(min((max(recall) - r) / (max(sense) - c + 1e-10), HALO_CAP)
                  for r, c in zip(recall, sense, strict=True))
-
-
-@contextmanager
-def measuring(model) -> Iterator[None]:
-    """Within the context, `model` is in evaluation mode, without gradients, in bfloat16 on a GPU."""
-    device = next(model.parameters()).device.type
-    with evaluation_mode(model), torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        yield
 
 
 def heldout_batches(model, tokens, batch_tokens: int) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from hybridlib.distill.objectives import divergence_from_hidden
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.distill.stages import matching_loss, weight_groups
 from hybridlib.models.branches import GatedAttention, both_branches, gated_model, set_gates
-from hybridlib.models.passes import last_hidden
+from hybridlib.models.passes import half_on_gpu, last_hidden
 from hybridlib.selection.cost import Meter, forward_flops, training_flops
 from hybridlib.selection.rules import budget_layers
 from hybridlib.selection.scores import LayerScores
@@ -73,7 +74,7 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     batches = rows.split(batch_tokens // rows.shape[1])
     for ids in tqdm(batches, desc="gate gradient", unit="batch", leave=False):
         ids = ids.to(device).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and order == 1):
+        with half_on_gpu(device) if order == 1 else contextlib.nullcontext():
             with torch.no_grad():
                 target = last_hidden(teacher, ids)
             slope = sum(slope_at(target, ids, gates) for gates in points) / len(points)

@@ -12,10 +12,10 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm
 
 from hybridlib.checks import check_int
-from hybridlib.models.passes import last_hidden
+from hybridlib.models.passes import last_hidden, measuring
 from hybridlib.selection.cost import Cost, Meter
 from hybridlib.selection.rules import budget_layers
-from hybridlib.selection.scorers.ablation import ablate, heldout_batches, measuring, silence_each
+from hybridlib.selection.scorers.ablation import ablate, heldout_batches, silence_each
 from hybridlib.selection.scores import LayerScores
 
 __all__ = ["SkipSearch", "acceptance", "draft_cost", "maximize_over_sets", "score_acceptance", "search_skips",
