@@ -10,7 +10,7 @@ part        what is run
 =========== ========================================================================================================
 regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
 scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
-main        the hybrids of nine selectors and of three random sets, three seeds, and five for three selectors
+main        what each layer does; hybrids of nine selectors and of three random sets, three seeds, and five for three
 stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
 causes      layers 17 and 18 in and out of GA-S2's set, three seeds
 random      balanced random sets of layers, measured early and at their end
@@ -44,6 +44,7 @@ from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.contest import SelectorSettings, contest_parameters, run_contest
 from hybridlib.study.oracle import OracleSettings, oracle_parameters, oracle_record
 from hybridlib.study.pieces import Piece, work
+from hybridlib.study.roles import role_parameters, roles_record
 from hybridlib.study.selector import full_parameters
 from hybridlib.study.settings import StudySettings
 from hybridlib.study.study import Study
@@ -123,6 +124,7 @@ class Evidence:
         points = [self._tokens(study.settings.match_tokens, share) for share in (0.1, 0.3)]
         yield Piece("main: teacher", "main: teacher", 60, self.study.ledger.path("teacher", study.evaluated_parameters()
                     ).exists, study.teacher_record)
+        yield from self.roles(study)
         for seed in range(MORE_SEEDS):
             if seed >= SEEDS:
                 for direction in ("add", "remove"):
@@ -133,6 +135,13 @@ class Evidence:
             for name in MAIN if seed < SEEDS else REPEATED:
                 if (layers := self._layers(study, name, seed)) is not None:
                     yield self._hybrid("main", study, layers, seed, points)
+
+    def roles(self, study: Study) -> Iterator[Piece]:
+        """What each layer does, of the first seed's student."""
+        if study.num_layers > max(PAIR):
+            yield Piece("main: roles", "main: roles", 90,
+                        study.ledger.path("roles", role_parameters(study, PAIR)).exists,
+                        partial(roles_record, study, PAIR), partial(study.is_aligned, study.settings.mixer, 0))
 
     def stability(self, study: Study) -> Iterator[Piece]:
         step = study.match_settings.step_rows(study.settings.context) * study.settings.context
