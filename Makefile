@@ -31,7 +31,7 @@ endif
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NAMES     := importance_scoring add_or_remove kl_or_mse gdn_to_gla selectors cost_of_selection oracle stability \
-             sets_not_layers published_sets mixers_and_speed
+             sets_not_layers why_these_layers published_sets mixers_and_speed
 EXECUTED  := $(NAMES:%=book/notebooks/%.ipynb)
 # What a notebook's results depend on, besides its source.
 INPUTS    := $(wildcard notebooks/profiles/$(PROFILE).yaml notebooks/profiles/*/$(PROFILE).yaml) \

@@ -105,8 +105,7 @@ def hypotheses(settings: Path = ROOT / "data" / "results" / "h200.yaml") -> str:
     """Verdicts on the hypotheses, and the tables beside them, from the records of the study with these `settings`."""
     where = settings.relative_to(ROOT) if settings.is_relative_to(ROOT) else settings
     try:
-        fields = yaml.safe_load(settings.read_text(encoding="utf-8")) | {"device": "auto"}
-        study = RecordedStudy(StudySettings(**fields), Ledger(ROOT / fields["results"]))
+        study = RecordedStudy.in_folder(settings.with_suffix(""))
     except (FileNotFoundError, ValueError) as error:
         return f"There are no records of `{where}` in this checkout: {error}."
     frame, effect = recorded_arms(study), {"effect": "First less second [95%]"}

@@ -20,7 +20,8 @@ ORACLE = "oracle"
 STABILITY = "stability"
 PUBLISHED = "published_sets"
 RANDOM = "sets_not_layers"
-OTHERS = (*CONTESTS, PUBLISHED, ORACLE, STABILITY, RANDOM, SPEED)
+WHY = "why_these_layers"
+OTHERS = (*CONTESTS, PUBLISHED, ORACLE, STABILITY, RANDOM, WHY, SPEED)
 CONTEST_SETTINGS = dict(teacher="tiny", corpus="pattern", context=16, align_tokens=256, score_tokens=64,
                         match_tokens=128, batch_tokens=64, heldout_tokens=64, seeds=2, recall_pairs=2, budget=2,
                         device="cpu")

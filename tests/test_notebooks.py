@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from tests.conftest import (CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, RANDOM, ROOT, SPEED, STABILITY,
+from tests.conftest import (CONTESTS, NOTEBOOKS, ORACLE, OTHERS, PUBLISHED, RANDOM, ROOT, SPEED, STABILITY, WHY,
                             profile_path)
 
 from hybridlib import Ledger, StudySettings, budget_layers
@@ -26,7 +26,8 @@ PROFILES = ("smoke", "cpu", "gpu", "paper")
 ALL = (*NOTEBOOKS, *OTHERS)
 SETTINGS = (dict.fromkeys(NOTEBOOKS, StudySettings) | dict.fromkeys(CONTESTS, SelectorSettings)
             | {"cost_of_selection": CostSettings, ORACLE: OracleSettings, PUBLISHED: PublishedSettings,
-               SPEED: SpeedSettings, STABILITY: StabilitySettings, RANDOM: SetSettings})
+               SPEED: SpeedSettings, STABILITY: StabilitySettings, RANDOM: SetSettings,
+               WHY: StudySettings})
 PROFILED = (*CONTESTS, ORACLE, STABILITY, RANDOM, SPEED)  # those with profiles of their own
 AT_SCALE = ("corpus_tokens", "test_tokens", "recall_prompts", "written", "reading", "reading_items")  # no notebook's
 NAMES = {name: [field.name for field in fields(kind) if field.name not in AT_SCALE] for name, kind in SETTINGS.items()}
@@ -240,6 +241,14 @@ def test_a_run_of_the_notebook_of_stability_shows_its_own_records_and_those_of_g
     assert count_shown(cells, "text/html", "gpu") >= 6 and count_shown(cells, "image/svg+xml", "gpu") >= 3
     assert count_shown(cells, "image/svg+xml", "older") >= 2 and count_shown(cells, "text/html", "older") >= 8
     assert not [r for r in Ledger(smoke_results).find("candidate") if "curve" in r.metrics]  # none was trained again
+
+
+def test_a_run_of_the_notebook_of_roles_draws_layers_and_gates(executed_notebooks, smoke_results):
+    cells = outputs_of(executed_notebooks[WHY])
+    assert [count_shown(cells, "image/svg+xml", name) for name in ("strip", "curves")] == [1, 1]
+    record, = Ledger(smoke_results).find("roles")
+    assert len(record.metrics["replaced"]) == 4 and len(record.metrics["gates"]) == 24
+    assert "neither" in tables_of(cells, "pair")
 
 
 def test_notebooks_share_their_records(executed_notebooks, smoke_results, smoke_profile):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from hybridlib.checks import check_choice
 from hybridlib.distill.reading import READING_MODES
@@ -47,6 +48,12 @@ class RecordedStudy(Study):
         if not any(self._aligns()):
             raise ValueError(f"ledger={str(ledger.folder)!r} has no aligned student of settings.teacher="
                              f"{settings.teacher!r}; name the folder of the study's records")
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> RecordedStudy:
+        """The study of the records in `folder`, whose settings are in the YAML file of its name beside it."""
+        fields = yaml.safe_load(folder.with_suffix(".yaml").read_text(encoding="utf-8"))
+        return cls(StudySettings(**fields | {"device": "auto", "results": str(folder)}), Ledger(folder))
 
     def _aligns(self) -> Iterator[Record]:
         s = self.settings

@@ -13,7 +13,7 @@ from hybridlib.study.study import Study
 
 __all__ = ["role_parameters", "roles_record"]
 
-TEXT_ROWS = 32  # held-out rows that attention is measured on
+TEXT_ROWS = 32  # held-out rows that attention and KL along gates are measured on, at most
 GATES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -42,6 +42,8 @@ def roles_record(study: Study, pair: Sequence[int] = (), seed: int = 0) -> Recor
                    | recall_without_each(student, teacher.model, teacher.tokenizer, study.recall_task,
                                          num_examples=s.recall_prompts))
         chosen = sorted(pair or sorted(range(study.num_layers), key=figures["replaced"].__getitem__)[:2])
-        return figures | {"pair": chosen, "gates": gate_curves(student, teacher.model, tokens, chosen, GATES)}
+        return figures | {"pair": chosen, "gates": gate_curves(
+            student, teacher.model, tokens, chosen, GATES,
+            heldout_tokens=min(TEXT_ROWS, len(tokens.heldout)) * s.context)}
 
     return study.record("roles", role_parameters(study, pair, seed), compute)
