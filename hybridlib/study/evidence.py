@@ -10,7 +10,8 @@ part        what is run
 =========== ========================================================================================================
 regime      {rate} x {grouping} x {uniform, all linear}; the two best go on, and the best of these is the regime
 scores      GA-S2 and GR-S2 after five numbers of tokens, and all that scores layers without them, three seeds
-main        what each layer does; hybrids of nine selectors and of three random sets, three seeds, and five for three
+main        what each layer does; hybrids of nine selectors and of three random sets, three seeds, and five for three;
+            the scores and hybrids of one seed come before those of the next
 stability   GA-S2 and GR-S2 at the other rates, two seeds, after three numbers of tokens
 causes      layers 17 and 18 in and out of GA-S2's set, three seeds
 random      balanced random sets of layers, measured early and at their end
@@ -83,8 +84,10 @@ class Evidence:
         """All pieces that records allow to name, in the order of their parts."""
         yield from self.regime()
         if (study := self.chosen()) is not None:
-            for part in (self.scores, self.main, self.stability, self.causes, self.random, self.budgets, self.transfer,
-                         self.greedy):
+            for seed in range(MORE_SEEDS):
+                yield from self.scores(study, seed)
+                yield from self.main(study, seed)
+            for part in (self.stability, self.causes, self.random, self.budgets, self.transfer, self.greedy):
                 yield from part(study)
 
     def regime(self) -> Iterator[Piece]:
@@ -103,14 +106,14 @@ class Evidence:
         return next((best.under(written=s.written, reading=s.reading)
                      for best in self._best(finalists, 1, s.match_tokens)), None)
 
-    def scores(self, study: Study) -> Iterator[Piece]:
-        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES]
-        for seed in range(SEEDS):
-            for direction in ("add", "remove"):
-                yield from self._candidates("scores", study, seed, direction, points)
-            for name in SCORERS:
-                if seed == 0 or name not in ONCE:
-                    yield self._scorer(study, name, seed)
+    def scores(self, study: Study, seed: int) -> Iterator[Piece]:
+        points = [self._tokens(study.settings.score_tokens, share) for share in SCORE_SHARES] if seed < SEEDS else ()
+        for direction in ("add", "remove"):
+            yield from self._candidates("scores", study, seed, direction, points)
+        for name in SCORERS if seed < SEEDS else ("gate-gradient",):
+            if seed == 0 or name not in ONCE:
+                yield self._scorer(study, name, seed)
+        if seed < SEEDS:
             yield self._scorer(study, "ga-s1", seed, normalize=True)
 
     def random(self, study: Study) -> Iterator[Piece]:
@@ -120,21 +123,17 @@ class Evidence:
         for layers in balanced_sets(study.num_layers, self.budget, count):
             yield self._hybrid("random", half, layers, measure_at=early)
 
-    def main(self, study: Study) -> Iterator[Piece]:
+    def main(self, study: Study, seed: int) -> Iterator[Piece]:
         points = [self._tokens(study.settings.match_tokens, share) for share in (0.1, 0.3)]
-        yield Piece("main: teacher", "main: teacher", 60, self.study.ledger.path("teacher", study.evaluated_parameters()
-                    ).exists, study.teacher_record)
-        yield from self.roles(study)
-        for seed in range(MORE_SEEDS):
-            if seed >= SEEDS:
-                for direction in ("add", "remove"):
-                    yield from self._candidates("main", study, seed, direction, ())
-                yield self._scorer(study, "gate-gradient", seed)
-            else:
-                yield self._scorer(study, "race", seed)
-            for name in MAIN if seed < SEEDS else REPEATED:
-                if (layers := self._layers(study, name, seed)) is not None:
-                    yield self._hybrid("main", study, layers, seed, points)
+        if seed == 0:
+            teacher = self.study.ledger.path("teacher", study.evaluated_parameters())
+            yield Piece("main: teacher", "main: teacher", 60, teacher.exists, study.teacher_record)
+            yield from self.roles(study)
+        if seed < SEEDS:
+            yield self._scorer(study, "race", seed)
+        for name in MAIN if seed < SEEDS else REPEATED:
+            if (layers := self._layers(study, name, seed)) is not None:
+                yield self._hybrid("main", study, layers, seed, points)
 
     def roles(self, study: Study) -> Iterator[Piece]:
         """What each layer does, of the first seed's student."""

@@ -49,8 +49,8 @@ def test_every_piece_of_scores_leaves_the_records_that_say_it_is_done(studies, m
     monkeypatch.setattr(evidence, "SCORERS", ("ga-s1", "gate-gradient", "smart", "ppl"))
     study = studies(score_tokens=256, budget=1)
     plan = Evidence(study)
-    seconds = work(lambda: plan.scores(study), 5, study.ledger.folder / "models" / "locks")
-    assert len(seconds) == 1 + 6 + 5 and all(piece.done() for piece in plan.scores(study))
+    seconds = work(lambda: plan.scores(study, 0), 5, study.ledger.folder / "models" / "locks")
+    assert len(seconds) == 1 + 6 + 5 and all(piece.done() for piece in plan.scores(study, 0))
     candidate = study.ledger.find("candidate", layer=2, direction="add")[0].metrics
     assert [point["tokens"] for point in candidate["curve"]] == [0, 64, 64, 128] and candidate["tokens"] == 256
     untrained = hl.restore(study.aligned("gdn", 0), study.teacher.model, (2,))
