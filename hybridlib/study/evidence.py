@@ -223,7 +223,7 @@ class Evidence:
 
     def _align(self, seed, mixer):
         study = self.study
-        return Piece(f"align {mixer}, seed {seed}", f"align {seed}", 60 + study.settings.align_tokens / 2 / self.speed,
+        return Piece(f"align {mixer}, seed {seed}", f"align {mixer} {seed}", 60 + study.settings.align_tokens / 2 / self.speed,
                      partial(study.is_aligned, mixer, seed), partial(study.aligned, mixer, seed))
 
     def _hybrid(self, part, study, layers, seed=0, measure_at=()):
