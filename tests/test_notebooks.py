@@ -208,7 +208,8 @@ def test_a_run_of_the_notebook_of_speeds_measures_and_draws_each_part(executed_n
 
 def test_a_run_of_the_published_sets_draws_and_compares(executed_notebooks):
     cells = outputs_of(executed_notebooks[PUBLISHED])
-    assert count_shown(cells, "image/svg+xml") >= 6
+    assert count_shown(cells, "image/svg+xml") >= 8
+    assert count_shown(cells, "image/svg+xml", "halo", "perplexity") == 2 and "shuffled" in tables_of(cells, "halo")
     assert "GA-S2 (gla probe)" in tables_of(cells, "verdict") and "SMART" in tables_of(cells, "verdict")
 
 

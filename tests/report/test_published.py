@@ -6,11 +6,14 @@ from random import Random
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from hybridlib.report import published
 from hybridlib.selection import agreement
+from hybridlib.selection.scorers.ablation import halo_values
 
 SETS, RESULTS = published.load_layer_sets(), published.load_results()
+OTHERS, HALO = published.load_other_sets(), published.load_halo()
 
 
 def rows(*sets, num_layers=12, **columns):
@@ -122,21 +125,112 @@ def test_differences_are_those_of_the_same_teacher_student_and_budget():
     assert gaps["other layers"][0] == len(set(ours) - set(smart)) and pd.isna(gaps["other layers"][1])
 
 
-def test_sets_of_other_works_are_set_beside_the_nearest_of_ours():
+def test_sets_of_other_works_are_set_beside_those_of_their_teacher():
     quarter = published.of_share(SETS, 0.25, "gdn")
     assert set(quarter["budget"]) == {0.25} and set(quarter["probe_mixer"].dropna()) == {"gdn"}
-    with_others = published.of_share(SETS, 0.25, "gdn", others=True)
-    assert with_others["selector"].tolist().count("PostNAS") == 1 and len(with_others) == len(quarter) + 1
-    assert "PostNAS" not in set(published.of_share(SETS, 0.25, "gla", others=True)["selector"])
-    ours, theirs = {20, 32, 33, 21, 22, 25, 17, 19, 5}, {17, 20, 32, 5, 16, 19, 21, 22, 25, 27}
-    line = published.nearest_sets(SETS).loc[0]
-    assert line[["selector", "teacher", "layers", "size", "size of GA-S2", "shared", "expected"]].tolist() == [
-        "PostNAS", "Qwen2.5-3B-Instruct", 36, 10, 9, len(ours & theirs), 2.5] and line["probability"] < 0.001
-    frame = rows((0, 1), (0, 1, 2), (4, 5, 6, 7, 8), budget=[np.nan, 0.25, 0.5], probe_mixer=[np.nan, "gdn", "gdn"],
-                 selector=["P", "GA-S2", "GA-S2"])
-    line = published.nearest_sets(frame).loc[0]
-    assert (line["size of GA-S2"], line["shared"]) == (3, 2) and line["probability"] == pytest.approx(3 / 66)
-    assert "shared" not in published.nearest_sets(frame[:1]) and published.nearest_sets(frame[1:]).empty
+    other = rows((0, 1, 2), teacher="t", selector="P")
+    frame = rows((0, 1), (2, 5, 7), (3,), teacher=["t", "t", "u"], selector=["A", "B", "A"])
+    table = published.overlaps(frame, other)
+    assert table["selector"].tolist() == ["A", "B"] and set(table["other"]) == {"P"}
+    assert table["shared"].tolist() == [2, 1] and table["expected"].tolist() == pytest.approx([0.5, 0.75])
+    for size, shared, probability in zip((2, 3), (2, 1), table["probability"]):
+        counts = [len(set(s) & {0, 1, 2}) for s in combinations(range(12), size)]
+        assert probability == pytest.approx(np.mean([c >= shared for c in counts]))
+    assert published.overlaps(frame[2:], other).empty
+
+
+def test_other_works_have_sets_of_their_teachers_layers_and_correct_postnas():
+    for row in OTHERS.itertuples():
+        assert row.size == len(set(row.layers)) and set(row.layers) <= set(range(row.num_layers))
+        assert np.isnan(row.budget) or row.size == pytest.approx(row.budget * row.num_layers, abs=0.5)
+    wanted = {"PostNAS (full attention)": (17, 20, 32), "PostNAS (sliding window 2048)": (5, 16, 19, 21, 22, 25, 27)}
+    parts = OTHERS[OTHERS["teacher"] == "Qwen2.5-3B"].set_index("selector")["layers"]
+    assert parts.to_dict() == wanted
+    joint, = SETS[SETS["selector"] == "PostNAS"]["layers"]
+    assert joint == parts.iloc[0] + parts.iloc[1]
+    assert OTHERS["layers"].map(len).min() == 0  # the hybrid without softmax is a set, not a gap
+
+
+def test_a_ranking_that_was_published_is_that_of_its_scores():
+    scores = published.load_perplexities()
+    ranked = OTHERS[OTHERS["selector"].str.startswith(("one softmax", "PPL"))]
+    smallest = ranked[ranked["budget"] == ranked.groupby("teacher")["budget"].transform("min")]
+    assert len(smallest) == 22  # as many as there are columns of scores
+    for row in smallest.itertuples():
+        column = row.selector.removeprefix("one softmax layer, ") if row.selector[0] == "o" else "ablated"
+        values = scores[scores["teacher"] == row.teacher][column].to_numpy()
+        order = np.argsort(-values if column == "ablated" else values)
+        assert tuple(order[:row.size].tolist()) == row.layers, (row.teacher, column)
+
+
+def test_a_ranking_repeats_itself_where_its_larger_cuts_begin_as_its_smaller():
+    sets = (3, 1), (3, 1, 5, 7), (5, 7), (3, 1, 5, 7)
+    pairs = published.repeats(rows(*sets, budget=[0.25, 0.5] * 2, selector=["S", "S", "T", "T"]))
+    assert pairs["selector"].tolist() == ["S", "T"] and pairs["jaccard"].tolist() == [1, 0]
+    assert pairs["chance"].tolist() == pytest.approx([agreement.chance_jaccard(12, 2)] * 2)
+
+
+def test_perplexities_agree_where_they_would_keep_the_same_layers():
+    frame = pd.DataFrame({"teacher": "t", "layer": range(4), "ablated": [9, 5, 2, 1], "same": [1, 2, 5, 9],
+                          "opposite": [9, 5, 2, 1], "absent": np.nan})
+    table = published.score_agreements(frame).set_index(["a", "b"])["spearman"]
+    assert table["ablated", "same"] == pytest.approx(1) and table["same", "opposite"] == pytest.approx(-1)
+    assert table["ablated", "opposite"] == pytest.approx(-1) and len(table) == 3
+
+
+@pytest.mark.parametrize("name", ["arc_challenge", "arc_easy"])
+def test_a_benchmark_has_the_fewest_questions_that_its_accuracies_can_be_shares_of(name):
+    accuracies = HALO[name].to_numpy()  # of four decimals, too few for HellaSwag's ten thousand questions
+    items = np.arange(1, 3000)[:, None]
+    apart = np.abs(accuracies * items - (accuracies * items).round()).max(1)
+    assert items[apart <= 0.5e-4 * items[:, 0] + 1e-6][0] == published.ITEMS[name]
+
+
+def test_the_quotient_gives_back_the_sets_that_halo_kept_but_for_one_layer():
+    table = published.halo_table(HALO, OTHERS)
+    assert table["layers"].tolist() == [28, 36, 36] and table["K"].tolist() == [7, 9, 9]
+    assert table["of HALO's set"].tolist() == [7, 8, 9]
+    assert table["within"].tolist() == [11, 9, 23]
+    part = HALO[(HALO["teacher"] == "Qwen3-4B") & HALO["layer"].notna()]
+    sense, recall = part[list(published.ITEMS)].mean(axis=1), part[["fda", "ruler_qa_squad", "swde"]].mean(axis=1)
+    best = part.loc[sense.idxmax()]
+    error = sum(best[n] * (1 - best[n]) / items for n, items in published.ITEMS.items()) ** 0.5 / 3
+    assert table.loc["Qwen3-4B", "standard error"] == pytest.approx(error)
+    rho = stats.spearmanr(halo_values(recall.tolist(), sense.tolist()), -recall).statistic
+    assert table.loc["Qwen3-4B", "Spearman with recall"] == pytest.approx(rho)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.6, 1.0])
+def test_accuracies_drawn_again_are_those_of_questions_answered_one_by_one(alike):
+    accuracies, items = np.array([0.7, 0.3, 0.7, 0.5]), 200
+    drawn = published.redraw_accuracies(accuracies, items, 20_000, alike, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    own = rng.random((4000, items, 4))
+    own[:, :round(alike * items)] = own[:, :round(alike * items), :1]  # a question as hard for every layer
+    answered = (own < accuracies).mean(1)
+    assert drawn.mean(0) == pytest.approx(accuracies, abs=0.002)
+    assert np.cov(drawn.T) == pytest.approx(np.cov(answered.T), abs=0.08 * 0.25 / items)
+    if alike == 1:
+        assert (drawn[:, 0] == drawn[:, 2]).all() and (drawn[:, 0] >= drawn[:, 3]).all()
+
+
+def test_a_ranking_survives_as_far_as_questions_are_answered_alike():
+    table = published.halo_redraws(HALO, OTHERS, draws=200)
+    assert table["answers"].tolist() == ["apart", "least alike", "alike", "shuffled"] * 3
+    pd.testing.assert_frame_equal(table, published.halo_redraws(HALO, OTHERS, draws=200))
+    for _, part in table.groupby("teacher"):
+        survival = part["spearman"].tolist()
+        assert survival[0] < survival[1] < survival[2] < 1 and survival[3] < survival[1]
+        assert (part["spearman_low"] < part["spearman"]).all() and (part["spearman"] < part["spearman_high"]).all()
+    with pytest.raises(ValueError, match="^draws=0 "):
+        published.halo_redraws(HALO, OTHERS, draws=0)
+
+
+def test_without_noise_nothing_changes(monkeypatch):
+    monkeypatch.setattr(published, "ITEMS", dict.fromkeys(published.ITEMS, 10**12))
+    table = published.halo_redraws(HALO, OTHERS, draws=20).set_index("answers")
+    assert (table.loc[["apart", "least alike", "alike"], "jaccard"] == 1).all()
+    assert (table.loc["apart", "certain"] == table.loc["apart", "K"]).all()
 
 
 def test_what_does_not_fit_is_found_not_listed():
