@@ -113,7 +113,7 @@ def _row_figures(expected, own, ids):
     """Of each row, (rows, 4): KL(teacher || model), both models' nats for a next token, how often they agree on it."""
     wide = torch.promote_types(own.dtype, torch.float32)
     log_p, log_q = (logits.log_softmax(-1, dtype=wide) for logits in (expected, own))
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = (log_p.exp() * (log_p - log_q).masked_fill(log_p == -math.inf, 0)).sum(-1)
     nats = [-log[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(-1) for log in (log_q, log_p)]
     agreement = (expected.argmax(-1) == own.argmax(-1)).to(wide)
     return torch.stack([kl.mean(-1), *nats, agreement.mean(-1)], -1)

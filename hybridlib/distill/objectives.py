@@ -55,7 +55,8 @@ def divergence(teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, ki
 
     Parameters
     ----------
-    teacher_logits, student_logits : (..., vocab). No gradient goes to either.
+    teacher_logits, student_logits : (..., vocab). No gradient goes to either. A logit of -inf is a probability of 0; a
+        token that neither side can give adds nothing.
     alpha, beta : both for ``"alpha_beta"``: they and their sum are 0 or at least 0.01 in size, and a negative one
         overflows where a probability is near 0. `beta` alone, above 0 and below 1, for ``"jensen_shannon"``.
     temperature : divides both logits; its square keeps gradients on one scale (arXiv 1503.02531, section 2).
@@ -212,24 +213,26 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
                     for x in (teacher_logits, student_logits))
+    no_p, no_q = log_p == -math.inf, log_q == -math.inf  # where 0 log 0 is 0
     if kind == "forward":  # g = -p
         p = log_p.exp()
-        loss = log_p.sub_(log_q).mul_(p).sum(-1)
+        loss = log_p.sub_(log_q).masked_fill_(no_p, 0).mul_(p).sum(-1)
         torch.sub(log_q.exp_(), p, out=student_logits)
         return loss
     if kind == "reverse":  # g = q log(q / p)
-        slope = log_p.neg_().add_(log_q)
+        slope = log_p.neg_().add_(log_q).masked_fill_(no_q, 0)
         q = log_q.exp_()
         loss = total = slope.mul_(q).sum(-1)
     elif kind == "jensen_shannon":  # g = (1 - beta) q log(q / m)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         p, q = log_p.exp(), log_q.exp()
-        slope = log_q.sub_(log_m).mul_(q).mul_(1 - beta)
+        slope = log_q.sub_(log_m).masked_fill_(no_q, 0).mul_(q).mul_(1 - beta)
         total = slope.sum(-1)
-        loss = beta * log_p.sub_(log_m).mul_(p).sum(-1) + total
+        loss = beta * log_p.sub_(log_m).masked_fill_(no_p, 0).mul_(p).sum(-1) + total
     else:
-        terms, slope = _alpha_beta(log_p, log_q, alpha, beta)
-        loss, total, q = terms.sum(-1), slope.sum(-1), log_q.exp_()
+        neither = no_p & no_q
+        terms, slope = _alpha_beta(log_p.masked_fill_(neither, 0), log_q.masked_fill_(neither, 0), alpha, beta)
+        loss, total, q = terms.sum(-1), slope.sum(-1), log_q.exp_().masked_fill_(neither, 0)
     torch.addcmul(slope, q, total[..., None], value=-1, out=student_logits)
     return loss
 
@@ -244,14 +247,15 @@ def _alpha_beta(log_p, log_q, alpha, beta):
 
     def gap(x):
         if x == 0:
-            return (s * log_q).exp() * (log_p - log_q)
-        return ((x * log_p + (s - x) * log_q).exp() - (s * log_q).exp()) / x
+            return (s * log_q).exp() * (log_p - log_q).masked_fill_((log_q == -math.inf) & (s > 0), 0)
+        return ((x * log_p + (s - x) * log_q if x != s else x * log_p).exp() - (s * log_q).exp()) / x
 
     at_alpha = gap(alpha)
     if beta != 0:
         terms = (gap(s) - at_alpha) / beta
     elif alpha != 0:
-        terms = ((alpha * log_p).exp() * (log_p - log_q) - at_alpha) / alpha
+        ratio = (log_p - log_q).masked_fill_((log_p == -math.inf) & (alpha > 0), 0)
+        terms = ((alpha * log_p).exp() * ratio - at_alpha) / alpha
     else:
         terms = (log_p - log_q).square() / 2
     return terms, -at_alpha

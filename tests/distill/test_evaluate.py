@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hybridlib as hl
-from hybridlib.distill.evaluate import heldout_kl
+from hybridlib.distill.evaluate import _row_figures, heldout_kl
 from hybridlib.distill.recall import RecallTask, generate_recall, score_recall
 
 
@@ -65,3 +65,15 @@ def test_measuring_builds_no_graph_and_leaves_gradients_on(tiny_teacher, tiny_to
     hl.evaluate(hybrid, teacher, tiny_tokens)
     assert graph and not any(graph)
     assert torch.is_grad_enabled() and hybrid(input_ids=tiny_tokens.rows(0, 1)).logits.requires_grad
+
+
+def test_a_token_that_the_teacher_cannot_give_adds_nothing_to_kl():
+    logits = torch.tensor([[[0.0, 1.0, -math.inf]] * 2]), torch.tensor([[[0.0, 2.0, 1.0]] * 2])
+    ids = torch.tensor([[0, 1]])
+    kl, nats, teacher_nats, agreement = _row_figures(*logits, ids)[0].tolist()
+    q = [1, math.e**2, math.e]
+    p = [1 / (1 + math.e), math.e / (1 + math.e)]
+    assert kl == pytest.approx(sum(a * math.log(a * sum(q) / b) for a, b in zip(p, q[:2], strict=True)), rel=1e-6)
+    assert nats == pytest.approx(math.log(sum(q)) - 2, rel=1e-6)
+    assert teacher_nats == pytest.approx(-math.log(p[1]), rel=1e-6) and agreement == 1
+    assert not _row_figures(*reversed(logits), ids)[0, 0].isfinite()

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlib.distill.objectives import alignment_loss, divergence, divergence_from_hidden
+from hybridlib.distill.objectives import (
+    _loss_and_gradient,
+    alignment_loss,
+    check_divergence,
+    divergence,
+    divergence_from_hidden,
+)
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 KINDS = {
@@ -94,6 +100,51 @@ def test_extreme_logits_stay_finite(kind):
     student = [(-hidden).requires_grad_(), head.clone().requires_grad_()]
     loss = divergence_from_hidden(hidden, head, *student, **kind)
     assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, student))
+
+
+def finite_without(side, kind, alpha=None, beta=None):
+    """Whether the divergence is finite where only the teacher (or the student) has tokens of probability 0."""
+    if kind != "alpha_beta":
+        return kind == "jensen_shannon" or kind == {"teacher": "forward", "student": "reverse"}[side]
+    return alpha + beta > 0 and {"teacher": alpha, "student": beta}[side] > 0
+
+
+@every()
+@pytest.mark.parametrize("side", ["both", "teacher", "student"])
+def test_tokens_of_probability_0_add_what_the_limit_does(kind, side):
+    teacher, student = tensors((4, 9), (4, 9), dtype=torch.float64)
+    masked = [x.index_fill(-1, torch.tensor([2, 5]), -math.inf) if side in ("both", name) else x
+              for name, x in (("teacher", teacher), ("student", student))]
+    if side != "both" and not finite_without(side, **kind):
+        assert not divergence(*masked, **kind).isfinite().any()
+        return
+    if side == "both":
+        left = [0, 1, 3, 4, 6, 7, 8]
+        p, q = (x[:, left] for x in masked)
+    else:
+        left, (p, q) = range(9), (x.masked_fill(x == -math.inf, -400) for x in masked)
+    q = q.clone().requires_grad_()
+    expected = spelled_out(p.softmax(-1), q.softmax(-1), **kind)
+    slope = torch.zeros_like(student)
+    slope[:, left] = torch.autograd.grad(expected.sum(), q)[0]
+    torch.testing.assert_close(divergence(*masked, **kind), expected.detach(), rtol=1e-10, atol=1e-12)
+    alpha, beta = check_divergence(kind["kind"], kind.get("alpha"), kind.get("beta"))
+    gradient = masked[1].clone()
+    _loss_and_gradient(masked[0], gradient, kind["kind"], alpha, beta, 1.0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
+
+
+def test_logits_beyond_the_smallest_number_have_a_divergence_and_gradients():
+    hidden = torch.tensor([[1e30, 1.0]])
+    heads = [torch.tensor([[0, 0], [0, x], [y, 1]]) for x, y in ((1.0, -1e10), (2.0, 0.0))]
+    assert (hidden @ heads[0].T).tolist() == [[0, 1, -math.inf]]
+    student = [hidden.clone().requires_grad_(), heads[1].requires_grad_()]
+    loss = divergence_from_hidden(hidden, heads[0], *student)
+    z = math.e / (1 + math.e)
+    total = math.log(1 + math.e**2 + math.e)
+    assert loss.item() == pytest.approx((1 - z) * math.log(1 - z) + z * (math.log(z) - 2) + total, rel=1e-6)
+    assert loss.item() == pytest.approx(.363, abs=5e-4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, student))
 
 
 @every()
