@@ -222,8 +222,8 @@ class Evidence:
         return 15 + tokens / self.speed
 
     def _align(self, seed, mixer):
-        study = self.study
-        return Piece(f"align {mixer}, seed {seed}", f"align {mixer} {seed}", 60 + study.settings.align_tokens / 2 / self.speed,
+        study, seconds = self.study, 60 + self.study.settings.align_tokens / 2 / self.speed
+        return Piece(f"align {mixer}, seed {seed}", f"align {mixer} {seed}", seconds,
                      partial(study.is_aligned, mixer, seed), partial(study.aligned, mixer, seed))
 
     def _hybrid(self, part, study, layers, seed=0, measure_at=()):
