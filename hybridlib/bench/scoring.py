@@ -31,8 +31,9 @@ from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.engine.sets import group_size
 from hybridlib.selection.engine.workers import count_workers, pool_of_workers
 from hybridlib.selection.scorers.importance import score_layers
+from hybridlib.study.candidates import StudyRecords
 from hybridlib.study.contest import SelectorSettings
-from hybridlib.study.study import Study, StudyRecords
+from hybridlib.study.study import Study
 
 __all__ = ["CostSettings", "ENGINES", "compare_engines", "recorded_scoring_speed", "repeat_pairs"]
 

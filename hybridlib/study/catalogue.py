@@ -13,15 +13,14 @@ from hybridlib.distill.recall import ADDENDS, TRAINING_FAMILIES, RecallTask
 from hybridlib.selection.cost import Cost, heldout_size, one_run_a_layer_flops
 from hybridlib.selection.engine.candidates import Job, measure_set
 from hybridlib.selection.engine.inputs import LoadedInputs
-from hybridlib.selection.engine.rounds import Engine
 from hybridlib.selection.rules import SCORES_NEEDED, budget_layers, select
 from hybridlib.selection.scorers.ablation import score_associative_recall, score_halo, score_perplexity
 from hybridlib.selection.scorers.gates import GateSettings, gate_gradient, gate_gradient_flops, learned_gates
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scorers.postnas import search_once_for_all
-from hybridlib.selection.scorers.race import fitting_sets, propose, race_rounds, race_trained
 from hybridlib.selection.scorers.speculative import search_skips
 from hybridlib.selection.search import beam, exhaustive
+from hybridlib.study.race import race_record, run_race
 from hybridlib.study.selector import SELECTORS, Selection, find_selector, run_selector, scorer, selector
 
 __all__ = ["MOST_SETS", "SELECTORS", "find_selector", "run_selector", "score_parameters"]
@@ -358,49 +357,9 @@ scorer("beam", "beam", "classical", "stage 2", SHORT,
        record=partial(_search_record, "beam"))(searching)
 scorer("exhaustive", "exhaustive", "the truth to compare with, for few layers", "stage 2", SHORT,
        "a candidate for each of the L! / (K! (L - K)!) sets", record=partial(_search_record, "exhaustive"))(searching)
-
-
-def _race_record(settings, num_layers, seed, sets, num_tokens, proposers):
-    """Of a race on `num_tokens`, its proposers' too, None for a tenth of GA-S2's; learned gates get a quarter."""
-    num_tokens = num_layers * settings.score_tokens // 10 if num_tokens is None else num_tokens
-    check_int("sets", sets, 2)
-    check_int("num_tokens", num_tokens, 0)
-    if not isinstance(proposers, (list, tuple)) or not proposers:
-        raise ValueError(f"proposers={proposers!r} is not a list of names; give at least one of SELECTORS")
-    for name in proposers:
-        check_choice("proposers", name, [other for other in SELECTORS if other != "race"])
-    return _long_record("race", settings, num_layers, seed, num_tokens, lambda s: s.match_settings.numbers(), sets=sets,
-                        proposers=[[name, find_selector(name).records(
-                            settings, num_layers, seed, **_proposer_options(settings, name, num_tokens))]
-                            for name in proposers])
-
-
-def _proposer_options(settings, name, num_tokens):
-    return {"num_tokens": max(settings.context, num_tokens // 4)} if name == "learned-gates" else {}
-
-
-@scorer("race", "race", "ours, by successive halving (arXiv 1502.07943)", "stage 2",
-        "the best set is near what cheap scores choose; sets rank after a little of stage 2 as after a long one",
-        "its proposers, and stage 2 of up to 16 sets, halved in each round: L x T / 10 tokens forward and backward in "
-        "all, at least a step for each of two sets; in every round a pass of each set over as many held-out tokens as "
-        "it was trained on", options={"sets": 16, "num_tokens": None, "proposers": ("gate-gradient", "learned-gates")},
-        record=_race_record)
-def racing(study, mixer, seed, own):
-    s, step = study.settings, study.match_settings.step_rows(study.settings.context) * study.settings.context
-    proposals = [run_selector(name, study, mixer, seed, _proposer_options(s, name, own["num_tokens"]))
-                 for name, _ in own["proposers"]]
-    costs = [proposal.cost for proposal in proposals]
-    left = max(2 * step, own["num_tokens"] - sum(cost.training_tokens for cost in costs if cost is not None))
-    sets = propose([(p.layers, p.values) for p in proposals], fitting_sets(own["sets"], left, step), seed)
-    rounds, figures, layers = race_rounds(len(sets), left, step), [], sets[0]
-    if rounds:
-        job = Job(study.inputs(mixer, seed, max(s.score_tokens, rounds[-1][1]), "score"), rounds[-1][1],
-                  study.match_settings)
-        group = Engine(group=study.group).group_of(job.inputs.student, job.inputs.tokens, job.settings)
-        result, figures, cost = race_trained(job, sets, rounds, group)
-        layers, costs = result.layers, [*costs, cost]
-    total = _total(costs)
-    return {"layers": list(layers), "rounds": figures, "tokens": total and total.training_tokens,
-            "cost": total and total.to_dict(),
-            "proposals": [{"selector": p.selector, "layers": list(p.layers), "cost": p.cost and p.cost.to_dict()}
-                          for p in proposals]}
+scorer("race", "race", "ours, by successive halving (arXiv 1502.07943)", "stage 2",
+       "the best set is near what cheap scores choose; sets rank after a little of stage 2 as after a long one",
+       "its proposers, and stage 2 of up to 16 sets, halved in each round: L x T / 10 tokens forward and backward in "
+       "all, at least a step for each of two sets; in every round a pass of each set over as many held-out tokens as "
+       "it was trained on", options={"sets": 16, "num_tokens": None, "proposers": ("gate-gradient", "learned-gates")},
+       record=race_record)(run_race)

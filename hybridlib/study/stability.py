@@ -11,10 +11,11 @@ from hybridlib.checks import check_int, check_number
 from hybridlib.records.ledger import Record
 from hybridlib.records.provenance import describe_device
 from hybridlib.selection.engine.candidates import Job, measure_along, one_layer_sets, shares_step
+from hybridlib.study.candidates import with_curve
 from hybridlib.study.catalogue import SELECTORS
 from hybridlib.study.selector import full_parameters
 from hybridlib.study.settings import StudySettings
-from hybridlib.study.study import Study, with_curve
+from hybridlib.study.study import Study
 
 __all__ = ["StabilitySettings", "stability_records"]
 

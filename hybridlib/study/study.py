@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
@@ -26,18 +26,18 @@ from hybridlib.models.passes import TeacherStates
 from hybridlib.models.teachers import SMOLLM2, Teacher, load_teacher
 from hybridlib.records.folders import results_folder, sha256_of
 from hybridlib.records.ledger import Ledger, Record
-from hybridlib.selection.cost import Cost
 from hybridlib.selection.engine.candidates import Job, measure_along, one_layer_sets, shares_step
 from hybridlib.selection.engine.inputs import LoadedInputs, ScoringInputs, weights_sha256
 from hybridlib.selection.engine.rounds import EarlyStop, Engine
 from hybridlib.selection.rules import budget_layers, select
 from hybridlib.selection.scorers.importance import score_layers
 from hybridlib.selection.scores import LayerScores
+from hybridlib.study.candidates import StudyRecords, with_curve
 from hybridlib.study.catalogue import run_selector, score_parameters
 from hybridlib.study.selector import Selection, full_parameters
 from hybridlib.study.settings import StudySettings
 
-__all__ = ["Study", "StudyRecords", "with_curve"]
+__all__ = ["Study"]
 
 logger = logging.getLogger(__name__)
 _sum_of = cache(sha256_of)
@@ -358,48 +358,6 @@ class Study:
         return self.ledger.run(kind, parameters, compute, recompute=again)
 
 
-def with_curve(end: Mapping, curve: Sequence[Mapping]) -> dict:
-    """The figures of `measure_along` as one record: those at the end, whose ``curve`` gets those on the way, with the
-    time and the cost of all."""
-    if not curve:
-        return dict(end)
-    total = {"seconds": sum(figures["seconds"] for figures in (*curve, end)),
-             "cost": Cost.total(Cost.from_dict(figures["cost"]) for figures in (*curve, end)).to_dict()}
-    shown = ("tokens", "kl", "kl_stderr", "kl_rows", "perplexity", "top1_agreement", "recall_exact", "recall_stderr",
-             "recall_hits")
-    new = [{name: figures[name] for name in shown if name in figures} for figures in curve]
-    return {**end, **total, "curve": sorted([*end.get("curve", ()), *new], key=lambda point: point["tokens"])}
-
-
 def _absolute(name):
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in ("lab", SMOLLM2) and path.exists() else name
-
-
-class StudyRecords:
-    """The candidates of one scoring as records of kind ``"candidate"``, the `CandidateRecords` of an `Engine`."""
-
-    def __init__(self, study: Study, parameters: Mapping):
-        self.study, self.parameters = study, parameters
-
-    def path(self, candidate, tokens, heldout_tokens=None) -> Path:
-        """The place of a record, which need not exist."""
-        return self.study.ledger.path("candidate", self._of(candidate, tokens, heldout_tokens))
-
-    def find(self, candidate, tokens, heldout_tokens=None):
-        parameters = self._of(candidate, tokens, heldout_tokens)
-        path = self.path(candidate, tokens, heldout_tokens)
-        if not path.exists() or self.study.settings.recompute and str(path) not in self.study._done:
-            return None
-        return self.study.ledger.run("candidate", parameters, dict).metrics
-
-    def keep(self, candidate, tokens, figures, heldout_tokens=None):
-        parameters = self._of(candidate, tokens, heldout_tokens)
-        self.study._done.add(str(self.study.ledger.path("candidate", parameters)))
-        metrics = {name: value for name, value in figures.items() if name != "device"}
-        self.study.ledger.add("candidate", parameters, metrics, seconds=figures["seconds"], device=figures["device"])
-
-    def _of(self, layer, tokens, heldout_tokens):
-        until = {} if tokens == self.parameters["num_tokens"] else {"until": tokens}
-        part = {} if heldout_tokens is None else {"measured_tokens": heldout_tokens}
-        return self.parameters | {"layer": layer} | until | part
