@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from hybridlib.bench.timing import Bench, peak_memory, time_graph
 from hybridlib.models.hybrid import cache_memory, linearize, restore
+from hybridlib.models.mixers import CACHE_NAME
 from hybridlib.models.teachers import Teacher
 from hybridlib.selection.rules import select
 
@@ -31,7 +32,7 @@ def token_step(model: nn.Module, token: torch.Tensor, cache: Cache) -> Callable[
     @torch.no_grad()
     def step():
         x = model.model.embed_tokens(token)
-        context = {"attention_mask": None, "position_ids": positions, "past_key_values": own_cache, "use_cache": True,
+        context = {"attention_mask": None, "position_ids": positions, CACHE_NAME: own_cache, "use_cache": True,
                    "position_embeddings": model.model.rotary_emb(x, positions)}
         for layer in model.model.layers:
             x = layer(x, **context)

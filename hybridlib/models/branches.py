@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hybridlib.models.hybrid import SOFTMAX, check_layers, check_same_shape, linear_layers, restore
+from hybridlib.models.mixers import given_cache
 
 __all__ = ["BothBranches", "ChosenAttention", "GatedAttention", "SwitchedAttention", "both_branches", "gated_model",
            "place", "set_gates"]
@@ -22,9 +23,10 @@ class BothBranches(nn.Module):
         super().__init__()
         self.linear, self.softmax = linear, softmax
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            raise ValueError("past_key_values was given to a model of both branches, which keeps no cache")
+    def forward(self, hidden_states, past_key_values=None, cache=None, **kwargs):
+        if given_cache(past_key_values, cache, kwargs) is not None:
+            name = "cache" if past_key_values is None else "past_key_values"
+            raise ValueError(f"{name} was given to a model of both branches, which keeps no cache")
         return self.mix(hidden_states, **kwargs), None
 
 

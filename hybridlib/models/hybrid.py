@@ -22,7 +22,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_choice, check_device
-from hybridlib.models.mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
+from hybridlib.models.mixers import CACHE_NAME, KV_TRANSFERS, MIXERS, MixerState, build_mixer, given_cache
 from hybridlib.models.teachers import Teacher, check_family, load_weights, readable
 
 __all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
@@ -41,14 +41,15 @@ class _HybridModel:
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, use_cache=False, logits_to_keep=0, **kwargs):
+                inputs_embeds=None, use_cache=False, logits_to_keep=0, cache=None, **kwargs):
         """Run the family's forward, which makes a cache only if `use_cache` is True.
 
         `attention_mask` (batch, cached time + time) with 0 at padding holds in linear layers too. Raises ValueError for
-        one of another shape, or a cache that is no ``DynamicCache(config=model.config)``.
+        one of another shape, or a cache that is no ``DynamicCache(config=model.config)``; `past_key_values` and `cache`
+        are two names of it.
         """
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        cache, past = past_key_values, 0
+        cache, past = given_cache(past_key_values, cache, kwargs), 0
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
@@ -63,18 +64,18 @@ class _HybridModel:
         if self.config.model_type in ("hybrid_qwen2", "hybrid_qwen3"):  # they look masks up by the layer's type
             inputs_embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                                      past_key_values=cache, position_ids=position_ids)
+                                      position_ids=position_ids, **{CACHE_NAME: cache})
             input_ids, attention_mask = None, {SOFTMAX: mask, LINEAR: None}
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                               past_key_values=cache, inputs_embeds=inputs_embeds, use_cache=cache is not None,
-                               logits_to_keep=logits_to_keep, **kwargs)
+                               inputs_embeds=inputs_embeds, use_cache=cache is not None,
+                               logits_to_keep=logits_to_keep, **{CACHE_NAME: cache}, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
-            _put_states(model_kwargs["past_key_values"], self.config)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            _put_states(model_kwargs[CACHE_NAME], self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            _put_states(model_kwargs["past_key_values"], self.config)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            _put_states(model_kwargs[CACHE_NAME], self.config)
 
     @property
     def _is_stateful(self):  # transformers then refuses decoding that takes tokens back

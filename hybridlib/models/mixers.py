@@ -16,12 +16,14 @@ output norm, gate    ``o_norm`` (RMSNorm over each head) times silu(``g_proj(x)`
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from hybridlib import kernels
 from hybridlib.checks import check_choice
@@ -30,6 +32,18 @@ from hybridlib.kernels import fused, step
 __all__ = ["GatedDeltaNet", "GatedLinearAttention", "KV_TRANSFERS", "MIXERS", "MixerState", "build_mixer"]
 
 KV_TRANSFERS = ("repeat_heads", "repeat_rows")
+# What transformers' models call their cache: "cache" from 5.24 on, "past_key_values" before.
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def given_cache(past_key_values, cache, others: dict):
+    """Return the cache that was given by either name, or None; ValueError for two, or one by a name in `others`."""
+    for name, value in others.items():
+        if isinstance(value, Cache) or (name in ("cache_params", "past_key_value", "layer_past") and value is not None):
+            raise ValueError(f"{name} is a {type(value).__name__}; give a cache as past_key_values or cache")
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache were both given; give the cache by one of the two names")
+    return cache if past_key_values is None else past_key_values
 
 
 class MixerState(LinearAttentionLayer, CacheLayerMixin):
@@ -95,17 +109,19 @@ class _Mixer(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=config.mixer_o_bias)
         self.backend = "auto"
 
-    def forward(self, hidden_states, padding_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, padding_mask=None, past_key_values=None, cache=None, **kwargs):
         """Mix `hidden_states` (batch, time, width) along time; returns (output of the same shape, None).
 
         `padding_mask` (batch, time) is 0 at padding, which then neither enters nor decays the state. `past_key_values`
-        has this layer's `MixerState`. A decoder layer's attention mask and positions are ignored.
+        or `cache` (one of them) has this layer's `MixerState`; by another name a cache is a ValueError. A decoder
+        layer's attention mask and positions are ignored.
         """
-        state = None if past_key_values is None else self._cached(past_key_values)
+        cache = given_cache(past_key_values, cache, kwargs)
+        state = None if cache is None else self._cached(cache)
         q, k, v, g, *gates = self.project(hidden_states)
         o, state = self.mix(q, k, v, *gates, padding_mask, state)  # o: (batch, time, heads, head_dim)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx, num_tokens=hidden_states.shape[1])
         return self.o_proj(self.gate_output(o, g)), None
 
     def project(self, hidden_states):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from hybridlib.checks import check_int
+from hybridlib.models.mixers import CACHE_NAME
 
 __all__ = ["TeacherStates", "attention_io", "compiled_if", "evaluation_mode", "half_on_gpu", "last_hidden", "measuring",
            "repeatable"]
@@ -134,8 +135,8 @@ def _begin(model, input_ids):
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     mask = None  # transformers makes one while a CUDA graph is recorded, which rules the fast kernels out
     if model.config._attn_implementation not in _MASKLESS:
-        mask = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, past_key_values=None,
-                                  position_ids=positions)
+        mask = create_causal_mask(config=model.config, inputs_embeds=x, attention_mask=None, position_ids=positions,
+                                  **{CACHE_NAME: None})
     return x, {"attention_mask": mask, "position_ids": positions,
                "position_embeddings": model.model.rotary_emb(x, positions)}
 
