@@ -24,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from hybridlib.checks import check_choice, check_device
 from hybridlib.models.mixers import KV_TRANSFERS, MIXERS, MixerState, build_mixer
 from hybridlib.models.teachers import Teacher, check_family, load_weights, readable
+from hybridlib.records.folders import follow_umask
 
 __all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
            "softmax_layers"]
@@ -87,6 +88,7 @@ class _HybridModel:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             try:
                 super().save_pretrained(temporary, **kwargs)
+                follow_umask(f for f in list(Path(temporary).iterdir()) if f.is_file())
             except (OSError, SafetensorError) as error:
                 raise OSError(f"could not save to {folder}: {error}; what was there is unchanged") from error
             for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before the config that names them

@@ -25,7 +25,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
                           PreTrainedTokenizerBase)
 
 from hybridlib.checks import check_device
-from hybridlib.records.folders import data_folder, sha256_of
+from hybridlib.records.folders import data_folder, follow_umask, sha256_of
 
 __all__ = ["FAMILIES", "Teacher", "check_family", "load_teacher"]
 
@@ -253,6 +253,7 @@ def _convert(gguf, folder):
     model.generation_config = loaded.generation_config
     with _quiet():
         model.save_pretrained(folder)
+        follow_umask(list(folder.glob("*.safetensors")))
     tokenizer.save_pretrained(folder)
     sums = "".join(f"{sha256_of(f)}  {f.name}\n" for f in sorted(folder.iterdir()))
     (folder / _SUMS).write_text(sums, encoding="utf-8")

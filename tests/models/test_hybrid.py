@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -134,3 +135,20 @@ def test_a_full_disk_leaves_the_saved_model_as_it_was(saved, tiny_teacher, monke
     with pytest.raises(OSError, match="could not save .* unchanged"):
         hl.linearize(tiny_teacher(), seed=5).save_pretrained(saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_saved_files_and_checkpoints_have_the_mode_that_the_umask_gives(tiny_teacher, tiny_tokens, tmp_path, mask):
+    old, teacher = os.umask(mask), tiny_teacher()
+    try:
+        hybrid = hl.linearize(teacher)
+        hl.match(hybrid, teacher, tiny_tokens, 64, settings=hl.MatchSettings(batch_tokens=64),
+                 checkpoint=tmp_path / "run" / "checkpoint.safetensors")
+        hybrid.save_pretrained(tmp_path / "hybrid")
+        hybrid.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        hl.Ledger(tmp_path / "records").run("probe", {"seed": 0}, dict)
+    finally:
+        os.umask(old)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert len([f for f in files if f.suffix == ".safetensors"]) > 3 and len(files) > 7
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
