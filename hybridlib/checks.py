@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 
-__all__ = ["check_choice", "check_device", "check_executor", "check_int", "check_number", "is_number"]
+__all__ = ["check_choice", "check_device", "check_executor", "check_finite", "check_int", "check_number",
+           "check_weights", "is_number"]
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
@@ -31,6 +32,26 @@ def check_number(name: str, value: Any, low: float, high: float | None = None, *
         lower = f"above {low}" if open_low else f"of at least {low}"
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name}={value!r} is not a number {lower}{upper}")
+
+
+def check_finite(name: str, values: Iterable[Any]) -> None:
+    """Raise ValueError at the first of a layer's `values`, (layers,), that is nan or infinite, by `name` and layer."""
+    for layer, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} for layer {layer} is not a finite number; each layer must have one")
+
+
+@torch.no_grad()
+def check_weights(name: str, model: torch.nn.Module, *, beside: str | None = None) -> None:
+    """Raise ValueError unless all weights of `model` are finite, but for those with `beside` in their names.
+
+    It names the first that is not, with its layer, as in ``model.layers.3.mlp.up_proj.weight``, and the place in it.
+    """
+    for path, p in model.named_parameters():
+        if not (p.is_meta or (beside and beside in path) or p.isfinite().all()):
+            place = (~p.isfinite()).nonzero()[0].tolist()
+            value = p[tuple(place)].item()
+            raise ValueError(f"{name} has the weight {path}{place}={value}; all weights must be finite")
 
 
 def is_number(value: Any) -> bool:

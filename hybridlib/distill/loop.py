@@ -22,6 +22,7 @@ from hybridlib.checks import check_int
 from hybridlib.distill.graphs import Graphed, Update
 from hybridlib.distill.settings import DistillationDiverged, History, _Settings
 from hybridlib.models.passes import half_on_gpu
+from hybridlib.records.folders import follow_umask
 
 __all__ = ["Run", "load_checkpoint", "save_checkpoint", "steps_done", "train_steps"]
 
@@ -280,6 +281,7 @@ def save_checkpoint(path, run, named, state, history, step):
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, written, metadata=metadata)
+        follow_umask([written])
         os.replace(written, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not save checkpoint {path}: {error}; the one before it, if any, is unchanged") from error

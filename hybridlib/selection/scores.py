@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from hybridlib.checks import check_finite
 from hybridlib.selection.cost import Cost
 
 __all__ = ["LayerScores"]
@@ -24,6 +25,8 @@ class LayerScores:
     rose : layers whose candidate ended with a higher loss than it started with, see `distill.settings.History`.
     history, history_tokens : the values at every measurement along training, and after how many tokens each was.
     figures : what else the scorer says, by name.
+
+    Raises ValueError if a value or a measurement is not finite; a standard error is nan for a single row.
     """
 
     direction: str
@@ -38,6 +41,11 @@ class LayerScores:
     history_tokens: tuple[int, ...] = ()
     rose: tuple[int, ...] = ()
     figures: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, rows in (("values", [self.values]), ("measured", [self.measured]), ("history", self.history)):
+            for values in rows:
+                check_finite(f"{name} of {self.metric!r} scores", values)
 
     @property
     def ranking(self) -> tuple[int, ...]:

@@ -140,8 +140,11 @@ class Study:
                                 checkpoint=checkpoint and checkpoint / "align.safetensors")
             after = score_layers(student, teacher, tokens, metric="mse")
             measured = evaluate(student, teacher, tokens)
-            shutil.rmtree(folder, ignore_errors=True)
-            student.save_pretrained(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as beside:
+                student.save_pretrained(Path(beside) / folder.name)
+                shutil.rmtree(folder, ignore_errors=True)
+                (Path(beside) / folder.name).rename(folder)
             weights = weights_sha256(folder)
             earlier = self.ledger.run("align", parameters, dict).metrics if path.exists() else {}
             same = weights == earlier.get("weights_sha256")
@@ -153,8 +156,16 @@ class Study:
                     "train_seconds": history.seconds, "heldout_error": list(after.values),
                     "heldout_error_before": list(before.values), "kl": measured.kl, "kl_stderr": measured.kl_stderr}
 
-        self.record("align", parameters, compute, missing=not folder.exists())
-        return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
+        def load():
+            return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
+
+        try:
+            missing = not folder.exists() or load() is None
+        except ValueError as error:
+            logger.warning("%s; the student is aligned again", error)
+            missing = True
+        self.record("align", parameters, compute, missing=missing)
+        return load()
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
                normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:

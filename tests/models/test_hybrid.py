@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -134,3 +135,83 @@ def test_a_full_disk_leaves_the_saved_model_as_it_was(saved, tiny_teacher, monke
     with pytest.raises(OSError, match="could not save .* unchanged"):
         hl.linearize(tiny_teacher(), seed=5).save_pretrained(saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_saved_files_and_checkpoints_have_the_mode_that_the_umask_gives(tiny_teacher, tiny_tokens, tmp_path, mask):
+    old, teacher = os.umask(mask), tiny_teacher()
+    try:
+        hybrid = hl.linearize(teacher)
+        hl.match(hybrid, teacher, tiny_tokens, 64, settings=hl.MatchSettings(batch_tokens=64),
+                 checkpoint=tmp_path / "run" / "checkpoint.safetensors")
+        hybrid.save_pretrained(tmp_path / "hybrid")
+        hybrid.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        hl.Ledger(tmp_path / "records").run("probe", {"seed": 0}, dict)
+    finally:
+        os.umask(old)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert len([f for f in files if f.suffix == ".safetensors"]) > 3 and len(files) > 7
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o666 & ~mask}
+
+
+def names(folder):
+    return {f.name for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("first, second", [("20KB", "1GB"), ("1GB", "20KB"), ("20KB", "40KB")])
+def test_a_save_over_a_save_with_other_files_is_what_loads(tiny_teacher, tmp_path, first, second):
+    old, new = (hl.linearize(tiny_teacher(), seed=seed) for seed in (0, 5))
+    old.save_pretrained(tmp_path / "over", max_shard_size=first)
+    (tmp_path / "over" / "notes.safetensors").write_bytes(b"mine")
+    new.save_pretrained(tmp_path / "over", max_shard_size=second)
+    new.save_pretrained(tmp_path / "alone", max_shard_size=second)
+    assert names(tmp_path / "over") == names(tmp_path / "alone") | {"notes.safetensors"}
+    expected = new(input_ids=IDS).logits
+    assert not torch.equal(old(input_ids=IDS).logits, expected)
+    assert torch.equal(hl.load_hybrid(tmp_path / "over")(input_ids=IDS).logits, expected)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "over")(input_ids=IDS).logits, expected)
+
+
+def test_a_save_that_breaks_off_between_its_files_leaves_what_can_be_loaded(tiny_teacher, tmp_path, monkeypatch):
+    old, new = (hl.linearize(tiny_teacher(), seed=seed) for seed in (0, 5))
+    either = [m(input_ids=IDS).logits for m in (old, new)]
+    for first, second in (("20KB", "1GB"), ("1GB", "20KB")):
+        for stop in range(40):
+            folder, replace = tmp_path / f"{first}-{stop}", os.replace
+            old.save_pretrained(folder, max_shard_size=first)
+            left = iter(range(stop))
+
+            def killed(source, target, left=left, replace=replace):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                replace(source, target)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("hybridlib.models.hybrid.os.replace", killed)
+                try:
+                    new.save_pretrained(folder, max_shard_size=second)
+                except KeyboardInterrupt:
+                    loaded = hl.load_hybrid(folder)(input_ids=IDS).logits
+                    assert any(torch.equal(loaded, logits) for logits in either)
+                else:
+                    break
+        assert stop > 1
+        assert torch.equal(hl.load_hybrid(folder)(input_ids=IDS).logits, either[1])
+
+
+def test_only_what_the_index_names_is_read(tiny_teacher, tmp_path, monkeypatch):
+    hybrid, folder = hl.linearize(tiny_teacher()), tmp_path / "hybrid"
+    hl.linearize(tiny_teacher(), seed=5).save_pretrained(tmp_path / "other")
+    hybrid.save_pretrained(folder, max_shard_size="20KB")
+    (tmp_path / "other" / "model.safetensors").rename(folder / "model.safetensors")
+    for stray in ("pytorch_model.bin", "adapter_model.bin", "model-00099-of-00099.safetensors"):
+        (folder / stray).write_bytes(b"stray")
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(torch, "load", None)
+    assert torch.equal(hl.load_hybrid(folder)(input_ids=IDS).logits, hybrid(input_ids=IDS).logits)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for bad in ("pytorch_model.bin", "../other/model.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({**index, "weight_map": dict.fromkeys(index["weight_map"], bad)}))
+        with pytest.raises(ValueError, match=f"index.json names '{bad}', which is no safetensors file beside it"):
+            hl.load_hybrid(folder)

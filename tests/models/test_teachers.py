@@ -83,8 +83,12 @@ def test_sharded_weights_load_and_have_a_revision_over_all_of_them(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
+    for stray in ("model.safetensors", "model-00099-of-00099.safetensors", "pytorch_model.bin"):
+        (tmp_path / stray).write_bytes(b"stray")
     teacher = load_teacher(tmp_path, device="cpu")
     assert teacher.revision == "sha256:" + hashlib.sha256(b"".join(s.read_bytes() for s in shards)).hexdigest()[:16]
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.model(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
     shards[1].unlink()
     refuses(f"safetensors weights .*{shards[1].name}", tmp_path)
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
+import torch
 from tests.conftest import CONTEST_SETTINGS
 
 import hybridlib as hl
@@ -92,6 +93,35 @@ def test_a_lost_model_is_made_again(small_study):
     shutil.rmtree(study.ledger.folder / "models")
     small_study().aligned("gdn", 0)
     assert small_study.calls == ["align", "align"]
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "all"])
+def test_a_model_that_cannot_be_read_is_made_again(small_study, damage):
+    study = small_study()
+    whole = study.aligned("gdn", 0).state_dict()
+    folder, = (study.ledger.folder / "models").glob("align-*")
+    for file in folder.iterdir():
+        if damage in (file.name, "all"):
+            file.unlink()
+    again = small_study().aligned("gdn", 0).state_dict()
+    assert small_study.calls == ["align", "align"] and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("place", ["hybridlib.models.hybrid.os.replace", "hybridlib.study.study.weights_sha256",
+                                   "pathlib.Path.rename"])
+def test_a_study_killed_while_it_saves_a_student_runs_again(small_study, monkeypatch, place):
+    whole = small_study().aligned("gdn", 0).state_dict()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            small_study(recompute=True).aligned("gdn", 0)
+    again = small_study().aligned("gdn", 0).state_dict()
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    assert not list((small_study().ledger.folder / "models").glob(".saving-*"))
 
 
 def test_seeds_mixers_and_selectors_are_kept_apart(small_study):

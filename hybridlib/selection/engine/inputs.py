@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hybridlib.distill.corpus import Tokens, load_tokens
 from hybridlib.models.hybrid import load_hybrid
 from hybridlib.models.passes import TeacherStates
-from hybridlib.models.teachers import load_teacher
+from hybridlib.models.teachers import load_teacher, readable, weight_files
 from hybridlib.records.folders import sha256_of
 from hybridlib.selection.cost import held_beside
 
@@ -106,5 +106,7 @@ def _load(inputs):
 
 
 def weights_sha256(folder: str | Path) -> str:
-    """The sha256 over the safetensors files of a saved hybrid."""
-    return sha256_of(*sorted(Path(folder).glob("*.safetensors")))
+    """The sha256 over the weights of a saved hybrid, those that `load_hybrid` reads; ValueError if one is missing."""
+    with readable(f"folder={str(folder)!r}", "safetensors weights"):
+        files = weight_files(Path(folder))
+    return sha256_of(*files)

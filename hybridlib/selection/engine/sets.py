@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hybridlib.checks import check_int
+from hybridlib.checks import check_int, check_weights
 from hybridlib.distill.recall import RecallTask
 from hybridlib.distill.settings import MatchSettings
 from hybridlib.models.hybrid import check_layers, check_same_shape, linear_layers
@@ -67,6 +67,8 @@ def match_sets(student, teacher, tokens, sets: Sequence[Iterable[int]], num_toke
     if recall is not None and tokens.tokenizer is None:
         raise ValueError("recall is given, but tokens has no tokenizer; load tokens with the teacher's")
     check_int("recall_examples", recall_examples, 1)
+    check_weights("teacher", teacher)
+    check_weights("student", student, beside=".self_attn.")  # a mixer's stop the sets that have it, alone
     inputs = LoadedInputs(student, teacher, tokens, TeacherStates(teacher))
     job = Job(inputs, num_tokens, settings, evaluation=True, recall=recall, recall_examples=recall_examples)
     order = sorted(range(len(sets)), key=sets.__getitem__)  # neighbours share layers, and with them launches

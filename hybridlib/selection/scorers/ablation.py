@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from hybridlib.checks import check_int
+from hybridlib.checks import check_int, check_weights
 from hybridlib.distill.choice import ChoiceTask, choice_probabilities, generate_choices
 from hybridlib.distill.recall import ADDENDS, RecallTask, encode_recall, forced_answers, generate_recall
 from hybridlib.models.hybrid import check_layers, linear_layers, restore
@@ -55,6 +55,7 @@ def silence_each(teacher, tokens, batch_tokens: int, metric: str,
     number a row, (rows,); `values` and `measured` are its mean over rows.
     """
     check_family(teacher.config)
+    check_weights("teacher", teacher)
     num_layers = teacher.config.num_hidden_layers
     meter, batches, rows = Meter(teacher), heldout_batches(teacher, tokens, batch_tokens), []
     with measuring(teacher):
@@ -127,6 +128,7 @@ def score_halo(student, teacher, tokens, task: RecallTask | None = None, *, num_
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_halo takes the all-linear student that linearize gave")
     check_int("batch_tokens", batch_tokens, 1)
+    check_weights("student", student)
     meter, items = Meter(teacher, student), generate_choices(tokens.heldout, sense, seed)
     _, encoded, answers, _ = _intact(teacher, tokens.tokenizer, task, num_examples, seed)
     (prompts, prompt), read = _prompts(encoded), len(items) * (items.shape[2] + (sense.choices - 1) * sense.length)
@@ -173,6 +175,7 @@ def _row_nats(model, batches):
 
 def _intact(teacher, tokenizer, task, num_examples, seed):
     """The task, its encoded prompts and `_answers` of the intact teacher. Raises `TaskTooHard` if that is at chance."""
+    check_weights("teacher", teacher)
     task = task or RecallTask("needle")
     encoded = [encode_recall(example, tokenizer) for example in generate_recall(task, num_examples, seed)]
     longest, limit = max(len(ids) for ids, _ in encoded), teacher.config.max_position_embeddings

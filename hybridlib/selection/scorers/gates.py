@@ -11,7 +11,7 @@ from itertools import cycle
 import torch
 from tqdm.auto import tqdm
 
-from hybridlib.checks import check_int, check_number
+from hybridlib.checks import check_int, check_number, check_weights
 from hybridlib.distill.loop import Run, train_steps
 from hybridlib.distill.objectives import divergence_from_hidden
 from hybridlib.distill.settings import MatchSettings
@@ -62,6 +62,8 @@ def gate_gradient(student, teacher, tokens, *, at: float = 0.0, order: int = 1, 
     rows = _rows(tokens, num_tokens)
     check_int("batch_tokens", batch_tokens, rows.shape[1])
     check_int("skip", skip, 0, rows.shape[1] - 1)
+    check_weights("teacher", teacher)
+    check_weights("student", student)
     meter, model = Meter(teacher, student), gated_model(student, teacher)
     if train_tokens:
         model = _open_in_turn(student, teacher, tokens, train_tokens, settings, meter)
@@ -170,6 +172,8 @@ def learned_gates(student, teacher, tokens, budget: float | int, *, num_tokens: 
     rows = tokens if hasattr(tokens, "rows") else _RowsInTurn(_check_rows(tokens))
     check_int("num_tokens", num_tokens, rows.context)
     check_int("skip", skip, 0, rows.context - 1)
+    check_weights("teacher", teacher)
+    check_weights("student", student)
     meter, model = Meter(teacher, student), gated_model(student, teacher)
     start = min(0.9, count / num_layers) if settings.start is None else settings.start
     a = torch.full((num_layers,), math.log(start / (1 - start)), device=next(student.parameters()).device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from hybridlib.checks import check_choice, check_int
+from hybridlib.checks import check_choice, check_int, check_weights
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import alignment_loss
 from hybridlib.distill.settings import MatchSettings
@@ -46,6 +46,7 @@ def score_layers(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
     num_layers = student.config.num_hidden_layers
     if linear_layers(student.config) != tuple(range(num_layers)):
         raise ValueError("student has softmax layers; score_layers takes the all-linear student that linearize gave")
+    check_weights("teacher", teacher)
     if metric == "mse":
         if direction != "add":
             raise ValueError("metric='mse' knows only direction='add'; the stage-1 error has no removal form")

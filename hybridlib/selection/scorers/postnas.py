@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from hybridlib.checks import check_int
+from hybridlib.checks import check_int, check_weights
 from hybridlib.distill.evaluate import heldout_kl
 from hybridlib.distill.loop import train_steps
 from hybridlib.distill.settings import MatchSettings
@@ -42,6 +42,8 @@ def train_once_for_all(student, teacher, tokens, budget: float | int, num_tokens
     count = budget_layers(budget, student.config.num_hidden_layers)
     settings = replace(settings or MatchSettings(), compile=False, cuda_graph=False)
     check_int("seed", seed, 0)
+    check_weights("teacher", teacher)
+    check_weights("student", student)
     model = both_branches(student, teacher, ChosenAttention)
     draw, every = random.Random(seed), range(student.config.num_hidden_layers)
 

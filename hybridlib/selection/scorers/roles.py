@@ -10,7 +10,7 @@ from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybridlib.checks import check_int, check_number
+from hybridlib.checks import check_int, check_number, check_weights
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.evaluate import heldout_row_kl
 from hybridlib.distill.recall import RecallTask, encode_all, forced_answers, generate_recall
@@ -43,6 +43,7 @@ def attention_roles(teacher: PreTrainedModel, rows: torch.Tensor, *, repeated: i
     check_int("batch_rows", batch_rows, 1)
     if rows.dim() != 2 or rows.shape[1] < 2 or not len(rows):
         raise ValueError(f"rows has shape {tuple(rows.shape)}; it must be (rows, time), of at least two tokens")
+    check_weights("teacher", teacher)
     drawn = torch.randint(teacher.config.vocab_size, (repeats, repeated),
                           generator=torch.Generator().manual_seed(seed))
 
@@ -94,6 +95,8 @@ def recall_without_each(student: PreTrainedModel, teacher: PreTrainedModel, toke
     aligned.
     """
     check_int("num_examples", num_examples, 1)
+    check_weights("teacher", teacher)
+    check_weights("student", student)
     every = range(teacher.config.num_hidden_layers)
     encoded = encode_all(generate_recall(task, num_examples, seed=seed), tokenizer, teacher.config)
 
@@ -122,6 +125,8 @@ def gate_curves(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Toke
         raise ValueError(f"pair={list(pair)!r} is not two layers")
     for gate in gates:
         check_number("gates", gate, 0, 1)
+    check_weights("teacher", teacher)
+    check_weights("student", student)
     model, states, points = gated_model(student, teacher), TeacherStates(teacher), []
     for layer, other in (pair, pair[::-1]):
         for open_ in (False, True):
