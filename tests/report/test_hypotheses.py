@@ -280,12 +280,12 @@ def test_what_is_not_on_record_is_said_and_nothing_fails(ledger):
 def test_the_page_of_hypotheses_is_filled_in_from_the_records(ledger, tmp_path):
     page = runpy.run_path(str(Path(__file__).parents[2] / "book" / "generate.py"))["hypotheses"]
     settings = vars(fill(ledger).settings)
-    (path := tmp_path / "study.yaml").write_text(yaml.safe_dump(settings | {
+    (path := ledger.folder.with_suffix(".yaml")).write_text(yaml.safe_dump(settings | {
         "reading": [*settings["reading"]], "results": str(ledger.folder)}))
     text = page(path)
     effect = np.mean(np.subtract(KL["ga-s2"], KL["uniform"]))
     assert f"| H1 | held-out KL (nats a token) | ga-s2 | uniform | \u2212{-effect:.4f} [" in text
     assert "| fields | 0.29 | left out: below 0.3 |" in text
     assert "nan" not in text and "None" not in text and text.count("### ") == 5
-    path.write_text(yaml.safe_dump(settings | {"reading": [], "results": str(tmp_path / "none")}))
+    (path := tmp_path / "none.yaml").write_text(yaml.safe_dump(settings | {"reading": []}))
     assert page(path).startswith("There are no records of ") and "no aligned student" in page(path)
