@@ -13,7 +13,7 @@ from hybridlib.checks import check_int
 from hybridlib.distill.corpus import Tokens
 from hybridlib.distill.objectives import divergence_from_hidden
 from hybridlib.distill.recall import RecallTask, generate_recall, marks, rows_to_write, score_recall, share_of
-from hybridlib.models.passes import TeacherStates, compiled_if, half_on_gpu, last_hidden, measuring
+from hybridlib.models.passes import TeacherStates, compiled_if, evaluation_mode, half_on_gpu, last_hidden, measuring
 
 __all__ = ["Evaluation", "evaluate", "evaluate_members", "heldout_kl", "heldout_row_kl", "mean_stderr", "row_kl",
            "written_recall"]
@@ -134,7 +134,7 @@ def heldout_row_kl(model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tok
                    measure: Callable | None = None) -> list[float]:
     """Return the KL of `heldout_kl` row by row; `measure` is a faster `row_kl`, called with ids and teacher states."""
     values = []
-    with measuring(model):
+    with evaluation_mode(model):  # no autocast around all calls: it keeps casts of weights, which a graph would reuse
         for ids, hidden in _batches(teacher, tokens, heldout_tokens, 8192, states):
             kl = measure(ids, hidden) if measure else row_kl(model, teacher, ids, hidden)
             values.append(kl.clone())  # the next call may write to the same place
