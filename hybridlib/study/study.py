@@ -131,6 +131,8 @@ class Study:
         folder, path = self._folder("align", parameters), self.ledger.path("align", parameters)
 
         def compute():
+            nonlocal loaded
+            loaded = None  # the student from before
             teacher, tokens = self.teacher.model, self.tokens(seed, self.settings.align_tokens, "score")
             student = linearize(teacher, mixer, seed=seed, teacher_name=self.teacher.name,
                                 teacher_revision=self.teacher.revision)
@@ -160,12 +162,12 @@ class Study:
             return load_hybrid(folder, device=check_device(self.settings.device), teacher=self.teacher)
 
         try:
-            missing = not folder.exists() or load() is None
+            loaded = load() if folder.exists() else None
         except ValueError as error:
             logger.warning("%s; the student is aligned again", error)
-            missing = True
-        self.record("align", parameters, compute, missing=missing)
-        return load()
+            loaded = None
+        self.record("align", parameters, compute, missing=loaded is None)
+        return load() if loaded is None else loaded
 
     def scores(self, mixer: str, seed: int, direction: str = "add", metric: str = "kl",
                normalize: bool = True, early_stop: EarlyStop | None = None) -> LayerScores:
