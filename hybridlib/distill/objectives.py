@@ -213,24 +213,24 @@ def _loss_and_gradient(teacher_logits, student_logits, kind, alpha, beta, temper
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     log_p, log_q = (x.log_softmax(-1, dtype=wide) if temperature == 1 else (x.to(wide) / temperature).log_softmax(-1)
                     for x in (teacher_logits, student_logits))
-    no_p, no_q = log_p == -math.inf, log_q == -math.inf  # where 0 log 0 is 0
+    # 0 log 0 is 0
     if kind == "forward":  # g = -p
-        p = log_p.exp()
+        p, no_p = log_p.exp(), log_p == -math.inf
         loss = log_p.sub_(log_q).masked_fill_(no_p, 0).mul_(p).sum(-1)
         torch.sub(log_q.exp_(), p, out=student_logits)
         return loss
     if kind == "reverse":  # g = q log(q / p)
-        slope = log_p.neg_().add_(log_q).masked_fill_(no_q, 0)
+        slope = log_p.neg_().add_(log_q).masked_fill_(log_q == -math.inf, 0)
         q = log_q.exp_()
         loss = total = slope.mul_(q).sum(-1)
     elif kind == "jensen_shannon":  # g = (1 - beta) q log(q / m)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        p, q = log_p.exp(), log_q.exp()
+        p, q, no_p, no_q = log_p.exp(), log_q.exp(), log_p == -math.inf, log_q == -math.inf
         slope = log_q.sub_(log_m).masked_fill_(no_q, 0).mul_(q).mul_(1 - beta)
         total = slope.sum(-1)
         loss = beta * log_p.sub_(log_m).masked_fill_(no_p, 0).mul_(p).sum(-1) + total
     else:
-        neither = no_p & no_q
+        neither = (log_p == -math.inf) & (log_q == -math.inf)
         terms, slope = _alpha_beta(log_p.masked_fill_(neither, 0), log_q.masked_fill_(neither, 0), alpha, beta)
         loss, total, q = terms.sum(-1), slope.sum(-1), log_q.exp_().masked_fill_(neither, 0)
     torch.addcmul(slope, q, total[..., None], value=-1, out=student_logits)
